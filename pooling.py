@@ -1,0 +1,156 @@
+"""Cross-modal attention pooling without parameters: an image seen through the eyes of a concept (C2LIP).
+
+A concept p attends over an image's value tokens V at temperature 1 and pools them,
+
+    s = V p,   a = softmax_t(s),   c = sum_t a_t V_t,   similarity = c.p / |c|,
+
+which is the cosine of c and p when p has unit length. concept_pool is this definition; concept_similarity
+is the same number, made for training: fast, and in little memory.
+"""
+import torch
+
+EPS = 1e-12  # the smallest |c| that is divided by, as in torch.nn.functional.normalize
+
+
+def concept_pool(patch_tokens, concepts, mask=None):
+    """The pooled vectors themselves, not normalised: (B, T, D), (N, D) -> (B, N, D).
+
+    mask (B, T) bool, true for the tokens that count; an image without any pools to zero. For inference,
+    pictures and tests: for training, concept_similarity never makes this tensor.
+    """
+    attention = (patch_tokens @ concepts.T).transpose(1, 2)  # (B, N, T)
+    if mask is None:
+        return attention.softmax(dim=-1) @ patch_tokens  # (B, N, D)
+    mask = mask[:, None]  # (B, 1, T)
+    attention = attention.masked_fill(~mask, torch.finfo(attention.dtype).min).softmax(dim=-1)
+    return attention.masked_fill(~mask, 0) @ patch_tokens.masked_fill(~mask.transpose(1, 2), 0)
+
+
+def concept_similarity(patch_tokens, concepts, mask=None, memory_budget=None):
+    """normalize(concept_pool(patch_tokens, concepts)) . concepts: (B, T, D), (N, D) -> (B, N).
+
+    patch_tokens, concepts: any float dtype; C2LIP normalises both. mask (B, T) bool, true for the tokens
+    that count. memory_budget: bytes of memory beyond inputs, result and gradients, None for 20 MiB on a CPU
+    and 512 MiB elsewhere; one image and one concept are the least it can do with. It changes speed only.
+    Returns float32, or float64 for float64 inputs. Differentiable once.
+
+    Exact, in memory that grows with N only by the result: with G = V V^T (T, T), c.p = sum_t a_t s_t and
+    |c|^2 = a^T G a, so no pooled vector is made. Images go through in chunks; what fits in the budget
+    is kept for the backward, which computes the rest again.
+    With bfloat16 inputs, or under autocast, products with V and P are in that dtype, but G, the softmax and
+    all sums are float32. Images without tokens that count, or whose tokens are all zero, have similarity 0.
+    """
+    device = patch_tokens.device.type
+    if memory_budget is None:
+        memory_budget = (20 if device == "cpu" else 512) * 2**20
+    dtype = torch.promote_types(patch_tokens.dtype, concepts.dtype)
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    v, q = patch_tokens.to(dtype), concepts.to(dtype)
+    keep = 0  # how many images' S and G are kept for the backward: what half the budget holds
+    if torch.is_grad_enabled() and (v.requires_grad or q.requires_grad):
+        size = (8 if dtype == torch.float64 else 4) * v.shape[1] * (v.shape[1] + q.shape[0])
+        keep = torch.sym_min(v.shape[0], memory_budget // 2 // torch.sym_max(size, 1))
+    return _Similarity.apply(v, q, mask, memory_budget // 2, keep)
+
+
+def _wide(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _chunks(v, q, mask, budget):
+    """Yields slices of images, their tokens and mask (b, T, 1), and slices of concepts."""
+    T = v.shape[1]  # an image takes up to six (T, n) arrays and two (T, T)
+    numbers = budget // max(T * (8 if v.dtype == torch.float64 else 4), 1)
+    concepts = max(1, min(len(q), (numbers - 2 * T) // 6))
+    images = max(1, numbers // (6 * concepts + 2 * T))
+    for i in range(0, len(v), images):
+        i = slice(i, i + images)
+        v_i, mask_i = v[i], None
+        if mask is not None:  # tokens that do not count are zero, whatever was there
+            mask_i = mask[i, :, None]
+            v_i = v_i.masked_fill(~mask_i, 0)
+        yield i, v_i, mask_i, [slice(n, n + concepts) for n in range(0, len(q), concepts)]
+
+
+def _scores(v, q, mask):
+    """(b, T, D), (n, D) -> S = V Q^T (b, T, n)."""
+    s = _wide(v.flatten(0, 1) @ q.T).view(*v.shape[:2], len(q))
+    return s if mask is None else s.masked_fill_(~mask, torch.finfo(s.dtype).min)
+
+
+def _attend(s, gram, mask):
+    """S (b, T, n), G (b, T, T) -> attention a and u = G a (b, T, n); c.p and |c|^2 (b, 1, n)."""
+    a = s.softmax(dim=1)
+    if mask is not None:
+        a.masked_fill_(~mask, 0)  # differs only where no token counts
+    u = gram @ a
+    return a, u, (a * s).sum(1, keepdim=True), (a * u).sum(1, keepdim=True)
+
+
+def _outputs(v, q, mask, budget, keep):
+    (B, T, _), N, dtype = v.shape, q.shape[0], torch.promote_types(v.dtype, torch.float32)
+    return tuple(v.new_empty(shape, dtype=dtype) for shape in [(B, N), (keep, T, N), (keep, T, T)])
+
+
+def _forward(v, q, mask, budget, keep):
+    similarity, kept_s, kept_gram = _outputs(v, q, mask, budget, keep)
+    with torch.autocast(v.device.type, enabled=False):
+        for i, v_i, mask_i, concepts in _chunks(v, q, mask, budget):
+            gram = _wide(v_i) @ _wide(v_i).mT  # (b, T, T)
+            kept_gram[i] = gram[:len(kept_gram[i])]
+            for n in concepts:
+                s = _scores(v_i, q[n], mask_i)
+                kept_s[i, :, n] = s[:len(kept_gram[i])]
+                _, _, dot, square = _attend(s, gram, mask_i)
+                similarity[i, n] = (dot / square.clamp_min(EPS**2).sqrt()).squeeze(1)
+    return similarity, kept_s, kept_gram
+
+
+def _backward(grad, v, q, mask, kept_s, kept_gram, budget):
+    dv, dq = v.new_zeros(v.shape), q.new_zeros(q.shape, dtype=kept_s.dtype)  # contiguous, unlike zeros_like
+    with torch.autocast(v.device.type, enabled=False):
+        for i, v_i, mask_i, concepts in _chunks(v, q, mask, budget):
+            gram, kept = kept_gram[i], len(kept_gram[i]) == len(v_i)
+            gram = gram if kept else _wide(v_i) @ _wide(v_i).mT
+            for n in concepts:
+                s = kept_s[i, :, n] if kept else _scores(v_i, q[n], mask_i)
+                a, u, dot, square = _attend(s, gram, mask_i)
+                # With g = dL/dsimilarity / |c| and r = c.p / |c|^2: dS = g a (1 + s - r u). The centring term
+                # of the softmax is absent, as sum_t a_t (s_t - r u_t) = c.p - r |c|^2 = 0: a's scale cancels.
+                g = grad[i, None, n] / square.clamp_min(EPS**2).sqrt()  # (b, 1, n)
+                r = torch.where(square > EPS**2, dot / square, 0)  # a clamped |c| is a constant
+                ds = torch.addcmul(s, u, r, value=-1, out=u).add_(1).mul_(a).mul_(g).to(v.dtype)  # (b, T, n)
+                dq[n] += ds.flatten(0, 1).T @ v_i.flatten(0, 1)
+                dv[i].flatten(0, 1).addmm_(ds.flatten(0, 1), q[n])
+                dv[i].baddbmm_(((a * (g * r)) @ a.mT).to(v.dtype), v_i, alpha=-1)  # through |c|: (b, T, T) V
+    return dv, dq.to(q.dtype)
+
+
+# As custom operators torch.compile takes them whole: no graph break, any N. Only for it, as the first call of
+# an operator imports the whole compiler.
+_forward_op = torch.library.custom_op(
+    "c2lip::concept_similarity", _forward, mutates_args=(),
+    schema="(Tensor v, Tensor q, Tensor? mask, SymInt budget, SymInt keep) -> (Tensor, Tensor, Tensor)")
+_backward_op = torch.library.custom_op(
+    "c2lip::concept_similarity_backward", _backward, mutates_args=(),
+    schema="(Tensor grad, Tensor v, Tensor q, Tensor? mask, Tensor kept_s, Tensor kept_gram, SymInt budget)"
+           " -> (Tensor, Tensor)")
+_forward_op.register_fake(_outputs)
+_backward_op.register_fake(lambda grad, v, q, *_: (v.new_empty(v.shape), q.new_empty(q.shape)))
+
+
+class _Similarity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, q, mask, budget, keep):
+        forward = _forward_op if torch.compiler.is_compiling() else _forward
+        similarity, kept_s, kept_gram = forward(v, q, mask, budget, keep)
+        ctx.save_for_backward(v, q, mask, kept_s, kept_gram)
+        ctx.budget = budget
+        return similarity
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        backward = _backward_op if torch.compiler.is_compiling() else _backward
+        return *backward(grad, *ctx.saved_tensors, ctx.budget), None, None, None
