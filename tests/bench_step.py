@@ -1,0 +1,118 @@
+"""A whole training step, ours against the plain way: towers, captions, concepts, losses, optimizer, in one run.
+
+    python tests/bench_step.py --captions DIR_OF_SUGARCREPE_JSON [--model ViT-B-32 ViT-B-16-SigLIP] [--batch-size 16]
+
+Plain: every concept of every caption padded to the full context and encoded, equal or not; captions padded too; a
+loop over the concepts for the cross-attention term. Ours: train.py's way. Both: random weights, random images,
+float32, AdamW, the same captions (SugarCrepe's, so that phrases repeat as they do in real captions), process CPU time.
+"""
+import argparse
+import glob
+import json
+import os
+import random
+import sys
+import time
+import zlib
+
+import torch
+import torch.nn.functional as F
+
+sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
+from concepts import extract_batch  # noqa: E402
+from data import string_id  # noqa: E402
+from losses import clip_loss, concept_columns, npc_loss, siglip_loss, xac_loss  # noqa: E402
+from model import CLIP, MODELS  # noqa: E402
+from pooling import concept_similarity  # noqa: E402
+
+CLOCK = time.process_time
+
+
+def encode_words(words, config, trim):
+    """Token ids of the right lengths (a word a token), for towers whose tokenizers cannot be downloaded here."""
+    vocabulary = config.vocab_size - 1      # end of text: the highest id, as in CLIP
+    rows = [[2 + zlib.crc32(w.encode()) % 20000 for w in text.split()][:config.context_length - 2] + [vocabulary] for text in words]
+    length = config.context_length
+    if trim and config.family == "clip":
+        length = min(length, -(-max(map(len, rows)) // 8) * 8)
+    return torch.tensor([row + [0] * (length - len(row)) for row in rows])
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--captions", required=True, help="folder with SugarCrepe's json files")
+    p.add_argument("--model", nargs="+", default=["ViT-B-32", "ViT-B-16-SigLIP"])
+    p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument("--rounds", type=int, default=3, help="steps of each kind, in turn, after one of each to warm up")
+    p.add_argument("--threads", type=int, default=2)
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    captions = [item["caption"] for path in sorted(glob.glob(os.path.join(args.captions, "*.json")))
+                for item in json.load(open(path, encoding="utf-8")).values()]
+    captions = random.Random(0).sample(sorted(set(captions)), args.batch_size)
+    concepts = extract_batch(captions)
+    phrases = [phrase for found in concepts for phrase in found]
+    unique = list(dict.fromkeys(phrase.lower() for phrase in phrases))
+    print(f"{args.batch_size} captions, {len(phrases)} concepts, {len(unique)} different ones\n")
+
+    for name in args.model:
+        torch.manual_seed(0)
+        model = CLIP(MODELS[name])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        images = torch.randn(args.batch_size, 3, model.config.image_size, model.config.image_size)
+        ids = torch.tensor([string_id(phrase) for phrase in unique])
+        pairs = torch.tensor([(i, unique.index(c.lower())) for i, found in enumerate(concepts) for c in found])
+
+        def step(ours):
+            times, mark = {}, CLOCK()
+
+            def lap(part):
+                nonlocal mark
+                times[part], mark = times.get(part, 0) + CLOCK() - mark, CLOCK()
+
+            image_features, patch_tokens = model.encode_image(images, normalize=True, return_tokens=True)
+            lap("image tower")
+            text_features = model.encode_text(encode_words(captions, model.config, ours), normalize=True)
+            lap("captions")
+            texts = unique if ours else phrases
+            concept_features = model.encode_text(encode_words(texts, model.config, ours), normalize=True)
+            lap("concepts")
+            scale, bias = model.logit_scale.exp(), model.logit_bias
+            leaves = [x.detach().requires_grad_() for x in (image_features, patch_tokens, text_features, concept_features)]
+            i, v, t, c = leaves
+            loss = clip_loss(i, t, scale) if bias is None else siglip_loss(i, t, scale, bias)
+            if ours:
+                columns, labels = concept_columns(c, ids, pairs, len(i))
+                similarity = concept_similarity(v, columns)
+            else:
+                columns, labels = concept_columns(c, torch.arange(len(c)), torch.stack([pairs[:, 0], torch.arange(
+                    len(c))], 1), len(i), dedupe=False)
+                similarity = torch.stack([torch.stack([F.normalize(((v[m] @ q).softmax(0)[:, None] * v[m]).sum(0), dim=0)
+                                                       @ q for m in range(len(v))]) for q in columns], 1)
+            loss = loss + npc_loss(i, columns, labels, scale, bias) + 0.01 * xac_loss(similarity, labels, scale, bias)
+            loss.backward()
+            lap("losses")
+            torch.autograd.backward([image_features, patch_tokens], [leaves[0].grad, leaves[1].grad])
+            lap("image tower")
+            text_features.backward(leaves[2].grad)
+            lap("captions")
+            concept_features.backward(leaves[3].grad)
+            lap("concepts")
+            optimizer.step()
+            optimizer.zero_grad()
+            lap("optimizer")
+            return times
+
+        step(True), step(False)
+        runs = [(step(True), step(False)) for _ in range(args.rounds)]
+        middle = [{part: sorted(run[k][part] for run in runs)[args.rounds // 2] for part in runs[0][k]} for k in (0, 1)]
+        total = [sum(m.values()) for m in middle]
+        print(f"{name}: CPU seconds a step, median of {args.rounds}\n\n| part | ours | plain | plain / ours |\n|---|---|---|---|")
+        for part in middle[0]:
+            print(f"| {part} | {middle[0][part]:.2f} ({middle[0][part] / total[0]:.0%}) | {middle[1][part]:.2f} "
+                  f"({middle[1][part] / total[1]:.0%}) | {middle[1][part] / max(middle[0][part], 1e-9):.1f} |")
+        print(f"| **step** | **{total[0]:.2f}** | **{total[1]:.2f}** | **{total[1] / total[0]:.2f}** |\n")
+
+
+if __name__ == "__main__":
+    main()
