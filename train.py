@@ -44,7 +44,10 @@ PRESETS = {
                   dtype="bfloat16", workers=min(8, os.cpu_count() or 1), eval_every=1000, log_every=10),
 }
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                 epilog="\n".join(["presets:"] + [
+                                     f"  {name}: {', '.join(f'{key} {value}' for key, value in values.items())}"
+                                     for name, values in PRESETS.items()]))
 flag = parser.add_argument
 flag("--preset", choices=PRESETS, help="defaults of the flags below; nano for the nano model, else c2lip")
 # model

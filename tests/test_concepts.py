@@ -1,0 +1,400 @@
+"""concepts.py: both paths agree on everything, concepts are substrings, time is linear, the command line."""
+import csv
+import io
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import concepts  # noqa: E402
+
+REAL = (ROOT / "tests/fixtures/concepts_captions.txt").read_text(encoding="utf-8").splitlines()
+ODD = [
+    "", " ", "\n", "\t \r\n", "\0", "a\0dog", "A dog.\0 A cat", ".", "...", "?!", "-", "--", "'", "’s", "'s",
+    "n't", "don't", "don’t stop", "A 🐶 on a 🛹", "🐶", "👩‍👩‍👧 family", "一只猫坐在椅子上", "猫 and dog",
+    "Ein Mädchen mit Hut",
+    "кошка на столе", "صورة قطة", "<b>a dog</b> &amp; <a href='x'>a cat</a>", "<PERSON> on a horse", "<" * 50,
+    "[a dog] {in} (a park)", "a_b c__d IMG_2034.JPG", "https://x.org/a?b=c a dog", "THE BEST PIZZA IN TOWN",
+    "A Man Riding a Horse", "A Man’s Best Friend, İstanbul", "ſtraße ǅ İİİ", "W. Centre st.",
+    "St. Mary's Church", "Mr. Bean w/ a bear", "a dog w/", "U.S.A. flag", "A. B",
+    "3.5 kg, 1,000 dogs at 10:30 in 2015",
+    "a dog\na cat", "a dog\u2028a cat\u2029\x1c\x1d\x85x", "  a dog  ", "\u00a0a dog\u00a0", "\ufeffa dog",
+    "\ud800 a dog \udfff",
+    "A red, white and blue kite", "a well-made, hand-held, black-and-white toy", "a trash can can hold trash",
+    "each other", "A close up of", "a " * 300, "red " * 300, "red " * 24 + "dog", "very " * 100 + "red dog",
+    "dog " * 300, "the, and " * 200, "red and " * 200, "'s " * 100, "painted " * 200,
+    "very painted dog red " * 100, "red nicely painted dog " * 60 + "dogs", "orange " * 150, "is " * 200,
+    "a red nicely painted dog " * 60 + "dogs ran", "two red painted " * 90, "dog's " * 99, "x" * 3000,
+    "x-" * 3000, "x'" * 3000, "x." * 3000, "A." * 999, "<a" * 999, "&a" * 999, "http://" * 300,
+    "close up " * 100, "of " * 200 + "a group of people",
+]
+PIECES = ["a ", "an ", "red ", "dog", "dog ", "'s ", ", ", ". ", "\n", "painted ", "very ", "of ",
+          "group ", "-", "’", "\0", "<b>", "🐶 ", "猫", "DOG ", "Dog ", "to ", "stands ",
+          "can ", "close up ", "each other "]
+
+
+def template_captions(n, seed=0):
+    """Captions of random words in random orders: far more sentence shapes than people write."""
+    rng = random.Random(seed)
+    words = ("a an the two some his its red orange very nicely painted covered filled sitting riding surfing "
+             "building dog dogs people group pair of in on at to by while and , , . 's can inside outside "
+             "past is are stands stand barks close next back left Paris New York living room each other open "
+             "clean smaller best TV t-shirt 2015 ; ! not with without that who it there young older horse "
+             "drawn carriage tennis racket watch watches play").split()
+    return [" ".join(rng.choice(words) for _ in range(rng.randint(1, 25))) for _ in range(n)]
+
+
+@pytest.fixture(scope="session")
+def fast():
+    return concepts.ConceptExtractor()
+
+
+@pytest.fixture(scope="session")
+def readable():
+    return concepts.ConceptExtractor(fast=False)
+
+
+def assert_same(fast, readable, captions):
+    captions = list(captions)
+    for merge in (False, True):
+        for caption, a, b in zip(captions, fast.phrases(captions, merge), readable.phrases(captions, merge)):
+            assert a == b, caption
+    assert fast.extract_batch(captions) == readable.extract_batch(captions)
+    for caption in captions[:50]:
+        assert fast.words(caption) == readable.words(caption)
+
+
+# ------------------------------------------------------------------------------------------------ extraction
+def test_examples():
+    for caption, expected in {
+        "A cat sits on its hind legs, and swats at the plant.": ["A cat", "its hind legs", "the plant"],
+        "a red circle and a blue square": ["a red circle", "a blue square"],
+        "A group of people riding a long orange train.": ["A group of people", "a long orange train"],
+        "A photo of a man": ["a man"],
+        "A dog and a DOG": ["A dog"],
+        "The smaller dog is standing near the larger dog.": ["The smaller dog", "the larger dog"],
+        "A living room with a very pointy roof": ["A living room", "a very pointy roof"],
+        "A man's hat next to parked cars.": ["A man's hat", "parked cars"],
+        "TWO DOGS ON A SOFA": ["TWO DOGS", "A SOFA"],
+    }.items():
+        assert concepts.extract(caption) == expected
+
+
+def test_fallback_and_blank():
+    assert concepts.extract("  running quickly ") == ["running quickly"]
+    assert concepts.extract("") == concepts.extract(" \n\t") == []
+    assert concepts.default_extractor().extract("  running quickly ", spans=True) == [(2, 17)]
+
+
+def test_both_paths_agree(fast, readable):
+    assert_same(fast, readable, REAL + ODD + template_captions(2500))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(st.text(max_size=60), st.sampled_from(ODD[:50]),
+                          st.lists(st.sampled_from(PIECES), max_size=40).map("".join)), max_size=5))
+def test_both_paths_agree_on_anything(fast, readable, captions):
+    assert_same(fast, readable, captions)
+
+
+def test_concepts_are_substrings(fast):
+    captions = REAL + ODD + template_captions(500, 1)
+    for caption, found, spans in zip(captions, fast.extract_batch(captions),
+                                     fast.extract_batch(captions, spans=True)):
+        assert found == [caption[a:b] for a, b in spans]
+        assert bool(found) == bool(caption.strip())
+        assert len({c.lower() for c in found}) == len(found)
+        assert all(c == c.strip() for c in found)
+        assert spans == sorted(spans)
+
+
+def test_batch_and_cache_do_not_matter():
+    captions = REAL[:200] + ODD
+    expected = [concepts.extract(c) for c in captions]
+    assert concepts.extract_batch(captions) == expected
+    assert concepts.extract_batch(captions[::-1])[::-1] == expected
+    concepts.ConceptExtractor.learn.cache_clear()
+    for i in range(0, len(captions), 7):
+        assert concepts.extract_batch(captions[i:i + 7]) == expected[i:i + 7]
+
+
+def test_cache_is_bounded(fast):
+    fast.extract_batch([f"word{i} of thing{i}" for i in range(30000)])
+    info = concepts.ConceptExtractor.learn.cache_info()
+    assert info.currsize == info.maxsize <= 1 << 14
+    assert fast.extract(REAL[0]) == concepts.extract(REAL[0])
+
+
+def test_pickle_and_processes(fast):
+    assert pickle.loads(pickle.dumps(fast)).extract(REAL[1]) == fast.extract(REAL[1])
+
+
+def test_wrong_arguments():
+    for wrong in (None, 3, b"a dog", ["a dog"]):
+        with pytest.raises(TypeError, match="str"):
+            concepts.extract(wrong)
+    with pytest.raises(TypeError, match="list of captions"):
+        concepts.extract_batch("a dog")
+    with pytest.raises(FileNotFoundError, match="train"):
+        concepts.ConceptExtractor(weights="/nonexistent/weights.json.gz")
+
+
+def test_weights_file_must_be_one(tmp_path):
+    (tmp_path / "w").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match="train"):
+        concepts.ConceptExtractor(weights=tmp_path / "w")
+
+
+def test_weights_of_nltk(tmp_path, fast):
+    folder = tmp_path / "taggers" / "averaged_perceptron_tagger_eng"
+    folder.mkdir(parents=True)
+    for name, part in zip(("weights", "tagdict", "classes"), concepts.load_weights()):
+        (folder / f"averaged_perceptron_tagger_eng.{name}.json").write_text(json.dumps(part))
+    code = "import concepts; print(concepts.ConceptExtractor('nltk').extract('A dog on a red mat'))"
+    p = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                       env={**os.environ, "NLTK_DATA": str(tmp_path)})
+    assert p.stdout == "['A dog', 'a red mat']\n", p.stderr
+    p = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                       env={**os.environ, "NLTK_DATA": str(folder), "HOME": str(folder)})
+    assert p.stdout or "nltk.downloader" in p.stderr
+
+
+def test_weights_are_small_and_exact():
+    assert concepts.WEIGHTS.stat().st_size <= 500_000
+    weights, _, classes = concepts.load_weights()
+    assert all(w * 4 == int(w * 4) for row in weights.values() for w in row.values())
+    assert classes == sorted(classes)
+
+
+def test_drop_places():
+    caption = "A dog on the street in a small town"
+    assert concepts.ConceptExtractor(drop_places=True).extract(caption) == ["A dog", "a small town"]
+
+
+# --------------------------------------------------------------------------------------------------- linear
+@pytest.mark.parametrize("text", [
+    "a dog runs ", "red ", "dog ", "very painted red ", "red and ", "a", "😀", "- ", "dogs' ", "<a ",
+    "x.", "A.", "[", "猫", "dog. ", "'s ", "\n", "an orange close up, ", "1,000", "don't", "&#"])
+def test_time_is_linear(fast, text):
+    def best(n):
+        times = []
+        for _ in range(2):
+            began = time.process_time()
+            fast.extract((text * (n // len(text) + 1))[:n])
+            times.append(time.process_time() - began)
+        return min(times)
+    assert best(100_000) < 5
+    assert best(100_000) < 16 * best(25_000) + 0.3  # linear would be 4
+
+
+def test_long_captions(fast, readable):
+    long = " ".join(REAL * 3)[:60_000]
+    assert len(long.split()) > 9_000
+    assert_same(fast, readable, [long, ("big red " * 5000 + "dog")[:20_000], " ".join(["dog"] * 2000)])
+    for n in (8, 24, 100):  # nested stars would never end here
+        caption = "a " + "red " * n + "dog sits"
+        assert fast.extract(caption) == readable.extract(caption)
+
+
+# ------------------------------------------------------------------------------------------- hard negatives
+def test_swaps():
+    rng = random.Random(0)
+    for kind, caption, expected in (
+            ("adjective", "a red dog near a blue cat", "a blue dog near a red cat"),
+            ("phrase", "A red dog near a blue cat", "A blue cat near a red dog"),
+            ("noun", "an apple near a dog", "a dog near an apple"),
+            ("verb", "a man sitting near a dog running", "a man running near a dog sitting")):
+        assert concepts.swap_negatives(caption, rng, (kind,)) == [expected]
+    assert concepts.swap_negatives("a dog", rng) == concepts.swap_negatives("", rng) == []
+    assert concepts.swap_negatives("a dog and a dog", rng) == []
+    with pytest.raises(ValueError, match="adverb"):
+        concepts.swap_negatives("a dog", rng, ("adverb",))
+
+
+def test_swaps_and_negations_differ_from_the_caption():
+    for i, caption in enumerate(REAL + ODD + template_captions(200, 2)):
+        swapped = concepts.swap_negatives(caption, random.Random(i))
+        assert swapped == concepts.swap_negatives(caption, random.Random(i))
+        assert len(set(swapped)) == len(swapped) <= 4
+        assert caption not in swapped
+        for kind in ("noun", "adjective", "verb", "phrase"):
+            for negative in concepts.swap_negatives(caption, random.Random(i), (kind,)):
+                assert len(negative.split()) == len(caption.split())
+        for rng in (None, random.Random(i)):
+            assert concepts.negate(caption, rng) != caption
+        assert concepts.negate(caption) == concepts.negate(caption)
+
+
+def test_negate():
+    assert concepts.negate("A dog is on a sofa.") == "A dog is not on a sofa."
+    assert concepts.negate("A dog is not on a sofa.") == "A dog is on a sofa."
+    assert concepts.negate("A dog with a hat") == "A dog without a hat"
+    assert concepts.negate("A man riding a horse") == "A man not riding a horse"
+    assert concepts.negate("A boy watches a dog") == "A boy does not watch a dog"
+    assert concepts.negate("a dog on a sofa") == "no dog on a sofa"
+    assert concepts.negate("A dog has a hat") == "A dog does not have a hat"
+    assert concepts.negate("No dog") == "some dog"
+
+
+# ------------------------------------------------------------------------------------------- command line
+def run(*args, **kwargs):
+    return subprocess.run([sys.executable, str(ROOT / "concepts.py"), *map(str, args)], capture_output=True,
+                          text=True, encoding="utf-8", timeout=120, **kwargs)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_one_caption():
+    p = run("A cat sits on its hind legs, and swats at the plant.")
+    assert (p.returncode, p.stdout, p.stderr) == (0, "A cat\nits hind legs\nthe plant\n", "")
+
+
+def test_help_and_mistakes(tmp_path):
+    assert "extract" in run("--help").stdout
+    for command in ("extract", "eval", "train"):
+        assert run(command, "--help").returncode == 0
+    (tmp_path / "c.csv").write_text("picture,text\n1.jpg,a dog\n")
+    (tmp_path / "gold").write_text("[A dog on [the mat].\n")
+    (tmp_path / "t.txt").write_text("no tags\n")
+    (tmp_path / "fine").write_text("[A dog].\n")
+    (tmp_path / "fine.txt").write_text("A dog.\n")
+    out = tmp_path / "o"
+    for args in ((), ("extract",), ("extract", "a.txt", "--output", out, "--workers", "two")):
+        p = run(*args)  # argparse's own errors, below the usage
+        assert p.returncode == 2 and "error: " in p.stderr.splitlines()[-1], (args, p.stderr)
+        assert "Traceback" not in p.stderr
+    for status, args in ((1, ("extract", ROOT / "LICENSE", "--output", out)),
+                         (1, ("extract", tmp_path / "fine.txt", "--output", out, "--workers", "0")),
+                         (1, ("missing.txt",)), (1, ("eval", "missing")), (1, ("eval", tmp_path / "gold")),
+                         (1, ("eval", tmp_path / "t.txt")),
+                         (1, ("extract", tmp_path / "c.csv", "--output", out)),
+                         (1, ("extract", tmp_path / "missing.tar", "--output", out)),
+                         (1, ("train", "--corpus", tmp_path / "t.txt", "--output", out)),
+                         (1, ("eval", tmp_path / "fine", "--weights", tmp_path / "gold"))):
+        p = run(*args)
+        assert p.returncode == status, args
+        assert p.stderr.startswith("error: ") and p.stderr.count("\n") == 1, (args, p.stderr)
+
+
+def test_eval(tmp_path):
+    gold = tmp_path / "gold.txt"
+    gold.write_text("[A dog] on [a sofa] in {the middle} of [a room].\n[A cat] sits on [its] [mat].\n")
+    p = run("eval", gold)
+    assert p.returncode == 0, p.stderr
+    assert p.stdout.splitlines()[-1] == "precision 80.0 recall 66.7 F1 72.7"
+
+
+def test_extract_formats(tmp_path):
+    captions = ["A dog, on a mat", "", 'a "red" cat', "🐶 and 猫", "two birds\n and a tree"]
+    (tmp_path / "a.txt").write_text("\n".join(c.replace("\n", " ") for c in captions), encoding="utf-8")
+    with open(tmp_path / "b.csv", "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([("image", "caption")] + [(f"{i}.jpg", c) for i, c in enumerate(captions)])
+    lines = [json.dumps({"image": f"{i}.jpg", "text": c}) for i, c in enumerate(captions)]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines + ['{"text": 5}', "[]", "broken", "[" * 100_000, ""]))
+    with tarfile.open(tmp_path / "00.tar", "w") as tar:
+        def add(name, data):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for i, c in enumerate(captions):
+            add(f"{i:03}.jpg", b"jpg")
+            add(f"{i:03}.txt", c.encode())
+            add(f"{i:03}.json", json.dumps({"long": c + "!"}).encode())
+    expected = [concepts.extract(c) for c in captions if c]
+    for name, extra, bad in (("a.txt", (), 1), ("b.csv", (), 1), ("c.jsonl", ("--caption-key", "text"), 5),
+                             ("00.tar", (), 1)):
+        out = tmp_path / (name + ".out")
+        p = run("extract", tmp_path / name, "--output", out, *extra)
+        assert p.returncode == 0, p.stderr
+        assert f"{bad} bad rows" in p.stdout and "most frequent" in p.stdout
+        assert [row["concepts"] for row in rows_of(out)][:3] == expected[:3]
+    assert [row["key"] for row in rows_of(tmp_path / "b.csv.out")] == ["0.jpg", "2.jpg", "3.jpg", "4.jpg"]
+    assert [row["key"] for row in rows_of(tmp_path / "00.tar.out")] == ["000", "002", "003", "004"]
+    p = run("extract", tmp_path / "00.tar", "--caption-key", "long", "--output", tmp_path / "l")
+    assert p.returncode == 0, p.stderr
+    assert rows_of(tmp_path / "l")[0]["caption"].endswith("!")
+
+
+def test_shorthand_and_damaged_tar(tmp_path):
+    (tmp_path / "caps.txt").write_text("a dog\na cat\n")
+    assert run(tmp_path / "caps.txt").returncode == 0
+    assert len(rows_of(tmp_path / "caps.concepts.jsonl")) == 2
+    (tmp_path / "x.tar").write_bytes(b"this is no tar" * 100)
+    p = run("extract", tmp_path / "x.tar", "--output", tmp_path / "o")
+    assert "damaged" in p.stderr and "Traceback" not in p.stderr and "1 bad rows" in p.stdout
+
+
+def worker_processes(output):
+    """The processes with this --output on their command line (Linux)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += [path] if str(output).encode() in path.read_bytes().split(b"\0") else []
+        except OSError:  # it has ended meanwhile
+            pass
+    return found
+
+
+def test_resume_after_kill(tmp_path):
+    source, out, whole = tmp_path / "caps.txt", tmp_path / "killed", tmp_path / "whole"
+    source.write_text("\n".join(f"{c} number {i}" for i, c in enumerate(REAL * 40)) + "\n")
+    assert run("extract", source, "--output", whole, "--workers", 2).returncode == 0
+    command = [sys.executable, ROOT / "concepts.py", "extract", source, "--output", out, "--workers", "2"]
+    p = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while time.time() < deadline and (not out.exists() or out.stat().st_size < 200_000):
+        time.sleep(0.005)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    with open(out, "ab") as f:  # a line that was being written
+        f.write(b'{"key": 3, "capt')
+    p = run("extract", source, "--output", out)
+    assert p.returncode == 0 and " from an earlier run" in p.stdout, p.stderr
+    assert out.read_bytes() == whole.read_bytes()
+    assert run("extract", source, "--output", out).returncode == 0  # nothing left to do
+    assert out.read_bytes() == whole.read_bytes()
+    for _ in range(100):  # the workers of the killed process end, too
+        if not worker_processes(out):
+            break
+        time.sleep(0.1)
+    assert not worker_processes(out)
+    (tmp_path / "other.txt").write_text("a dog\n" * 20_000)
+    p = run("extract", tmp_path / "other.txt", "--output", out)
+    assert p.returncode == 1 and "other inputs" in p.stderr
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_training_is_reproducible(tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("A_DT dog_NN sits_VBZ on_IN a_DT red_JJ mat_NN ._.\n"
+                      "Two_CD cats_NNS see_VBP the_DT old_JJ dog_NN ._.\n" * 20)
+    for name, hash_seed in (("one", "1"), ("two", "2")):
+        p = run("train", "--corpus", corpus, "--output", tmp_path / name,
+                env={**os.environ, "PYTHONHASHSEED": hash_seed})
+        assert p.returncode == 0, p.stderr
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    extractor = concepts.ConceptExtractor(tmp_path / "one")
+    assert extractor.extract("The dog sits on a red mat.")[-1] == "a red mat"
+    assert_same(extractor, concepts.ConceptExtractor(tmp_path / "one", fast=False), REAL[:100])
+
+
+def test_import_is_light():
+    code = ("import time; t = time.perf_counter(); import concepts, sys; print(time.perf_counter() - t, "
+            "any(m in sys.modules for m in ('nltk', 'torch', 'tqdm', 'spacy')))")
+    p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    seconds, heavy = p.stdout.split()
+    assert float(seconds) < 2 and heavy == "False"  # 0.1 s on an idle machine
