@@ -107,7 +107,9 @@ class CaptionFile(Dataset):
                              "expected commas in .csv, tabs in .tsv")
         self.image_key = pick_key(path, columns, image_key, IMAGE_KEYS, "--image-key")
         self.caption_key = pick_key(path, columns, caption_key, CAPTION_KEYS, "--caption-key")
-        self.rows = [(r.get(self.image_key) or "", r.get(self.caption_key) or "", r.get("concepts")) for r in rows]
+        texts = ([value if isinstance(value, str) else "" for value in (r.get(self.image_key), r.get(self.caption_key))]
+                 for r in rows)
+        self.rows = [(image, caption, r.get("concepts")) for (image, caption), r in zip(texts, rows)]
 
     def __len__(self):
         return len(self.rows)
@@ -122,12 +124,11 @@ class CaptionFile(Dataset):
         if not caption.strip():
             return {"key": key, "error": "empty caption"}
         try:
-            image = load_image(os.path.join(self.root, name))
+            row = {"image": load_image(os.path.join(self.root, name)), "caption": caption, "key": key}
+            if concepts:
+                row["concepts"] = parse_list(concepts)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return {"key": key, "error": " ".join(str(error).split())}
-        row = {"image": image, "caption": caption, "key": key}
-        if concepts:
-            row["concepts"] = parse_list(concepts)
         return row
 
 
@@ -151,7 +152,10 @@ def read_rows(path):
                     raise ValueError(f"{path}, line {number}: expected an object such as "
                                      '{"image": "a.jpg", "caption": "a cat"}')
         else:
-            rows = list(csv.DictReader(f, delimiter="\t" if kind == ".tsv" else ","))
+            try:
+                rows = list(csv.DictReader(f, delimiter="\t" if kind == ".tsv" else ","))
+            except csv.Error as error:
+                raise ValueError(f"{path} is no table of text: {error}") from None
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return rows

@@ -329,7 +329,7 @@ def main():
         if args.tokenizer:
             set_tokenizer(model, args.tokenizer)
         results = run(args.benches, model.to(args.device).eval(), args)
-    except ValueError as error:     # what a user can mend; anything else is ours, and keeps its trace
+    except (ValueError, OSError) as error:      # what a user can mend; anything else is ours, and keeps its trace
         sys.exit(f"evaluate.py: {error}")
     if args.json:
         with open(args.json, "w") as f:

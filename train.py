@@ -134,10 +134,10 @@ def stop(message, status=1):
 
 
 def guard(function, *arguments, **keywords):
-    """Call it; a ValueError is a mistake that the user can mend, and its text says how."""
+    """Call it; a ValueError is a mistake that the user can mend, and its text says how (an OSError, which file)."""
     try:
         return function(*arguments, **keywords)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         stop(error)
 
 

@@ -87,6 +87,14 @@ def test_unusable_tables_say_what_to_do(folder, name, text, says):
     assert "\n" not in str(error.value)
 
 
+def test_rows_of_other_types_are_named_too(folder):
+    path = write(folder, "t.jsonl", '{"image": "a.png", "caption": "a cat", "concepts": "[broken"}\n'
+                 '{"image": "a.png", "caption": 7}\n{"image": null, "caption": "a cat"}\n'
+                 '{"image": "a.png", "caption": "a cat", "concepts": ["a cat"]}\n')
+    rows = [CaptionFile(path, str(folder))[i] for i in range(4)]
+    assert ["error" in r for r in rows] == [True, True, True, False]
+
+
 def test_missing_column_by_name(folder):
     path = write(folder, "t.csv", "image,caption\na.png,a wall\n")
     with pytest.raises(ValueError, match="no column 'text'; its columns are image, caption: name one with --caption-key"):
