@@ -31,9 +31,10 @@ with tempfile.TemporaryDirectory() as folder:
             f.write(f"{i}.jpg,a {NOUNS[i % 10]} near the {NOUNS[i * 7 % 10]} and a small {NOUNS[i * 3 % 10]}\n")
     print("| --accum | peak MiB | seconds a step | loss of step 3 |\n|---|---|---|---|")
     for accum in args.accum:
-        command = [sys.executable, "train.py", "--model", args.model, "--init", "scratch", "--data", f"{folder}/pairs.csv",
-                   "--image-root", folder, "--batch-size", args.batch_size, "--steps", 3, "--accum", accum, "--dtype",
-                   "float32", "--log-every", 1, "--workers", 0, "--save-every", 10**9, "--out-dir", folder]
+        command = [sys.executable, "train.py", "--model", args.model, "--init", "scratch",
+                   "--data", f"{folder}/pairs.csv", "--image-root", folder, "--batch-size", args.batch_size,
+                   "--steps", 3, "--accum", accum, "--dtype", "float32", "--log-every", 1, "--workers", 0,
+                   "--save-every", 10**9, "--out-dir", folder]
         # a process of its own, whose children are only this run: ru_maxrss is then that of train.py
         run = subprocess.run([sys.executable, "-c", "import resource, subprocess, sys\n"
                               "subprocess.run(sys.argv[1:], check=True, stdout=2, stderr=subprocess.DEVNULL)\n"

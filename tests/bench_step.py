@@ -31,7 +31,8 @@ CLOCK = time.process_time
 def encode_words(words, config, trim):
     """Token ids of the right lengths (a word a token), for towers whose tokenizers cannot be downloaded here."""
     vocabulary = config.vocab_size - 1      # end of text: the highest id, as in CLIP
-    rows = [[2 + zlib.crc32(w.encode()) % 20000 for w in text.split()][:config.context_length - 2] + [vocabulary] for text in words]
+    rows = [[2 + zlib.crc32(w.encode()) % 20000 for w in text.split()][:config.context_length - 2] + [vocabulary]
+            for text in words]
     length = config.context_length
     if trim and config.family == "clip":
         length = min(length, -(-max(map(len, rows)) // 8) * 8)
@@ -78,8 +79,8 @@ def main():
             concept_features = model.encode_text(encode_words(texts, model.config, ours), normalize=True)
             lap("concepts")
             scale, bias = model.logit_scale.exp(), model.logit_bias
-            leaves = [x.detach().requires_grad_() for x in (image_features, patch_tokens, text_features, concept_features)]
-            i, v, t, c = leaves
+            outputs = (image_features, patch_tokens, text_features, concept_features)
+            leaves = i, v, t, c = [x.detach().requires_grad_() for x in outputs]
             loss = clip_loss(i, t, scale) if bias is None else siglip_loss(i, t, scale, bias)
             if ours:
                 columns, labels = concept_columns(c, ids, pairs, len(i))
@@ -87,8 +88,9 @@ def main():
             else:
                 columns, labels = concept_columns(c, torch.arange(len(c)), torch.stack([pairs[:, 0], torch.arange(
                     len(c))], 1), len(i), dedupe=False)
-                similarity = torch.stack([torch.stack([F.normalize(((v[m] @ q).softmax(0)[:, None] * v[m]).sum(0), dim=0)
-                                                       @ q for m in range(len(v))]) for q in columns], 1)
+                pooled = [[((v[m] @ q).softmax(0)[:, None] * v[m]).sum(0) for m in range(len(v))] for q in columns]
+                similarity = torch.stack([torch.stack([F.normalize(x, dim=0) @ q for x in row])
+                                          for row, q in zip(pooled, columns)], 1)
             loss = loss + npc_loss(i, columns, labels, scale, bias) + 0.01 * xac_loss(similarity, labels, scale, bias)
             loss.backward()
             lap("losses")
@@ -107,7 +109,8 @@ def main():
         runs = [(step(True), step(False)) for _ in range(args.rounds)]
         middle = [{part: sorted(run[k][part] for run in runs)[args.rounds // 2] for part in runs[0][k]} for k in (0, 1)]
         total = [sum(m.values()) for m in middle]
-        print(f"{name}: CPU seconds a step, median of {args.rounds}\n\n| part | ours | plain | plain / ours |\n|---|---|---|---|")
+        print(f"{name}: CPU seconds a step, median of {args.rounds}\n\n"
+              "| part | ours | plain | plain / ours |\n|---|---|---|---|")
         for part in middle[0]:
             print(f"| {part} | {middle[0][part]:.2f} ({middle[0][part] / total[0]:.0%}) | {middle[1][part]:.2f} "
                   f"({middle[1][part] / total[1]:.0%}) | {middle[1][part] / max(middle[0][part], 1e-9):.1f} |")

@@ -97,7 +97,7 @@ def test_rows_of_other_types_are_named_too(folder):
 
 def test_missing_column_by_name(folder):
     path = write(folder, "t.csv", "image,caption\na.png,a wall\n")
-    with pytest.raises(ValueError, match="no column 'text'; its columns are image, caption: name one with --caption-key"):
+    with pytest.raises(ValueError, match="no column 'text'; its columns are image, caption: name one with --capt"):
         CaptionFile(path, str(folder), caption_key="text")
 
 

@@ -58,7 +58,8 @@ def crepe(tmp_path_factory):
         items = {}
         for i in range(0, 40, 2):       # ids with gaps, as in swap_obj
             caption = " ".join(rng.choices(words, k=rng.randint(3, 12)))
-            negative = caption.upper() + " " if i % 10 == 0 else " ".join(rng.sample(caption.split(), len(caption.split())))
+            shuffled = " ".join(rng.sample(caption.split(), len(caption.split())))
+            negative = caption.upper() + " " if i % 10 == 0 else shuffled
             items[str(i)] = {"filename": rng.choice(names), "caption": caption, "negative_caption": negative}
         (folder / "sugarcrepe" / f"{subset}.json").write_text(json.dumps(items))
     return folder
@@ -109,7 +110,8 @@ def test_sugarcrepe_missing_images(peer, crepe, unofficial, tmp_path, capsys):
         os.symlink(crepe / "val2017" / name, tmp_path / name)
     with pytest.raises(ValueError, match="4 of 9 images are missing.*or skip what is missing with --allow-missing"):
         BENCHES["sugarcrepe"](peer[1], arguments(data_dir=str(crepe), image_root=str(tmp_path)))
-    results = BENCHES["sugarcrepe"](peer[1], arguments(data_dir=str(crepe), image_root=str(tmp_path), allow_missing=True))
+    args = arguments(data_dir=str(crepe), image_root=str(tmp_path), allow_missing=True)
+    results = BENCHES["sugarcrepe"](peer[1], args)
     assert 0 < sum(r["n"] for r in results.values()) < 140
     assert "items skipped, without their image" in capsys.readouterr().out
 
@@ -139,7 +141,8 @@ def test_fetch_resumes_and_checks(tmp_path):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url, path, good = f"http://127.0.0.1:{server.server_port}/x", tmp_path / "new" / "x", hashlib.sha256(content).hexdigest()
+    url, path = f"http://127.0.0.1:{server.server_port}/x", tmp_path / "new" / "x"
+    good = hashlib.sha256(content).hexdigest()
     os.makedirs(tmp_path / "new")
     (tmp_path / "new" / "x.part").write_bytes(content[:123_456])        # broken off by an earlier call
     fetch(url, str(path), good)

@@ -14,7 +14,8 @@ from model import CLIP
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-SMALL = ["--batch-size", "32", "--steps", "12", "--log-every", "1", "--eval-every", "0", "--warmup", "2", "--lr", "3e-4"]
+SMALL = ["--batch-size", "32", "--steps", "12", "--log-every", "1", "--eval-every", "0", "--warmup", "2",
+         "--lr", "3e-4"]
 
 
 def run(script, *args, processes=1, check=True):
