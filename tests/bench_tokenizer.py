@@ -19,16 +19,29 @@ from model import MODELS, Tokenizer, read_tokenizer  # noqa: E402
 
 
 def openai_tokenizer(folder):
-    """Writes CLIP's vocab.json and merges.txt from open_clip's copy, and returns the text of the tokenizer.json."""
+    """CLIP's tokenizer.json, built from open_clip's vocabulary by way of the hub's vocab.json and merges.txt, which are
+    left in the folder. Returns (the text of the tokenizer.json, open_clip's tokenizer)."""
     from open_clip import SimpleTokenizer
+    from tokenizers import Regex, Tokenizer as Backend, models, normalizers, pre_tokenizers, processors
     peer = SimpleTokenizer()
-    with open(os.path.join(folder, "vocab.json"), "w", encoding="utf-8") as f:
-        names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}     # as on the hub
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}     # as on the hub
+    vocab, merges = os.path.join(folder, "vocab.json"), os.path.join(folder, "merges.txt")
+    with open(vocab, "w", encoding="utf-8") as f:
         json.dump({names.get(k, k): v for k, v in peer.encoder.items()}, f, ensure_ascii=False)
-    merges = sorted(peer.bpe_ranks, key=peer.bpe_ranks.get)
-    with open(os.path.join(folder, "merges.txt"), "w", encoding="utf-8") as f:
-        f.write("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
-    return read_tokenizer(os.path.join(folder, "vocab.json")), peer
+    with open(merges, "w", encoding="utf-8") as f:
+        pairs = sorted(peer.bpe_ranks, key=peer.bpe_ranks.get)
+        f.write("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in pairs) + "\n")
+
+    t = Backend(models.BPE.from_file(vocab, merges, end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    ends = list(names.values())
+    t.add_special_tokens(ends)
+    t.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "removed", invert=True),
+                                               pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    t.post_processor = processors.TemplateProcessing(
+        single=f"{ends[0]} $A {ends[1]}", special_tokens=[(e, t.token_to_id(e)) for e in ends])
+    return t.to_str(), peer
 
 
 def main():

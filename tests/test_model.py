@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -64,10 +65,8 @@ def difference(a, b):
 
 @pytest.fixture(scope="session")
 def clip_tokenizer(tmp_path_factory):
-    """CLIP's vocab.json and merges.txt in a folder; (folder, the tokenizer.json's text, open_clip's tokenizer)."""
-    folder = tmp_path_factory.mktemp("bpe")
-    text, peer = openai_tokenizer(str(folder))
-    return folder, text, peer
+    """(the text of CLIP's tokenizer.json, open_clip's tokenizer)."""
+    return openai_tokenizer(str(tmp_path_factory.mktemp("bpe")))
 
 
 @pytest.fixture(scope="session")
@@ -202,17 +201,17 @@ def assert_parity(model, peer, fp64=True):
     ("ViT-B-32", dict(layers=3)), ("ViT-B-32-quickgelu", dict(layers=3)), ("ViT-B-16", dict(layers=3)),
     ("ViT-L-14", dict(layers=2)), ("ViT-L-14-336-quickgelu", dict(layers=1))])
 def test_open_clip_clip(name, reduce, tmp_path, clip_tokenizer):
-    folder, peer = write_open_clip(tmp_path, name, clip_tokenizer[1], bin="quickgelu" in name, **reduce)
+    folder, peer = write_open_clip(tmp_path, name, clip_tokenizer[0], bin="quickgelu" in name, **reduce)
     model = CLIP.from_pretrained(folder)
     assert model.config.vision_act == model.config.text_act == ("quick_gelu" if "quickgelu" in name else "gelu")
     assert_parity(model, peer)
-    assert torch.equal(model.tokenize(CAPTIONS), clip_tokenizer[2](CAPTIONS))
+    assert torch.equal(model.tokenize(CAPTIONS), clip_tokenizer[1](CAPTIONS))
 
 
 def test_open_clip_real_shape_and_memory(tmp_path, clip_tokenizer):
     """A whole ViT-B/32 (605 MB). Loading it must not need three copies: peak below 2.4 times its size, of which one is
     the file's mapped pages."""
-    folder, peer = write_open_clip(tmp_path, "ViT-B-32", clip_tokenizer[1])
+    folder, peer = write_open_clip(tmp_path, "ViT-B-32", clip_tokenizer[0])
     model = CLIP.from_pretrained(folder, "ViT-B-32")
     assert model.config.name == "ViT-B-32"
     assert_parity(model, peer, fp64=False)
@@ -229,9 +228,12 @@ def test_open_clip_real_shape_and_memory(tmp_path, clip_tokenizer):
 @pytest.fixture
 def shallow(monkeypatch):
     """timm's image towers with 2 blocks, for open_clip and for us alike."""
-    import timm
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, **{"depth": 2, **kwargs}))
+    monkeypatch.setattr(M, "TOWERS", {word: (size[0], 2, *size[2:]) for word, size in M.TOWERS.items()})
+    for name, config in MODELS.items():
+        if config.family == "siglip":
+            monkeypatch.setitem(MODELS, name, replace(config, vision_layers=2))
 
 
 @pytest.mark.parametrize("name, acts", [
@@ -250,7 +252,7 @@ def test_open_clip_siglip(name, acts, tmp_path, siglip_tokenizer, shallow):
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu", "gelu_pytorch_tanh"])
 def test_transformers_tiny(kind, act, tmp_path, clip_tokenizer, siglip_tokenizer):
-    tokenizer = clip_tokenizer[1] if kind == "clip" else siglip_tokenizer
+    tokenizer = clip_tokenizer[0] if kind == "clip" else siglip_tokenizer
     folder, peer = write_hf(tmp_path, kind, tokenizer, hidden_act=act, bin=act == "gelu")
     model = CLIP.from_pretrained(folder)
     assert model.config.vision_act == {"gelu_pytorch_tanh": "gelu_tanh"}.get(act, act)
@@ -260,7 +262,7 @@ def test_transformers_tiny(kind, act, tmp_path, clip_tokenizer, siglip_tokenizer
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_transformers_real_shape(kind, tmp_path, clip_tokenizer, siglip_tokenizer):
     """The image towers of openai/clip-vit-base-patch32 and google/siglip-base-patch16-224, whole."""
-    tokenizer = clip_tokenizer[1] if kind == "clip" else siglip_tokenizer
+    tokenizer = clip_tokenizer[0] if kind == "clip" else siglip_tokenizer
     folder, peer = write_hf(tmp_path, kind, tokenizer, tiny=False)
     # as on the hub: google's config.json leaves out all that is transformers' default
     cfg = json.load(open(tmp_path / "config.json"))
@@ -276,10 +278,19 @@ def test_every_name_agrees_with_open_clip_and_is_accepted():
         if name == "nano":
             continue
         cfg = open_clip.get_model_config(name)
-        config = M._from_open_clip(cfg, {}, ".")
-        for key in M.STRUCTURE + ("vision_act", "text_act", "logit_bias", "text_clean"):
+        config = M._read_config("open_clip", cfg, {})
+        for key in M.STRUCTURE + ("image_size", "vision_act", "text_act", "logit_bias", "text_clean"):
             assert getattr(config, key) == getattr(ours, key), (name, key)
         assert M.default_source(name).startswith("timm/")
+        if ours.family == "siglip":     # a name stands for the numbers that timm gives it
+            with torch.device("meta"):
+                tower = timm.create_model(cfg["vision_cfg"]["timm_model_name"], num_classes=0)
+                mine = CLIP(replace(ours, text_layers=1, vocab_size=8)).visual
+            assert ({k: v.shape for k, v in tower.state_dict().items()}
+                    == {k: v.shape for k, v in mine.state_dict().items()}), name
+            x = torch.linspace(-4, 4, 99)
+            assert difference(tower.blocks[0].mlp.act(x), mine.blocks[0].mlp.act(x)) < 1e-6, name
+            assert tower.blocks[0].attn.num_heads == ours.vision_heads
 
 
 # -----------------------------------------------------------------------------
@@ -289,7 +300,7 @@ def test_single_files(tmp_path, clip_tokenizer, monkeypatch):
     """One file of each kind, told apart by its keys; the architecture comes from the name."""
     for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
         monkeypatch.setitem(MODELS, name, replace(MODELS[name], vision_layers=2, text_layers=2))
-    folder, peer = write_open_clip(tmp_path / "oc", "ViT-B-32", clip_tokenizer[1], layers=2)
+    folder, peer = write_open_clip(tmp_path / "oc", "ViT-B-32", clip_tokenizer[0], layers=2)
     whole = CLIP.from_pretrained(folder)
     state = peer.state_dict()
     safe = os.path.join(folder, "open_clip_model.safetensors")
@@ -310,12 +321,11 @@ def test_single_files(tmp_path, clip_tokenizer, monkeypatch):
     assert all(p.dtype == torch.float32 for p in openai.parameters())
     assert torch.equal(openai.visual.cls_token.flatten(), half["visual.class_embedding"].float())
 
-    # a training checkpoint of open_clip; its custom_text layout; the old tar format of torch
+    # a training checkpoint of open_clip; the old tar format of torch
     parallel = {"module." + k: v for k, v in state.items()}
     torch.save({"epoch": 1, "state_dict": parallel, "optimizer": {}}, tmp_path / "e.pt")
     assert same_state(CLIP.from_pretrained(str(tmp_path / "e.pt"), "ViT-B-32-quickgelu"), whole)
-    custom = {k if k.startswith(("visual", "logit")) else "text." + k: v for k, v in state.items()}
-    torch.save(custom, tmp_path / "c.pth", _use_new_zipfile_serialization=False)
+    torch.save(state, tmp_path / "c.pth", _use_new_zipfile_serialization=False)
     assert same_state(CLIP.from_pretrained(str(tmp_path / "c.pth"), "ViT-B-32-quickgelu"), whole)
 
     # this project: with its config, and bare
@@ -338,17 +348,14 @@ def test_single_files_of_transformers_and_siglip(tmp_path, siglip_tokenizer, mon
             assert same_state(CLIP.from_pretrained(os.path.join(folder, name), "small-quickgelu"), whole)
 
 
-def test_bf16_weights_and_vocab_with_merges(tmp_path, clip_tokenizer):
-    folder, peer = write_hf(tmp_path, "clip", clip_tokenizer[1])
+def test_bf16_weights_and_no_tokenizer(tmp_path, clip_tokenizer):
+    folder, peer = write_hf(tmp_path, "clip", clip_tokenizer[0])
     state = {k: v.bfloat16() for k, v in peer.state_dict().items()}
     save_file(state, tmp_path / "model.safetensors")
-    os.remove(tmp_path / "tokenizer.json")
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(clip_tokenizer[0] / name, tmp_path)
     model = CLIP.from_pretrained(folder)
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    assert torch.equal(model.tokenize(CAPTIONS), clip_tokenizer[2](CAPTIONS))
-    os.remove(tmp_path / "merges.txt")
+    assert torch.equal(model.tokenize(CAPTIONS), clip_tokenizer[1](CAPTIONS))
+    os.remove(tmp_path / "tokenizer.json")
     with pytest.warns(UserWarning, match="no tokenizer.json"):
         assert CLIP.from_pretrained(folder).config.tokenizer == ""
 
@@ -357,15 +364,10 @@ def test_preprocessing_and_activation_come_from_the_config(tmp_path, clip_tokeni
     folder, _ = write_hf(tmp_path / "a", "siglip", siglip_tokenizer)
     pre = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2,
            "size": {"height": 48, "width": 48}}
-    for wrapped in (False, True):       # transformers 5 may put it into processor_config.json
-        for name in ("preprocessor_config.json", "processor_config.json"):
-            if os.path.exists(tmp_path / "a" / name):
-                os.remove(tmp_path / "a" / name)
-        write_json(folder, "processor_config.json" if wrapped else "preprocessor_config.json",
-                   {"image_processor": pre} if wrapped else pre)
-        c = CLIP.from_pretrained(folder).config
-        assert (c.mean, c.std, c.interpolation, c.resize) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", "squash")
-    folder, _ = write_hf(tmp_path / "b", "clip", clip_tokenizer[1])
+    write_json(folder, "preprocessor_config.json", pre)
+    c = CLIP.from_pretrained(folder).config
+    assert (c.mean, c.std, c.interpolation, c.resize) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", "squash")
+    folder, _ = write_hf(tmp_path / "b", "clip", clip_tokenizer[0])
     write_json(folder, "preprocessor_config.json", {"size": 48, "crop_size": 48, "resample": 3})    # the older way
     c = CLIP.from_pretrained(folder).config
     assert (c.resize, c.interpolation, c.image_size, c.mean) == ("shortest", "bicubic", 48, MODELS["ViT-B-32"].mean)
@@ -373,7 +375,7 @@ def test_preprocessing_and_activation_come_from_the_config(tmp_path, clip_tokeni
 
 def test_image_size_is_resampled_and_said(tmp_path, siglip_tokenizer, clip_tokenizer):
     from timm.layers import resample_abs_pos_embed
-    for kind, tokenizer in (("clip", clip_tokenizer[1]), ("siglip", siglip_tokenizer)):
+    for kind, tokenizer in (("clip", clip_tokenizer[0]), ("siglip", siglip_tokenizer)):
         folder, _ = write_hf(tmp_path / kind, kind, tokenizer)
         small = CLIP.from_pretrained(folder)
         with pytest.warns(UserWarning, match="resampled from 3 x 3 to 5 x 5"):
@@ -390,23 +392,33 @@ def test_image_size_is_resampled_and_said(tmp_path, siglip_tokenizer, clip_token
 # in: the hub, played by a local server and by the cache
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    root, asked = None, []
+    root, sent = None, []
 
     def do_HEAD(self, body=False):
-        self.asked.append(self.path)
+        if self.path.startswith("/api/models/"):
+            return self.list_repo(self.path.removeprefix("/api/models/").split("?")[0])
         owner, name, _, _, file = (self.path.split("?")[0].strip("/").split("/", 4) + [""] * 4)[:5]
         path = os.path.join(self.root, owner, name, file)
         exists = os.path.isfile(path)
         content = open(path, "rb").read() if exists else b""
-        self.send_response(200 if exists else 401 if owner == "gated" else 404)
-        if not exists and owner != "gated":
-            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_response(200 if exists else 404)
         self.send_header("X-Repo-Commit", "0" * 40)
         self.send_header("ETag", f'"{len(content)}-{file}"')
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
+        self.sent.append((self.path, len(content) * body))
         if body:
             self.wfile.write(content)
+
+    def list_repo(self, repo):
+        folder = os.path.join(self.root, repo)
+        exists = os.path.isdir(folder)
+        files = [{"rfilename": name} for name in os.listdir(folder)] if exists else []
+        content = json.dumps({"_id": "0", "id": repo, "siblings": files}).encode()
+        self.send_response(200 if exists else 401)      # as the hub answers for what it hides
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def do_GET(self):
         self.do_HEAD(body=True)
@@ -416,8 +428,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def point_to(url, monkeypatch):
-    from huggingface_hub import constants
+    from huggingface_hub import HfApi, constants
     monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: HfApi(endpoint=url))
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
@@ -425,7 +438,7 @@ def point_to(url, monkeypatch):
 def hub(tmp_path, monkeypatch):
     """A hub with an empty cache; returns the folder of its repos."""
     from huggingface_hub import constants
-    Hub.root, Hub.asked = str(tmp_path / "hub"), []
+    Hub.root, Hub.sent = str(tmp_path / "hub"), []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
@@ -441,16 +454,13 @@ def test_hub(hub, clip_tokenizer, siglip_tokenizer, monkeypatch):
     model = CLIP.from_pretrained("google/siglip")
     assert_parity(model, peer, fp64=False)
     assert model.config.name == "siglip" and model.config.pad_id == 1 and model.config.image_size == 48
-    asked = len(Hub.asked)
+    asked = len(Hub.sent)
     CLIP.from_pretrained("hf-hub:google/siglip")
-    assert not any("model.safetensors" in path for path in Hub.asked[asked:])       # weights now come from the cache
-    with pytest.raises(ValueError, match="gated/x on the hub answers.*401"):
+    assert not any(path.endswith("model.safetensors") and size for path, size in Hub.sent[asked:])     # now cached
+    with pytest.raises(ValueError, match="gated/x is not here.*refuses .HfHubHTTPError"):
         CLIP.from_pretrained("gated/x")
-    with pytest.raises(ValueError, match="lacks open_clip_config.json and .* or config.json and"):
-        CLIP.from_pretrained("nobody/nothing")
-    write_json(hub / "google", "dummy", {})
     os.makedirs(hub / "no" / "weights"), write_json(hub / "no" / "weights", "config.json", {"model_type": "clip"})
-    with pytest.raises(ValueError, match="lacks config.json and model.safetensors .or pytorch_model.bin"):
+    with pytest.raises(ValueError, match="lacks open_clip_config.json and .* or config.json and model.safetensors .or"):
         CLIP.from_pretrained("no/weights")
     # now the network goes: what is cached still loads, and the rest fails at once with what to fetch
     point_to("http://127.0.0.1:9", monkeypatch)
@@ -478,7 +488,7 @@ def test_offline_fails_at_once(how, hub, monkeypatch):
 # in: mistakes
 
 def test_mistakes_say_what_to_do(tmp_path, clip_tokenizer, siglip_tokenizer):
-    folder, peer = write_hf(tmp_path / "a", "clip", clip_tokenizer[1])
+    folder, peer = write_hf(tmp_path / "a", "clip", clip_tokenizer[0])
     weights = os.path.join(folder, "model.safetensors")
     state = load_file(weights)
 
@@ -510,7 +520,6 @@ def test_mistakes_say_what_to_do(tmp_path, clip_tokenizer, siglip_tokenizer):
            "1 missing .text_model.encoder.layers.1.mlp.fc2.bias.*read as transformers clip")
     broken(lambda s: [s.pop(k) for k in list(s) if "layers.1." in k], "32 missing .*, ....*likely half a file")
     broken(lambda s: s.update({"vision_model.extra.weight": torch.ones(2)}), "1 unexpected .vision_model.extra.weight")
-    broken(lambda s: s["visual_projection.weight"].fill_(float("nan")), "1 not finite .visual.head.weight")
     broken(lambda s: s.update(logit_scale=torch.ones(3)), "1 of another shape .logit_scale")
     broken(lambda s: [s.pop(k) for k in list(s) if k.startswith("vision")], "none of the formats")
 
@@ -518,9 +527,9 @@ def test_mistakes_say_what_to_do(tmp_path, clip_tokenizer, siglip_tokenizer):
         f.truncate(1000)
     fails("model.safetensors holds no readable weights", folder)
     write_text(folder, "config.json", "{")
-    fails("config.json is not json", folder)
+    fails("config.json is not what this code can build .JSONDecodeError", folder)
     write_json(folder, "config.json", {"model_type": "bert"})
-    fails("model_type 'bert': expected clip or siglip", folder)
+    fails("model_type is 'bert', but this code can only do 'clip'", folder)
     cfg = peer.config.to_dict()
     cfg["vision_config"]["hidden_act"] = "relu"
     write_json(folder, "config.json", cfg)
@@ -537,7 +546,7 @@ def test_mistakes_say_what_to_do(tmp_path, clip_tokenizer, siglip_tokenizer):
     fails("TorchScript archive.*timm/vit_base_patch32_clip_224.openai", str(tmp_path / "jit.pt"), "ViT-B-32")
     with pytest.raises(ValueError, match="not a checkpoint of this project"):
         CLIP.load(save(tmp_path / "s.pt", state))
-    with pytest.raises(ValueError, match="no checkpoint at"):
+    with pytest.raises(ValueError, match="none.pt holds no readable weights .FileNotFoundError"):
         CLIP.load(str(tmp_path / "none.pt"))
     with pytest.raises(ValueError, match="is not a tokenizer"):
         M.read_tokenizer(os.path.join(folder, "config.json"))
@@ -549,14 +558,14 @@ def save(path, what):
 
 
 def test_open_clip_configs_that_cannot_be_built(tmp_path, clip_tokenizer):
-    folder, _ = write_open_clip(tmp_path, "ViT-B-32", clip_tokenizer[1], layers=1)
+    folder, _ = write_open_clip(tmp_path, "ViT-B-32", clip_tokenizer[0], layers=1)
     good = json.load(open(tmp_path / "open_clip_config.json"))
     for section, key, value, match in (
             ("text_cfg", "pool_type", "eos", "text_cfg.pool_type is 'eos'"),
             ("text_cfg", "no_causal_mask", True, "no_causal_mask is True"),
             ("vision_cfg", "pool_type", "avg", "vision_cfg.pool_type is 'avg'"),
             ("vision_cfg", "layers", 2, "12 missing .visual.transformer.resblocks.1"),
-            ("vision_cfg", "timm_model_name", "vit_nonsense", "not what this code can build")):
+            ("vision_cfg", "timm_model_name", "vit_nonsense", "not what this code can build .*vit_nonsense")):
         cfg = copy.deepcopy(good)
         cfg["model_cfg"][section][key] = value
         write_json(tmp_path, "open_clip_config.json", cfg)
@@ -569,12 +578,12 @@ def test_open_clip_configs_that_cannot_be_built(tmp_path, clip_tokenizer):
 
 
 def test_quickgelu_name_contradicts_a_gelu_config(tmp_path, clip_tokenizer, monkeypatch):
-    folder, _ = write_hf(tmp_path, "clip", clip_tokenizer[1], hidden_act="gelu")
+    folder, _ = write_hf(tmp_path, "clip", clip_tokenizer[0], hidden_act="gelu")
     config = CLIP.from_pretrained(folder).config
     monkeypatch.setitem(MODELS, "small", config)
     monkeypatch.setitem(MODELS, "small-quickgelu", replace(config, vision_act="quick_gelu", text_act="quick_gelu"))
     assert CLIP.from_pretrained(folder, "small").config.name == "small"
-    with pytest.raises(ValueError, match="activation gelu, not quick_gelu"):
+    with pytest.raises(ValueError, match="vision_act gelu, not quick_gelu"):
         CLIP.from_pretrained(folder, "small-quickgelu")
 
 
@@ -586,7 +595,7 @@ def nano(siglip_tokenizer, **kwargs):
 
 
 def small_clip(clip_tokenizer, **kwargs):
-    return perturb(CLIP(replace(MODELS["ViT-B-32"], tokenizer=clip_tokenizer[1], vision_layers=2, text_layers=2,
+    return perturb(CLIP(replace(MODELS["ViT-B-32"], tokenizer=clip_tokenizer[0], vision_layers=2, text_layers=2,
                                 vision_act="quick_gelu", text_act="quick_gelu", **kwargs)))
 
 
@@ -661,13 +670,11 @@ def test_export_transformers(any_model, tmp_path):
     assert difference(text[plain], model.encode_text(ours[plain], normalize=True)) < 1e-5
     back = assert_round_trip(model, folder)
     export(back, "transformers", folder + "2")
-    again = assert_round_trip(back, folder + "2")
-    assert again.config.tokenizer == back.config.tokenizer      # the cleaning is not put in twice
+    assert_round_trip(back, folder + "2")
 
 
 @torch.no_grad()
 def test_export_timm(any_model, tmp_path):
-    import timm
     model, folder = any_model, str(tmp_path / "out")
     how = export(model, "timm", folder)
     cfg = json.load(open(folder + "/config.json"))
@@ -683,12 +690,12 @@ def test_export_timm(any_model, tmp_path):
 @torch.no_grad()
 def test_peer_in_and_out_again_is_bit_equal(tmp_path, clip_tokenizer, siglip_tokenizer, shallow):
     """in -> out gives the peer's own tensors back, bit by bit, under its own names."""
-    for kind, tokenizer in (("clip", clip_tokenizer[1]), ("siglip", siglip_tokenizer)):
+    for kind, tokenizer in (("clip", clip_tokenizer[0]), ("siglip", siglip_tokenizer)):
         folder, _ = write_hf(tmp_path / kind, kind, tokenizer)
         export(CLIP.from_pretrained(folder), "transformers", folder + "-out")
         a, b = load_file(folder + "/model.safetensors"), load_file(folder + "-out/model.safetensors")
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].shape == b[k].shape for k in a)
-    for name, tokenizer in (("ViT-B-32", clip_tokenizer[1]), ("ViT-B-32-SigLIP2-256", siglip_tokenizer)):
+    for name, tokenizer in (("ViT-B-32", clip_tokenizer[0]), ("ViT-B-32-SigLIP2-256", siglip_tokenizer)):
         folder, _ = write_open_clip(tmp_path / name, name, tokenizer, layers=2, vocab=600 if "Sig" in name else None)
         export(CLIP.from_pretrained(folder), "open_clip", folder + "-out")
         a, b = (load_file(f + "/open_clip_model.safetensors") for f in (folder, folder + "-out"))
@@ -735,7 +742,7 @@ def test_command_line(tmp_path, siglip_tokenizer, monkeypatch, capsys):
     for status, word, args in (
             (0, "--format", ["export", "--help"]), (0, "export", ["--help"]), (2, "required", ["export"]), (2, "", []),
             (2, "invalid choice", ["export", "--checkpoint", checkpoint, "--format", "onnx", "--output", "o"]),
-            (1, "not an empty folder", ["export", "--checkpoint", checkpoint, "--format", "timm", "--output", "out"]),
+            (1, "exists: give a new folder", ["export", "--checkpoint", checkpoint, "--format", "timm", "--output", "out"]),
             (1, "no such file", ["export", "--checkpoint", "none.pt", "--format", "timm", "--output", "o"])):
         found, text = run(*args)
         assert found == status and word in text and (status != 1 or "\n" not in text), (args, found, text)
@@ -772,9 +779,9 @@ HARD = ["“Curly” ‘quotes’ &amp; &quot;html&quot;", "snake_case, and-dash
 
 
 def test_clip_tokenizer_equals_open_clip(clip_tokenizer):
-    ours = M.Tokenizer(replace(MODELS["ViT-B-32"], tokenizer=clip_tokenizer[1]))
+    ours = M.Tokenizer(replace(MODELS["ViT-B-32"], tokenizer=clip_tokenizer[0]))
     texts = CAPTIONS + HARD
-    assert torch.equal(ours(texts), clip_tokenizer[2](texts))
+    assert torch.equal(ours(texts), clip_tokenizer[1](texts))
     trimmed = ours(CAPTIONS, trim=True)
     length = trimmed.shape[1]
     assert length < 77 and length % 8 == 0 and torch.equal(trimmed, ours(CAPTIONS)[:, :length])
@@ -789,8 +796,7 @@ def test_siglip_tokenizer_equals_open_clip(tmp_path, siglip_tokenizer):
     assert ours([]).shape == (0, 64)
 
 
-WORDS = st.sampled_from(["A dog's", "&amp;", "&quot;x&quot;", "“it”", "’s", "_", "é", "e\u0301", "ﬁ", "ｆｕｌｌ", "ĳ", "\t",
-                         "<b>", "5%"])
+WORDS = st.sampled_from(["A dog's", "&amp;", "&quot;x&quot;", "“it”", "’s", "_", "é", "e\u0301", "ﬁ", "\t", "<b>", "5%"])
 
 
 @settings(max_examples=300, deadline=None)
@@ -811,7 +817,7 @@ def test_cleaning_of_captions(text):
 
 def test_tokenizer_that_does_not_belong(clip_tokenizer):
     with pytest.raises(ValueError, match="49408 tokens but nano embeds 1024"):
-        CLIP(replace(MODELS["nano"], tokenizer=clip_tokenizer[1]))
+        CLIP(replace(MODELS["nano"], tokenizer=clip_tokenizer[0]))
 
 
 # -----------------------------------------------------------------------------
