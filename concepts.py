@@ -569,7 +569,7 @@ def extract_files(args):
 
 def main(argv):
     parser = argparse.ArgumentParser(prog="concepts.py", description="Noun-phrase concepts of captions: concepts.py 'A "
-                                     "cat on a mat', or concepts.py captions.csv, which writes captions.concepts.jsonl.")
+                                     "cat on a mat', or concepts.py captions.csv, which writes captions.concepts.jsonl")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     p = commands.add_parser("extract", help="captions of files -> jsonl; run again after a kill, it goes on")
     p.add_argument("inputs", nargs="+", help=".txt (a caption a line), .csv, .tsv, .jsonl, webdataset .tar")

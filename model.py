@@ -7,19 +7,16 @@ CLIPConfig and travels in every checkpoint:
     images = torch.stack([model.transform(Image.open(f)) for f in files])           # (B, 3, S, S)
     logits = model.encode_image(images, True) @ model.encode_text(model.tokenize(texts), True).T
 
-CLIP.from_pretrained reads weights of open_clip, transformers and OpenAI; export writes them back (and timm's).
-
-The two families differ in a handful of places, all of them marked `siglip` below:
+CLIP.from_pretrained reads the weights of open_clip, transformers and OpenAI. The two families differ in a handful
+of places, all of them marked `siglip` below:
     clip    class token, pre-norm;     causal text, read at the end-of-text token;  heads without bias
     siglip  attention pool, no class;  text sees all positions, read at the last;   text head with bias
 """
-import argparse
 import html
 import json
 import math
 import os
 import string
-import sys
 import unicodedata
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision import transforms
 
 ACTS = ("gelu", "gelu_tanh", "quick_gelu")
+
 
 @dataclass
 class CLIPConfig:
@@ -76,15 +74,15 @@ class CLIPConfig:
 
 STRUCTURE = ("family", "embed_dim", "patch_size", "vision_width", "vision_layers", "vision_heads", "vision_mlp",
              "text_width", "text_layers", "text_heads", "text_mlp", "vocab_size", "context_length")
-TOWERS = {"small": (512, 12, 8, 2048), "base": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096),
-          "so400m": (1152, 27, 16, 4304)}       # timm's word: width, layers, heads, hidden units of each MLP
+# timm's word: width, layers, heads, hidden units of each MLP
+TOWERS = {"small": (512, 12, 8, 2048), "base": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096)}
 _CLIP = dict(family="clip", vocab_size=49408, context_length=77, logit_scale=math.log(1 / 0.07), logit_bias=None,
              mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711), resize="shortest",
              text_clean="lower")
 _QUICK = dict(_CLIP, vision_act="quick_gelu", text_act="quick_gelu")
 _SIGLIP = dict(vocab_size=32000, context_length=64, pad_id=1, logit_scale=math.log(10))
 _SIGLIP2 = dict(_SIGLIP, vocab_size=256000, pad_id=0, text_act="gelu_tanh")
-_TANH = dict(_SIGLIP2, vision_act="gelu_tanh")
+
 
 def _named(name, image, text, patch_size, rest, image_size):
     towers = {f"{t}_{k}": n for t, word in (("vision", image), ("text", text))
@@ -92,38 +90,37 @@ def _named(name, image, text, patch_size, rest, image_size):
     return CLIPConfig(name.replace("*", f"-{image_size}" * (image_size != 224)), embed_dim=TOWERS[text][0],
                       image_size=image_size, patch_size=patch_size, **towers, **rest)
 
+S, B, L = TOWERS
 MODELS = {c.name: c for c in [CLIPConfig()] + [_named(*row, size) for *row, sizes in (      # open_clip's names
-    ("ViT-B-32", "base", "small", 32, _CLIP, [224]), ("ViT-B-32-quickgelu", "base", "small", 32, _QUICK, [224]),
-    ("ViT-B-16", "base", "small", 16, _CLIP, [224]), ("ViT-B-16-quickgelu", "base", "small", 16, _QUICK, [224]),
-    ("ViT-L-14*", "large", "base", 14, _CLIP, [224, 336]),      # *: the image size, unless that is 224
-    ("ViT-L-14*-quickgelu", "large", "base", 14, _QUICK, [224, 336]),
-    ("ViT-B-16-SigLIP*", "base", "base", 16, _SIGLIP, [224, 256, 384, 512]),
-    ("ViT-L-16-SigLIP*", "large", "large", 16, _SIGLIP, [256, 384]),
-    ("ViT-SO400M-14-SigLIP*", "so400m", "so400m", 14, _SIGLIP, [378, 384]),
-    ("ViT-B-32-SigLIP2*", "base", "base", 32, _TANH, [256]),
-    ("ViT-B-16-SigLIP2*", "base", "base", 16, _SIGLIP2, [224, 256, 384, 512]),
-    ("ViT-L-16-SigLIP2*", "large", "large", 16, _SIGLIP2, [256, 384]),
-    ("ViT-SO400M-14-SigLIP2*", "so400m", "so400m", 14, _SIGLIP2, [224, 378]),
-    ("ViT-SO400M-16-SigLIP2*", "so400m", "so400m", 16, _TANH, [256, 384, 512])) for size in sizes]}
+    ("ViT-B-32", B, S, 32, _CLIP, [224]), ("ViT-B-32-quickgelu", B, S, 32, _QUICK, [224]),
+    ("ViT-B-16", B, S, 16, _CLIP, [224]), ("ViT-B-16-quickgelu", B, S, 16, _QUICK, [224]),
+    ("ViT-L-14*", L, B, 14, _CLIP, [224, 336]), ("ViT-L-14*-quickgelu", L, B, 14, _QUICK, [224, 336]),
+    ("ViT-B-16-SigLIP*", B, B, 16, _SIGLIP, [224, 256, 384, 512]), ("ViT-L-16-SigLIP*", L, L, 16, _SIGLIP, [256, 384]),
+    ("ViT-B-32-SigLIP2*", B, B, 32, dict(_SIGLIP2, vision_act="gelu_tanh"), [256]),
+    ("ViT-B-16-SigLIP2*", B, B, 16, _SIGLIP2, [224, 256, 384, 512]),
+    ("ViT-L-16-SigLIP2*", L, L, 16, _SIGLIP2, [256, 384])) for size in sizes]}     # *: the size, unless that is 224
+
 
 def timm_name(c):
     """timm's name of a config's image tower (its activation aside); None where there is none, as for nano."""
     word = {v: k for k, v in TOWERS.items()}.get((c.vision_width, c.vision_layers, c.vision_heads, c.vision_mlp))
     return f"vit_{word}_patch{c.patch_size}_{c.family}_{c.image_size}" if word else None
 
+
 def default_source(name):
     """The hub id of a named model's weights, or None. For CLIP they are OpenAI's, whose activation is quick_gelu."""
     if name in MODELS and name != "nano":
         return f"timm/{name}" if "SigLIP" in name else f"timm/{timm_name(MODELS[name])}.openai"
 
+
 # -----------------------------------------------------------------------------
 # the text tower, of timm's blocks: one rename table then serves both towers
 
 def run_blocks(blocks, x, checkpointing, mask=None):
-    """x (B, L, C) -> (B, L, C); checkpointing: activations are computed again instead of kept."""
     for block in blocks:
         x = checkpoint(block, x, mask, use_reentrant=False) if checkpointing else block(x, mask)
     return x
+
 
 def last_block(block, x, row, mask=None):
     """One pre-norm block of timm's, evaluated only where its output is read: at `row` (B,) of x (B, L, C).
@@ -138,6 +135,7 @@ def last_block(block, x, row, mask=None):
     a = F.scaled_dot_product_attention(q, *(t.view(B, L, H, C // H).transpose(1, 2) for t in (k, v)), attn_mask=mask)
     z = x[rows, row] + block.attn.proj(a.reshape(B, C))
     return z + block.mlp(block.norm2(z)), v
+
 
 class TextTransformer(nn.Module):
     def __init__(self, config):
@@ -178,6 +176,7 @@ class TextTransformer(nn.Module):
             mask = (torch.arange(L, device=tokens.device) <= row[:, None])[:, None, None]     # (N, 1, 1, L)
         x, _ = last_block(self.blocks[-1], x, row, mask)                            # (N, C)
         return self.head(self.norm(x))      # LayerNorm acts a row at a time, so it may follow the pooling
+
 
 # -----------------------------------------------------------------------------
 # the model
@@ -259,7 +258,9 @@ class CLIP(nn.Module):
     @classmethod
     def load(cls, path):
         """A ready model (fp32, CPU) from a checkpoint of train.py alone. Raises ValueError for any other file."""
-        state, config = _read_weights(path)
+        if not os.path.isfile(path):
+            raise ValueError(f"no checkpoint at {path}: train.py writes them to OUT_DIR/last.pt")
+        state, config = _read_weights(str(path))
         if config is None:
             raise ValueError(f"{path} is not a checkpoint of this project (--init reads weights of other projects)")
         return _fill(cls(config), state, path)
@@ -284,8 +285,7 @@ class CLIP(nn.Module):
         config = config or own
         if config is None:      # a bare file
             if model is None:
-                raise ValueError(f"{source} does not tell its architecture: give its name as well (--model, one of "
-                                 f"{', '.join(MODELS)}), or instead the folder that holds its config")
+                raise ValueError(f"{source} does not tell its architecture: name it (--model), or give its folder")
             quick = MODELS.get(model + "-quickgelu", named)
             config = quick if "input_resolution" in state else named        # which only OpenAI's own files have
             if config is not quick:
@@ -297,6 +297,7 @@ class CLIP(nn.Module):
                 raise ValueError(f"{source} is no {model}: it has {'; '.join(differ)}. Leave out the model's name")
             config = replace(config, name=model, image_size=named.image_size)
         return _fill(cls(replace(config, image_size=image_size or config.image_size)), state, source)
+
 
 def attention_pool(pool, x, return_tokens):
     """timm's AttentionPoolLatent on x (B, T, C) -> pooled (B, C), and with return_tokens every patch's value
@@ -310,10 +311,12 @@ def attention_pool(pool, x, return_tokens):
     y = y + pool.mlp(pool.norm(y))
     return y[:, 0], y[:, 1:]
 
+
 # -----------------------------------------------------------------------------
 # what goes in: texts and images
 
 PLAIN = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl"})
+
 
 def clean_text(text, how):
     """Texts as the checkpoints saw them. lower: CLIP; canonicalize: SigLIP, also without punctuation."""
@@ -321,6 +324,7 @@ def clean_text(text, how):
     if how == "canonicalize":
         text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation))
     return " ".join(text.lower().split())
+
 
 class Tokenizer:
     """Texts -> token ids, from the text of any tokenizer.json that adds its own end-of-text token."""
@@ -332,8 +336,7 @@ class Tokenizer:
             self.backend.no_padding()
             self.backend.enable_truncation(config.context_length)       # keeps the end-of-text token
             if (top := self.backend.get_vocab_size()) > config.vocab_size:
-                raise ValueError(f"the tokenizer has {top} tokens but {config.name} embeds {config.vocab_size}: "
-                                 "give the tokenizer.json that belongs to the weights")
+                raise ValueError(f"the tokenizer has {top} tokens, the model embeds {config.vocab_size}: give its own")
 
     def __call__(self, texts, trim=False):
         """list of N str -> LongTensor (N, context_length).
@@ -350,6 +353,7 @@ class Tokenizer:
             length = min(length, -(-max(map(len, rows)) // 8) * 8)
         return torch.tensor([ids + [c.pad_id] * (length - len(ids)) for ids in rows]).long().view(-1, length)
 
+
 def read_tokenizer(path):
     """The text of a tokenizer.json, for CLIPConfig.tokenizer. Raises ValueError."""
     from tokenizers import Tokenizer as Backend
@@ -358,11 +362,13 @@ def read_tokenizer(path):
     except Exception as error:      # tokenizers raises Exception itself
         raise ValueError(f"{path} is not a tokenizer ({error}): expected a tokenizer.json as the hub has it") from None
 
+
 def set_tokenizer(model, path):
     """Gives the model the tokenizer in a file, and returns the model. Raises ValueError."""
     model.config.tokenizer = read_tokenizer(path)
     model.tokenize = Tokenizer(model.config)
     return model
+
 
 def image_transform(config):
     """PIL image -> (3, S, S) float tensor; equal to open_clip's evaluation transform of both families."""
@@ -372,11 +378,11 @@ def image_transform(config):
     return transforms.Compose([*resize, methodcaller("convert", "RGB"), transforms.ToTensor(),
                                transforms.Normalize(config.mean, config.std)])
 
+
 # -----------------------------------------------------------------------------
-# Weights of other projects, in and out: nothing below is needed to understand or train a model.
+# weights of other projects: nothing below is needed to understand or train a model
 
 def _table(text):
-    """"a=b  c=d" -> {"a": "b", "c": "d"}."""
     return dict(pair.split("=") for pair in text.split())
 
 # {our name: theirs}, replaced in this order; (qkv) makes three of one
@@ -407,9 +413,10 @@ LAYOUTS = {     # (format, family): (a name that only this format has, table of 
 TRANSPOSED = ("visual.proj", "text_projection")     # x @ W there, Linear here
 NO_WEIGHTS = ("position_ids", "attn_mask", "input_resolution", "context_length", "vocab_size")
 
+
 def _views(model, format):
     """{a name of theirs: [our tensors]}, in their shape but in our memory; the rows of several are one of theirs."""
-    siglip, views = model.config.family == "siglip", {}
+    views = {}
     _, visual, text = LAYOUTS[format, model.config.family]
     for name, x in model.state_dict().items():
         for ours, theirs in {"visual": visual, "text": text}.get(name.split(".")[0], {}).items():
@@ -418,13 +425,12 @@ def _views(model, format):
             x = x.T
         elif "embedding" in name:
             x = x.squeeze()             # (1, 1, C) -> (C,) and (1, T, C) -> (T, C)
-        elif siglip and format == "transformers" and x.ndim == 0:
-            x = x[None]                 # SiglipModel's scale and bias
         if "(qkv)" in name:
             views |= {name.replace("(qkv)", letter): [part] for letter, part in zip("qkv", x.chunk(3))}
         else:
             views.setdefault(name, []).append(x)
     return views
+
 
 def _fill(model, state, source):
     """Copies weights in any of LAYOUTS into the model, and returns it. Strict: anything amiss is a ValueError."""
@@ -457,6 +463,7 @@ def _fill(model, state, source):
         raise ValueError(f"{source} does not fit {c.name}: {what}. It was read as {format} {family}; likely {likely}")
     return model
 
+
 def _read_weights(path):
     """(state dict with the file's own names, CLIPConfig if this project wrote it). Runs no code of the file."""
     try:
@@ -476,65 +483,30 @@ def _read_weights(path):
         raise ValueError(f"{path} holds no readable weights ({why}): expected .safetensors, .bin or .pt of open_clip, "
                          "transformers, OpenAI or this project") from None
 
-# -----------------------------------------------------------------------------
-# configs of other projects, in and out
 
-# {their path: a field of CLIPConfig or another word of _words}; preprocess: the preprocessing's own part or file
+# -----------------------------------------------------------------------------
+# configs of other projects
+
+# {their path: a field of CLIPConfig, or another word of _read_config}; preprocess: the preprocessing's own part or file
 PATHS = {
     "open_clip": _table("""
-        embed_dim=embed_dim  init_logit_bias=logit_bias  quick_gelu=quick_gelu  custom_text=siglip
+        embed_dim=embed_dim  init_logit_bias=logit_bias  quick_gelu=quick_gelu
         vision_cfg.image_size=image_size  vision_cfg.patch_size=patch_size  vision_cfg.width=vision_width
         vision_cfg.layers=vision_layers  vision_cfg.head_width=head_width  vision_cfg.mlp_ratio=vision_ratio
-        vision_cfg.act_kwargs=vision_kwargs  vision_cfg.timm_model_name=tower  vision_cfg.timm_pool=map
-        vision_cfg.timm_proj=none  vision_cfg.pool_type=tok  text_cfg.width=text_width  text_cfg.layers=text_layers
-        text_cfg.heads=text_heads  text_cfg.mlp_ratio=text_ratio  text_cfg.act_kwargs=text_kwargs
-        text_cfg.vocab_size=vocab_size  text_cfg.context_length=context_length  text_cfg.pool_type=pool
-        text_cfg.no_causal_mask=siglip  text_cfg.proj_bias=siglip  text_cfg.norm_kwargs=norm_kwargs
-        text_cfg.tokenizer_kwargs=clean  text_cfg.hf_tokenizer_name=tokenizer_name  preprocess.mean=mean
-        preprocess.std=std  preprocess.interpolation=interpolation  preprocess.resize_mode=resize"""),
+        vision_cfg.act_kwargs=vision_kwargs  vision_cfg.timm_model_name=tower
+        text_cfg.width=text_width  text_cfg.layers=text_layers  text_cfg.heads=text_heads  text_cfg.mlp_ratio=text_ratio
+        text_cfg.act_kwargs=text_kwargs  text_cfg.vocab_size=vocab_size  text_cfg.context_length=context_length
+        text_cfg.tokenizer_kwargs=clean  preprocess.mean=mean  preprocess.std=std
+        preprocess.interpolation=interpolation  preprocess.resize_mode=resize"""),
     "transformers": _table("""
-        model_type=family  architectures=architectures  projection_dim=projection_dim
+        projection_dim=projection_dim  text_config.projection_size=projection_size
         vision_config.image_size=image_size  vision_config.patch_size=patch_size
         text_config.vocab_size=vocab_size  text_config.max_position_embeddings=context_length
-        text_config.projection_size=projection_size  text_config.eos_token_id=eos_id
         preprocess.image_mean=mean  preprocess.image_std=std  preprocess.resample=resample  preprocess.size=size
-        preprocess.crop_size=square  preprocess.do_convert_rgb=rgb  preprocess.image_processor_type=processor
     """ + "".join(f"""
-        {t}_config.hidden_size={t}_width  {t}_config.num_hidden_layers={t}_layers  {t}_config.layer_norm_eps=eps
-        {t}_config.num_attention_heads={t}_heads  {t}_config.intermediate_size={t}_mlp
-        {t}_config.hidden_act={t}_hidden_act""" for t in ("vision", "text"))),
-    "timm": _table("""
-        architecture=architecture  num_classes=num_classes  model_args.img_size=image_size
-        model_args.patch_size=patch_size  model_args.embed_dim=vision_width  model_args.depth=vision_layers
-        model_args.num_heads=vision_heads  model_args.mlp_ratio=vision_ratio  model_args.act_layer=vision_act
-        model_args.num_classes=num_classes  pretrained_cfg.input_size=input_size  pretrained_cfg.mean=mean
-        pretrained_cfg.std=std  pretrained_cfg.interpolation=interpolation  pretrained_cfg.crop_pct=crop_pct
-        pretrained_cfg.crop_mode=crop_mode""")}
-FIXED = ("family", "siglip", "map", "none", "tok", "pool", "norm_kwargs", "eps")     # where a peer must agree
-TANH, RESAMPLE = {"approximate": "tanh"}, {"bilinear": 2, "bicubic": 3}
-HF_ACTS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
+        {t}_config.hidden_size={t}_width  {t}_config.num_hidden_layers={t}_layers  {t}_config.hidden_act={t}_act
+        {t}_config.num_attention_heads={t}_heads  {t}_config.intermediate_size={t}_mlp""" for t in ("vision", "text")))}
 
-def _words(c, directory=""):
-    """{word: value} of everything that PATHS mention; None is left out of the file."""
-    siglip, squash, square = c.family == "siglip", c.resize == "squash", {"height": c.image_size, "width": c.image_size}
-    name, eps = timm_name(c), 1e-6 if siglip else 1e-5
-    known = name and any(timm_name(m) == name and m.vision_act == c.vision_act for m in MODELS.values())
-    words = asdict(c) | dict(
-        siglip=siglip, map="map" if siglip else None, none="none" if siglip else None, tok="tok", eps=eps,
-        pool="last" if siglip else "argmax", norm_kwargs={"eps": eps}, quick_gelu=c.text_act == "quick_gelu",
-        head_width=c.vision_width // c.vision_heads, clean={"clean": c.text_clean}, crop_pct=1.0, rgb=True,
-        tower=None if not siglip else name if known else f"local-dir:{os.path.abspath(directory)}",
-        tokenizer_name=c.name if siglip or c.vocab_size != 49408 else None,     # None: open_clip has CLIP's own
-        architecture=name if known else f"vit_base_patch16_{c.family}_224", num_classes=0 if siglip else c.embed_dim,
-        input_size=[3, c.image_size, c.image_size], crop_mode="squash" if squash else "center",
-        architectures=["SiglipModel" if siglip else "CLIPModel"], projection_dim=None if siglip else c.embed_dim,
-        projection_size=c.embed_dim if siglip else None, eos_id=2,      # 2: transformers then reads the highest id
-        resample=RESAMPLE[c.interpolation], size=square if squash else {"shortest_edge": c.image_size},
-        square=square, processor="SiglipImageProcessor" if squash else "CLIPImageProcessor")
-    for t in ("vision", "text"):
-        words |= {t + "_ratio": words[t + "_mlp"] / words[t + "_width"], t + "_hidden_act": HF_ACTS[words[t + "_act"]],
-                  t + "_kwargs": TANH if words[t + "_act"] == "gelu_tanh" else None}
-    return words
 
 def _read_config(format, cfg, pre):
     """A peer's config and preprocessing -> CLIPConfig. What is left out has the peer's default, as in `base`."""
@@ -543,55 +515,45 @@ def _read_config(format, cfg, pre):
     if format == "open_clip":
         base = MODELS["ViT-B-16-SigLIP" if "vision_cfg.timm_model_name" in given else "ViT-B-16"]
         base = replace(base, logit_bias=given.get("init_logit_bias"))
+    elif cfg.get("model_type") not in ("clip", "siglip"):
+        raise ValueError(f"model_type is {cfg.get('model_type')!r}: expected clip or siglip")
     else:
-        base = MODELS["ViT-B-32-quickgelu"] if cfg.get("model_type") != "siglip" else replace(
+        base = MODELS["ViT-B-32-quickgelu"] if cfg["model_type"] == "clip" else replace(
             MODELS["ViT-B-16-SigLIP"], vision_act="gelu_tanh", text_act="gelu_tanh")
-    w = _words(base)
-    for path, word in PATHS[format].items():
-        if word in FIXED and given.get(path, w[word]) != w[word]:
-            raise ValueError(f"{path} is {given[path]!r}, but this code can only do {w[word]!r}")
-    w |= {word: given[path] for path, word in PATHS[format].items() if given.get(path) is not None}
+    siglip = base.family == "siglip"
+    eps = 1e-6 if siglip else 1e-5
+    for path, ours in {
+            "vision_cfg.timm_pool": "map", "vision_cfg.timm_proj": "none", "vision_cfg.pool_type": "tok",
+            "text_cfg.pool_type": "last" if siglip else "argmax", "text_cfg.no_causal_mask": siglip,
+            "text_cfg.proj_bias": siglip, "text_cfg.norm_kwargs": {"eps": eps}, "vision_config.layer_norm_eps": eps,
+            "text_config.layer_norm_eps": eps}.items():
+        if given.get(path, ours) != ours:
+            raise ValueError(f"{path} is {given[path]!r}, but this code can only do {ours!r}")
+    w = asdict(base) | {word: given[path] for path, word in PATHS[format].items() if given.get(path) is not None}
     if format == "open_clip":
         for t in ("vision", "text"):
-            w[t + "_mlp"] = int(w[t + "_width"] * w[t + "_ratio"])
-            w[t + "_act"] = "quick_gelu" if w["quick_gelu"] else "gelu_tanh" if w[t + "_kwargs"] == TANH else "gelu"
-        w |= {"text_clean": w["clean"].get("clean"), "vision_heads": w["vision_width"] // w["head_width"]}
-        if w["tower"] and not w["tower"].startswith("local-dir:"):      # those are ours, and say all
+            w[t + "_mlp"] = int(w[t + "_width"] * w.get(t + "_ratio", 4))
+            tanh = w.get(t + "_kwargs", {}).get("approximate") == "tanh"
+            w[t + "_act"] = "quick_gelu" if w.get("quick_gelu") else "gelu_tanh" if tanh else "gelu"
+        w["text_clean"] = w.get("clean", {}).get("clean", base.text_clean)
+        w["vision_heads"] = w["vision_width"] // w.get("head_width", 64)
+        if siglip:      # its image tower is given by timm's name
             towers = {timm_name(m): asdict(m) for m in MODELS.values()}
             w |= {k: v for k, v in towers[w["tower"]].items() if k.startswith(("vision_", "image_", "patch_"))}
     else:
-        acts = {theirs: ours for ours, theirs in HF_ACTS.items()}
-        w |= {t + "_act": acts.get(w[t + "_hidden_act"], w[t + "_hidden_act"]) for t in ("vision", "text")}
-        siglip_dim = given.get("text_config.projection_size", w["text_width"])
-        w["embed_dim"] = siglip_dim if w["siglip"] else w["projection_dim"]
-        w["interpolation"] = "bilinear" if w["resample"] == 2 else "bicubic"
-        if isinstance(w["size"], dict):
+        w |= {t + "_act": w[t + "_act"].replace("gelu_pytorch_tanh", "gelu_tanh") for t in ("vision", "text")}
+        w["embed_dim"] = w.get("projection_size", w["text_width"]) if siglip else w.get("projection_dim", 512)
+        w["interpolation"] = "bilinear" if w.get("resample") == 2 else "bicubic"
+        if isinstance(w.get("size"), dict):
             w["resize"] = "squash" if "height" in w["size"] else "shortest"
     return CLIPConfig(**{k: w[k] for k in asdict(base)})
 
-def _write_config(c, format, directory):
-    """{name: content} of a peer's config files."""
-    words, cfg = _words(c, directory), {}
-    for path, word in PATHS[format].items():
-        section, _, key = path.rpartition(".")
-        if words[word] is not None:
-            (cfg.setdefault(section, {}) if section else cfg)[key] = words[word]
-    pre = cfg.pop("preprocess", None)
-    if format == "open_clip":
-        files = {"open_clip_config.json": {"model_cfg": cfg, "preprocess_cfg": pre}}
-        own = str(words["tower"]).startswith("local-dir:")      # a tower without a name: timm reads it in the folder
-        return files | _write_config(c, "timm", directory) if own else files
-    return {"config.json": cfg} | ({"preprocessor_config.json": pre} if pre else {})
 
-# -----------------------------------------------------------------------------
-# folders and hub repos
+FORMATS = {     # (config, weights, weights of old)
+    "open_clip": ("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+    "transformers": ("config.json", "model.safetensors", "pytorch_model.bin")}
+WANTED = "{} and {} (or {}) or {} and {} (or {})".format(*FORMATS["open_clip"], *FORMATS["transformers"])
 
-FORMATS = {     # (config, weights, weights of old, the call that loads a folder)
-    "open_clip": ("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
-                  'open_clip.create_model_from_pretrained("local-dir:{}")'),
-    "transformers": ("config.json", "model.safetensors", "pytorch_model.bin", '{kind}Model.from_pretrained("{}")'),
-    "timm": ("config.json", "model.safetensors", "", 'timm.create_model("local-dir:{}", pretrained=True)')}
-WANTED = "{} and {} (or {}) or {} and {} (or {})".format(*FORMATS["open_clip"][:3], *FORMATS["transformers"][:3])
 
 def _find(source):
     """(names of the files in a folder or hub repo, a function from name to path). Without a network: what is cached."""
@@ -607,15 +569,15 @@ def _find(source):
         try:
             return _find(snapshot_download(source, local_files_only=True))
         except OSError:     # not in the cache either
-            why = type(error).__name__
-            raise ValueError(f"{source} is not here, and the hub cannot be reached or refuses ({why}): get {WANTED}, "
-                             "tokenizer.json, tokenizer_config.json, preprocessor_config.json, from "
+            raise ValueError(f"{source} is not here, the hub cannot be reached or refuses ({type(error).__name__}): "
+                             f"get {WANTED}, tokenizer.json, tokenizer_config.json, preprocessor_config.json, from "
                              f"https://huggingface.co/{source}, into one folder, and give that folder") from None
+
 
 def _read_folder(source):
     """(CLIPConfig, path of the weights) of a folder or hub repo in the layout of open_clip or of transformers."""
     names, path_of = _find(source)
-    format, name, weights = next(((f, config, w) for f, (config, *both, _) in FORMATS.items() for w in both
+    format, name, weights = next(((f, config, w) for f, (config, *both) in FORMATS.items() for w in both
                                   if config in names and w in names), (None, None, None))
     if format is None:
         raise ValueError(f"{source} lacks {WANTED}")
@@ -625,76 +587,14 @@ def _read_folder(source):
         c = (_read_config(format, cfg, pre) if format == "transformers" else
              _read_config(format, cfg["model_cfg"], cfg.get("preprocess_cfg", {})))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{source}: {name} is not what this code can build ({why})") from None
+        raise ValueError(f"{source}: this code cannot build {name} ({type(error).__name__}: {error})") from None
     c.name = os.path.basename(source.rstrip("/"))
     if "tokenizer.json" in names:
         c.tokenizer = read_tokenizer(path_of("tokenizer.json"))
         # a SigLIP attends to its pads, so they must be the very ones of the training
         ids, pad = {t["content"]: t["id"] for t in json.loads(c.tokenizer)["added_tokens"]}, tok.get("pad_token")
-        pad_id = ids.get(pad["content"] if isinstance(pad, dict) else pad, int(c.vocab_size != 256000))
-        c.pad_id = pad_id if c.family == "siglip" else 0
+        if c.family == "siglip":
+            c.pad_id = ids.get(pad["content"] if isinstance(pad, dict) else pad, int(c.vocab_size != 256000))
     else:
         warnings.warn(f"{source} has no tokenizer.json; set_tokenizer(model, path), or --tokenizer, gives it one")
     return c, path_of(weights)
-
-def export(model, format, directory):
-    """Writes a new folder that open_clip, transformers or timm (image tower) loads by itself; returns that call.
-    Raises ValueError for what a format cannot say."""
-    from safetensors.torch import save_file
-    c, siglip = model.config, model.config.family == "siglip"
-    if format not in FORMATS:
-        raise ValueError(f"no format {format!r}: expected {', '.join(FORMATS)}")
-    if os.path.exists(directory):
-        raise ValueError(f"{directory} exists: give a new folder")
-    if format == "transformers" and not siglip and c.logit_bias is not None:
-        raise ValueError("transformers' CLIPModel has no logit_bias, which this model was trained with: use open_clip")
-    if format == "open_clip" and "quick_gelu" in (c.vision_act, c.text_act) and (siglip or c.vision_act != c.text_act):
-        raise ValueError("open_clip knows quick_gelu only in both towers of a clip: this model can go to transformers")
-    files = {name: json.dumps(content, indent=2) for name, content in _write_config(c, format, directory).items()}
-    if format == "timm":
-        tensors = model.visual.state_dict() | ({} if siglip else {"head.bias": torch.zeros(c.embed_dim)})
-    else:
-        tensors = {k: torch.cat(x) if len(x) > 1 else x[0].contiguous() for k, x in _views(model, format).items()}
-        if format == "transformers" and siglip:
-            tensors.setdefault("logit_bias", torch.zeros(1))        # of a model trained with the softmax loss
-    if c.tokenizer and format != "timm":
-        t = Tokenizer(c).backend
-        end = t.encode("").tokens[-1]
-        files["tokenizer_config.json"] = json.dumps(dict(       # no attention mask: SigLIP attends to its padding
-            tokenizer_class="PreTrainedTokenizerFast", model_max_length=c.context_length, eos_token=end,
-            pad_token=t.id_to_token(c.pad_id) if siglip else end, model_input_names=["input_ids"]))
-        files["tokenizer.json"] = c.tokenizer if format == "open_clip" else _with_cleaning(c)
-    os.makedirs(directory)
-    _, weights, _, call = FORMATS[format]
-    save_file(tensors, os.path.join(directory, weights), metadata={"format": "pt"})
-    for name, text in files.items():
-        with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
-            f.write(text)
-    return call.format(directory, kind="Siglip" if siglip else "CLIP")
-
-def _with_cleaning(c):
-    """The tokenizer.json with clean_text before it: transformers has no other place for that."""
-    from tokenizers import Regex, Tokenizer as Backend, normalizers as n
-    backend, steps = Backend.from_str(c.tokenizer), [n.Lowercase(), n.Replace(Regex(r"\s+"), " "), n.Strip()]
-    if c.text_clean == "canonicalize":
-        steps = [n.Replace("_", " "), n.Replace(Regex(r"[!-/:-@\[-`{-~]"), "")] + steps
-    backend.normalizer = n.Sequence(steps + [backend.normalizer] * (backend.normalizer is not None))
-    return backend.to_str()
-
-def main():
-    parser = argparse.ArgumentParser(prog="model.py", description=export.__doc__)
-    parser.add_argument("command", choices=["export"])
-    parser.add_argument("--checkpoint", required=True, help="of train.py; or any SOURCE that train.py --init takes")
-    parser.add_argument("--model", help="its architecture, where --checkpoint does not say it")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="timm: image tower")
-    parser.add_argument("--output", required=True, help="a new folder")
-    args = parser.parse_args()
-    try:
-        how = export(CLIP.from_pretrained(args.checkpoint, args.model), args.format, args.output)
-    except (ValueError, OSError) as error:
-        sys.exit(f"model.py: {error}")
-    print(f"wrote {args.output}; load it with\n    {how}")
-
-if __name__ == "__main__":
-    main()
