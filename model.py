@@ -477,8 +477,8 @@ def _read_weights(path):
         state = {k.replace("_orig_mod.", "").removeprefix("module."): x for k, x in state.items() if torch.is_tensor(x)}
         return state, config
     except Exception as error:
-        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        if "TorchScript" in why:
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].split('. ')[0]}"
+        if "TorchScript" in str(error):
             why = f"a TorchScript archive holds code; take the safetensors of {default_source('ViT-B-32')} on the hub"
         raise ValueError(f"{path} holds no readable weights ({why}): expected .safetensors, .bin or .pt of open_clip, "
                          "transformers, OpenAI or this project") from None

@@ -2,7 +2,7 @@
 
     npm pack emoji-datasource-google && tar xf emoji-datasource-google-*.tgz
     python tests/make_emoji.py package data/emoji
-    python train.py --data data/emoji/train.csv --val-data data/emoji/val.csv --epochs 40 --out-dir out/emoji
+    python train.py --data data/emoji/train.csv --val-data data/emoji/val.csv --epochs 30 --batch-size 128 --lr 3e-3
 
 Each caption is the emoji's name, its skin tone if it has one, and its kind: "woman firefighter with dark skin tone,
 person role". Every tenth emoji is held out with all its skin tones. About 3,700 images of 64 x 64 pixels.

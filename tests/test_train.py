@@ -169,7 +169,7 @@ def test_too_many_bad_rows_end_training(tmp_path):
     ("train.py", ["--steps", "40", "--lr", "1e12", "--warmup", "1"], 1, "last good checkpoint"),
     ("evaluate.py", [], 2, "give what to evaluate"),
     ("evaluate.py", ["--checkpoint", "x.pt", "--bench", "sugarcrape"], 2, "no bench 'sugarcrape': expected one of"),
-    ("evaluate.py", ["--checkpoint", "README.md"], 1, "README.md is not a checkpoint of this project"),
+    ("evaluate.py", ["--checkpoint", "README.md"], 1, "README.md holds no readable weights"),
 ])
 def test_mistakes_get_one_line(tmp_path, script, args, status, says):
     extra = ["--out-dir", tmp_path] if script == "train.py" else []
