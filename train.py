@@ -35,9 +35,9 @@ from pooling import concept_similarity
 # -----------------------------------------------------------------------------
 # arguments
 
+PRESETS = {
     # from scratch on the scenes. In batches of 32 hardly any two scenes differ in their binding alone; in batches of
     # 128 enough do to serve as hard negatives, and then the plain loss learns to bind as well, with some seeds
-    # enough do to serve as hard negatives, and then the plain loss learns to bind as well, with some seeds
     "nano": dict(model="nano", steps=2500, batch_size=32, lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=50,
                  dtype="float32", workers=0, eval_every=500, log_every=10),
     # the paper's recipe for SigLIP ViT-B/16 on CC3M, on 8 GPUs of 96 images
