@@ -36,10 +36,10 @@ from pooling import concept_similarity
 # arguments
 
 PRESETS = {
-    # from scratch on the scenes. In batches of 32 hardly any two scenes differ in their binding alone; in batches of
-    # 128 enough do to serve as hard negatives, and then the plain loss learns to bind as well, with some seeds
-    "nano": dict(model="nano", steps=2500, batch_size=32, lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=50,
-                 dtype="float32", workers=0, eval_every=500, log_every=10),
+    # from scratch on the scenes: with the concept losses binding comes early. The plain loss may learn it later: a
+    # batch of 128 holds some pairs of scenes that differ in their binding alone, which serve as hard negatives
+    "nano": dict(model="nano", steps=900, batch_size=128, lr=3e-3, weight_decay=0.1, beta2=0.95, warmup=50,
+                 dtype="float32", workers=0, eval_every=150, log_every=10),
     # the paper's recipe for SigLIP ViT-B/16 on CC3M, on 8 GPUs of 96 images
     "c2lip": dict(model="ViT-B-16-SigLIP", epochs=5, batch_size=768, lr=1e-5, weight_decay=0.1, beta2=0.98, warmup=50,
                   dtype="bfloat16", workers=min(8, os.cpu_count() or 1), eval_every=1000, log_every=10),
