@@ -29,7 +29,7 @@ def arguments(**kwargs):
 
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory):
-    """A random open_clip ViT-B/32 (4 layers a tower), and the same weights in ours."""
+    """A random open_clip ViT-B/32, and the same weights in ours."""
     torch.manual_seed(0)
     theirs = open_clip.create_model("ViT-B-32").eval()
     with torch.no_grad():
