@@ -1,29 +1,28 @@
-"""Contrastive losses over images, captions and concepts: pure functions of features, exact at any world size.
+"""Contrastive losses over images, captions, concepts and hard negatives: pure functions, exact at any world size.
 
-Every loss compares this process's own images (b rows) with the captions or concepts of all processes
-(N columns), and returns this process's share: its part of the sum divided by the global count. Summed over
-processes the shares are the loss of the whole batch on one device. DistributedDataParallel averages
-gradients, so multiply by the world size before backward; then W processes of B / W images give the gradient
-of one process with B images, for every parameter, logit_scale and logit_bias too:
+Every loss compares this process's own images (b rows) with the captions or concepts of all processes (N columns),
+and returns this process's share: its part of the sum divided by the global count. Summed over processes the shares
+are the loss of the whole batch on one device. DistributedDataParallel averages gradients, so multiply by the world
+size before backward; then every parameter's gradient is that of one process with the whole batch:
 
     columns, offset = gather_features(text_features), first_row(len(image_features))
     loss = siglip_loss(image_features, columns, logit_scale.exp(), logit_bias, offset)
     (loss * world_size).backward()
 
-Captions and concepts are gathered with gradient, images and their patch tokens never: work and memory per
-process fall with the world size. Every process must call the same losses in the same order, also with no
-image or no concept of its own. Features are L2-normalised, in any float dtype; the logits and all that
-follows are at least float32, under autocast too. `logit_scale` is always the multiplier itself, which is
-exp() of the parameter that CLIP and SigLIP store. Without torch.distributed everything is local.
+Captions and concepts are gathered with gradient, images and their patch tokens never: work and memory per process
+fall with the world size. Every process must call the same losses in the same order, also with no row of its own.
+Features are L2-normalised, in any float dtype; logits and all that follows are at least float32, under autocast too.
+`logit_scale` is the multiplier itself, exp() of the parameter that CLIP and SigLIP store.
+
+The hard-negative methods take K negatives of each caption, gathered like the captions: negative_features (B, K, D)
+and mask (B, K) bool. Where mask is false there is none: whatever finite feature is there, it is in no sum or count.
 """
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 
-# ---------------------------------------------------------------------------------------------------------
-# between processes
-
+# ---- between processes -----------------------------------------------------
 def _distributed():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -71,9 +70,8 @@ class _Gather(torch.autograd.Function):
 def gather_features(x, counts=None):
     """Rows of all processes, in rank order: (n, ...) -> (sum of n, ...), with gradient for float dtypes.
 
-    Processes may hold different numbers of rows, also none; `counts` is row_counts(n) where that is known.
-    The backward, a collective, sums the gradients that all processes have for this one's rows: a float
-    result takes part in it on every process, also where x itself needs no gradient.
+    Processes may hold different numbers of rows, also none; `counts` is row_counts(n) where that is known. The
+    backward, a collective on every process even where x needs no gradient, sums all processes' gradients of these rows.
     """
     if not _distributed():
         return x
@@ -84,9 +82,9 @@ def gather_features(x, counts=None):
 
 
 def _global_sum(x):
-    """Sum of an integer tensor over processes, no gradient."""
+    """Sum over processes, the same number on each; no gradient."""
+    x = x.detach().contiguous()
     if _distributed():
-        x = x.contiguous()
         dist.all_reduce(x)
     return x
 
@@ -96,23 +94,21 @@ def _column_logsumexp(logits):
     return gather_features(logits.logsumexp(dim=0, keepdim=True)).logsumexp(dim=0)  # (W, N) -> (N,)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# concepts as columns
+# ---- concepts as columns ---------------------------------------------------
+def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=True, merge=True):
+    """Global columns and this process's labels, from each process's own list of concepts.
 
-def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=True):
-    """Global columns and this process's labels, from each process's own list of unique concepts.
-
-    concept_features (U, D): one row for each unique concept string of this process.
+    concept_features (U, D): one row for each unique concept string of this process (merge=False: for each occurrence).
     concept_ids (U,) int64: equal for equal strings on all processes (a hash >= 0); negative marks padding.
-    pairs (P, 2) int64: (image row, row of concept_features) for each concept of each image of this process;
-        a negative image row marks padding, and so does a padded concept.
-    batch_size: the number b of this process's images.
+    pairs (P, 2) int64: (image row, row of concept_features) for each concept of each of this process's b = batch_size
+        images; a negative image row marks padding, and so does a padded concept.
 
     Returns features (N, D) with gradient and labels (b, N) bool; columns are in rank order.
-    dedupe=True: equal strings are one column, wherever they come from, positive for every image that holds
-    the string; the first occurrence's feature stands for all and takes the whole gradient (exact as long as
-    equal strings have equal features: no dropout). dedupe=False: one column for each pair, positive for its
-    own image only, so that the same phrase in other images counts as negative, as in C2LIP's released code.
+    dedupe=True: equal strings are one column, wherever they come from, positive for every image that holds the string;
+    the first occurrence's feature stands for all and takes the whole gradient (exact as long as equal strings have
+    equal features: no dropout). Where they differ, as pooled from each caption's span, merge=False: each row is a
+    column, positive for every image that holds its string. dedupe=False: one column for each pair, positive for its own
+    image only, so that the same phrase in other images counts as negative, as in C2LIP's released code.
     """
     pairs = pairs[pairs[:, 0] >= 0]
     image, concept = pairs[concept_ids[pairs[:, 1]] >= 0].T  # (P,), (P,), without padding
@@ -122,19 +118,15 @@ def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=Tru
     features = gather_features(concept_features, counts)  # (M, D), M the sum of U
     index = torch.arange(len(features), device=features.device)
     ids = gather_features(concept_ids, counts) if dedupe else index  # (M,)
-    unique, inverse = ids.unique(return_inverse=True)
-    first = torch.full_like(unique, len(ids)).scatter_reduce_(0, inverse, index, "amin")[inverse]  # (M,)
-    is_column = (first == index) & (ids >= 0)  # (M,)
-    features = features[is_column]  # (N, D)
-    column = (is_column.cumsum(0) - 1)[first]  # (M,)
-    labels = torch.zeros(batch_size, len(features), dtype=torch.bool, device=features.device)
-    labels[image, column[_start(counts) + concept]] = True
-    return features, labels
+    unique, string = ids.unique(return_inverse=True)  # (S,), (M,)
+    holds = torch.zeros(batch_size, len(unique), dtype=torch.bool, device=features.device)  # (b, S)
+    holds[image, string[_start(counts) + concept]] = True
+    first = torch.full_like(unique, len(ids)).scatter_reduce_(0, string, index, "amin")  # (S,)
+    is_column = (ids >= 0) & (first[string] == index if merge else True)  # (M,)
+    return features[is_column], holds[:, string[is_column]]  # (N, D), (b, N)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# from logits (b, N) and labels (b, N) to this process's share
-
+# ---- from logits (b, N) and labels (b, N) to this process's share ----------
 def _float(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -150,26 +142,39 @@ def _sigmoid_share(logits, labels, count):
     return -F.logsigmoid(torch.where(labels, logits, -logits)).sum() / max(count, 1)
 
 
-def _softmax_share(logits, labels):
-    """Half the cross-entropy of columns over rows plus half that of rows over columns, several positives.
-
-        1/2 mean_n mean_{m in P(n)} (logsumexp_k z_kn - z_mn)
-      + 1/2 mean_m mean_{n in P(m)} (logsumexp_k z_mk - z_mn)
-
-    over the columns n and the rows m, of all processes, that have a positive. CLIP's loss if each has one.
-    """
-    in_column = _global_sum(labels.sum(0))  # (N,) positives of each column, on all processes
+def _rows_share(logits, labels):
+    """mean_m mean_{n in P(m)} (logsumexp_k z_mk - z_mn): of all processes' rows m with positive columns P(m)."""
     in_row = labels.sum(1, keepdim=True)  # (b, 1)
-    columns, rows = (in_column > 0).sum(), _global_sum((in_row > 0).sum())
-    to_rows = (_column_logsumexp(logits) - logits) / (in_column * columns).clamp_min(1)  # (b, N)
-    to_columns = (logits.logsumexp(dim=1, keepdim=True) - logits) / (in_row * rows).clamp_min(1)
-    return 0.5 * ((to_rows + to_columns) * labels).sum()
+    rows = _global_sum((in_row > 0).sum())
+    return ((logits.logsumexp(dim=1, keepdim=True) - logits) * labels / (in_row * rows).clamp_min(1)).sum()
 
 
-def _concept_share(logits, labels, logit_bias):
+def _columns_share(logits, labels):
+    """The same of the columns with positive rows, over the rows of all processes."""
+    in_column = _global_sum(labels.sum(0))  # (N,) positives of each column, on all processes
+    columns = (in_column > 0).sum()
+    return ((_column_logsumexp(logits) - logits) * labels / (in_column * columns).clamp_min(1)).sum()
+
+
+def _contrast_share(logits, labels, logit_bias, count):
+    """Without a bias, half by rows and half by columns: CLIP's loss if each has one positive. Else sigmoid."""
     if logit_bias is None:
-        return _softmax_share(logits, labels)
-    return _sigmoid_share(logits + logit_bias, labels, labels.shape[1])
+        return 0.5 * (_columns_share(logits, labels) + _rows_share(logits, labels))
+    return _sigmoid_share(logits + logit_bias, labels, count)
+
+
+def _choices(rows, first, others, valid, scale):
+    """Logits of each row's own candidates: (b, D), (b, D), (b, K, D), (b, K) -> (b, 1 + K), -inf if not valid."""
+    candidates = torch.cat([first[:, None], others], dim=1)  # (b, 1 + K, D)
+    logits = scale * (_float(rows)[:, None] * _float(candidates)).sum(-1)
+    return logits.masked_fill(F.pad(~valid, (1, 0)), -torch.inf)
+
+
+def _choice_share(logits, logit_bias, count):
+    """-log softmax of each row's first column / count; with a bias the sigmoid loss, the first column positive."""
+    if logit_bias is None:
+        return (logits.logsumexp(dim=1) - logits[:, 0]).sum() / max(count, 1)
+    return _sigmoid_share(logits + logit_bias, torch.arange(logits.shape[1], device=logits.device) == 0, count)
 
 
 def _diagonal(logits, offset):
@@ -178,48 +183,150 @@ def _diagonal(logits, offset):
     return columns == torch.arange(logits.shape[0], device=logits.device)[:, None] + offset
 
 
-# ---------------------------------------------------------------------------------------------------------
-# the losses
-
+# ---- the losses ------------------------------------------------------------
 def siglip_loss(image_features, text_features, logit_scale, logit_bias, offset=0):
     """Sigmoid loss of images and captions (Zhai et al. 2023, Sigmoid Loss for Language Image Pre-Training).
 
     -sum_ij log sigmoid(y_ij (logit_scale I_i.T_j + logit_bias)) / B, y = +1 for i = j, else -1.
-    image_features (b, D) of this process, text_features (B, D) of all, normalised; offset: the column of
-    the first image's caption. Returns this process's share, a scalar of at least float32.
+    image_features (b, D) of this process, text_features (B, D) of all, normalised; offset: the column of the first
+    image's caption. Returns this process's share, a scalar of at least float32.
     """
     logits = _logits(image_features, text_features, logit_scale) + logit_bias  # (b, B)
     return _sigmoid_share(logits, _diagonal(logits, offset), len(text_features))
 
 
 def clip_loss(image_features, text_features, logit_scale, offset=0):
-    """Symmetric cross-entropy of images and captions (Radford et al. 2021, CLIP, figure 3).
-
-    Arguments and result as in siglip_loss, without a bias.
-    """
+    """Symmetric cross-entropy (Radford et al. 2021, CLIP, figure 3). Arguments and result as in siglip_loss."""
     logits = _logits(image_features, text_features, logit_scale)  # (b, B)
-    return _softmax_share(logits, _diagonal(logits, offset))
+    return _contrast_share(logits, _diagonal(logits, offset), None, len(text_features))
 
 
 def npc_loss(image_features, concept_features, labels, logit_scale, logit_bias=None):
     """Noun-phrase contrast: each image against every concept of the batch (C2LIP, L_npc).
 
-    image_features (b, D) of this process, concept_features (N, D) of all, normalised; labels (b, N) bool,
-    true where the image's caption holds the concept, several per column allowed (see concept_columns).
+    image_features (b, D) of this process, concept_features (N, D) of all, normalised; labels (b, N) bool, true where
+    the image's caption holds the concept, several per column allowed (see concept_columns).
     With logit_bias: -sum_mn log sigmoid(y_mn (logit_scale I_m.P_n + logit_bias)) / N.
     Without: the softmax analogue for CLIP weights, on z = logit_scale I P^T,
         1/2 [ mean over concepts n of the mean over n's images m of -log softmax over all images (z_.n)_m
             + mean over images m with a concept of the mean over m's concepts n of -log softmax (z_m.)_n ].
     Returns this process's share, a scalar of at least float32; 0 (with a graph) without any concept.
     """
-    return _concept_share(_logits(image_features, concept_features, logit_scale), labels, logit_bias)
+    logits = _logits(image_features, concept_features, logit_scale)  # (b, N)
+    return _contrast_share(logits, labels, logit_bias, labels.shape[1])
 
 
 def xac_loss(similarity, labels, logit_scale, logit_bias=None):
     """Cross-attention concept contrast: like npc_loss, with attention-pooled images (C2LIP, L_xac).
 
-    similarity (b, N): cosine of concept n and image m's tokens pooled by n's attention, as
-    pooling.concept_similarity returns it for this process's patch tokens and the concepts of all. The rest
-    as in npc_loss, on z = logit_scale similarity (+ logit_bias).
+    similarity (b, N): cosine of concept n and image m's tokens pooled by n's attention, from pooling.concept_similarity
+    of this process's patch tokens and all concepts. The rest as in npc_loss, z = logit_scale similarity (+ logit_bias).
     """
-    return _concept_share(logit_scale * _float(similarity), labels, logit_bias)
+    return _contrast_share(logit_scale * _float(similarity), labels, logit_bias, labels.shape[1])
+
+
+# ---- the methods with hard negatives ---------------------------------------
+def negclip_loss(image_features, text_features, negative_features, mask, logit_scale, logit_bias=None, offset=0):
+    """Negative captions as more columns (Yuksekgonul et al. 2023, When and why VLMs behave like bags-of-words).
+
+    1/2 [CE(s I [T; T-]^T) + CE(s T I^T)], CE the mean over rows of the cross-entropy with the row's own column.
+    image_features (b, D) of this process, text_features (B, D), negative_features (B, K, D), mask (B, K) of all.
+    With logit_bias: siglip_loss with the negatives as columns without an image, still divided by B. Returns this
+    process's share, a scalar of at least float32: that of clip_loss or siglip_loss if no negative is valid.
+    Hard images are rows of the batch like others: the released 2B images x 4B texts are this loss of 2B rows.
+    """
+    texts = torch.cat([text_features, negative_features[mask]])  # (B + V, D), V valid negatives
+    logits = _logits(image_features, texts, logit_scale)  # (b, B + V)
+    return _contrast_share(logits, _diagonal(logits, offset), logit_bias, len(text_features))
+
+
+def ce_clip_loss(image_features, text_features, negative_features, mask, thresholds, logit_scale, logit_bias=None,
+                 offset=0):
+    """CE-CLIP (Zhang et al. 2024, Contrasting intra-modal and ranking cross-modal hard negatives).
+
+    Arguments as in negclip_loss; thresholds (K,) from the step before, zeros at first. Returns a dict of shares (the
+    paper weighs them 1, 0.2, 0.3) and the next step's thresholds:
+      contrastive  negclip_loss
+      cmr          mean over the valid negatives of relu(thresholds_k + s I_i.T-_ik - s I_i.T_i)
+      imc          mean_i CE([s I_i.T_i | s T_i.T-_jk for all j, k], the first); sigmoid of the same with a bias
+      thresholds   (K,) mean_i s I_i.T_i - mean_i s I_i.T-_ik in [0, 10], equal on all processes; kept if no valid k
+    The released IMC attracts the first negative instead; the released CMR divides by B K, valid or not.
+    """
+    own, count = slice(offset, offset + len(image_features)), len(text_features)
+    texts, valid = text_features[own], mask[own]
+    choices = _choices(image_features, texts, negative_features[own], valid, logit_scale)
+    positive, negative = choices[:, :1], choices[:, 1:]  # (b, 1), (b, K)
+    sums = _global_sum(torch.cat([positive, negative.masked_fill(~valid, 0)], dim=1).sum(0))  # (1 + K,)
+    margins = (sums[0] / max(count, 1) - sums[1:] / mask.sum(0).clamp_min(1)).clamp(0, 10)
+    imc = torch.cat([positive, _logits(texts, negative_features[mask], logit_scale)], dim=1)  # (b, 1 + V)
+    cmr = (thresholds + negative - positive).relu().sum() / mask.sum().clamp_min(1)  # not valid: relu(-inf) = 0
+    contrastive = negclip_loss(image_features, text_features, negative_features, mask, logit_scale, logit_bias, offset)
+    return {"contrastive": contrastive, "cmr": cmr, "imc": _choice_share(imc, logit_bias, count),
+            "thresholds": torch.where(mask.any(0), margins, thresholds)}
+
+
+def degla_loss(image_features, text_features, negative_features, mask, teacher, logit_scale, logit_bias=None,
+               offset=0):
+    """DeGLA (Hu et al. 2025, Decoupled global-local alignment for improving compositional understanding).
+
+    Arguments as in negclip_loss; teacher: a dict of the same features from the averaged weights, image_features of
+    this process, the others of all, no gradient. Returns a dict of shares (the paper weighs them 1, 0.1, 0.1, 0.005):
+      contrastive  negclip_loss
+      tgc          mean_i CE([10 T_i.teacher's T_i | 10 T_i.T-_ij for all j], the first), with a bias too
+      igc          mean_i CE([s I_i.T_i | s I_i.T-_ij for all j], the first); sigmoid of the same with a bias
+      distill      squared distances of all I, T, valid T- from the teacher's, summed over the whole batch
+    Both means are over all B, 0 for a caption without a valid negative. The released TGC takes other captions' masks.
+    """
+    own, count = slice(offset, offset + len(image_features)), len(text_features)
+    texts, negatives, valid = text_features[own], negative_features[own], mask[own]
+    teacher_texts = teacher["text_features"][own]
+    tgc = _choices(texts, teacher_texts, negatives, valid, 10)  # (b, 1 + K)
+    igc = _choices(image_features, texts, negatives, valid, logit_scale)
+    student = torch.cat([image_features, texts, negatives[valid]])
+    target = torch.cat([teacher["image_features"], teacher_texts, teacher["negative_features"][own][valid]])
+    contrastive = negclip_loss(image_features, text_features, negative_features, mask, logit_scale, logit_bias, offset)
+    return {"contrastive": contrastive, "tgc": _choice_share(tgc, None, count),
+            "igc": _choice_share(igc, logit_bias, count), "distill": (_float(student) - _float(target)).square().sum()}
+
+
+def _with_negative_images(image_features, text_features, negative_features, mask, negative_image_features,
+                          image_mask, logit_scale, offset):
+    """[I; I-] against [T; T-], valid ones only: logits and true pairs, (b + v, B + V)."""
+    b, B = len(image_features), len(text_features)
+    images = torch.cat([image_features, negative_image_features[image_mask]])  # (b + v, D)
+    texts = torch.cat([text_features, negative_features[mask]])  # (B + V, D)
+    logits = _logits(images, texts, logit_scale)
+    own_negatives = image_mask.nonzero() + offset == mask.nonzero()[:, 0]  # (v, V)
+    return logits, torch.block_diag(_diagonal(logits[:b, :B], offset), own_negatives)
+
+
+def con_clip_loss(image_features, text_features, negative_features, mask, negative_image_features, image_mask,
+                  logit_scale, logit_bias=None, offset=0):
+    """CoN-CLIP (Singh et al. 2024, Learn "no" to say "yes" better), negated captions and distractor images.
+
+    1/3 [CE(s I [T; T-]^T) + CE(s T [I; I-]^T) + CE(s I- [T-; T]^T)]. Arguments and result as in negclip_loss, and
+    negative_image_features (b, D), image_mask (b,) of this process, false where there is no such image. The third
+    term's mean is over the I- whose own T- is valid too (of K > 1 all are its own); an I- or T- without its partner is
+    still false for all others. With logit_bias: [I; I-] x [T; T-], each pair once, by the number of true pairs.
+    """
+    logits, labels = _with_negative_images(image_features, text_features, negative_features, mask,
+                                           negative_image_features, image_mask, logit_scale, offset)
+    if logit_bias is not None:
+        return _sigmoid_share(logits + logit_bias, labels, _global_sum(labels.sum()))
+    b, B = len(image_features), len(text_features)
+    return (_rows_share(logits[:b], labels[:b]) + _columns_share(logits[:, :B], labels[:, :B])
+            + _rows_share(logits[b:], labels[b:])) / 3
+
+
+def triplet_clip_loss(image_features, text_features, negative_features, mask, negative_image_features, image_mask,
+                      logit_scale, logit_bias=None, offset=0):
+    """TripletCLIP (Patel et al. 2024): negclip_loss twice, with the parts of (I, T) and (I-, T-) exchanged.
+
+    Neg(I, T, T-) + Neg(I-, T-, T), Neg(I, T, T-) = 1/2 [CE(s I [T; T-]^T) + CE(s T I^T)]; arguments, result and who
+    is in a mean as in con_clip_loss. With logit_bias: I x [T; T-] by B plus I- x [T; T-] by the number of true pairs.
+    """
+    logits, labels = _with_negative_images(image_features, text_features, negative_features, mask,
+                                           negative_image_features, image_mask, logit_scale, offset)
+    b = len(image_features)
+    return (_contrast_share(logits[:b], labels[:b], logit_bias, len(text_features))
+            + _contrast_share(logits[b:], labels[b:], logit_bias, _global_sum(labels[b:].sum())))

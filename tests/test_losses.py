@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from losses import (clip_loss, concept_columns, first_row, gather_features, npc_loss,  # noqa: E402
-                    row_counts, siglip_loss, xac_loss)
+from losses import (ce_clip_loss, clip_loss, con_clip_loss, concept_columns, degla_loss, first_row,  # noqa: E402
+                    gather_features, negclip_loss, npc_loss, row_counts, siglip_loss, triplet_clip_loss, xac_loss)
 from pooling import concept_similarity  # noqa: E402
 
 
@@ -55,9 +55,98 @@ def naive_similarity(tokens, concepts):
     return torch.stack(rows)
 
 
+def naive_choice(scores, right):
+    """Cross-entropy of one list of scalars."""
+    return torch.log(sum(torch.exp(x) for x in scores)) - scores[right]
+
+
+def naive_methods(I, T, N, mask, J, image_mask, s, b, thresholds, teacher):
+    """Every hard-negative method on a whole batch, from its formula -> {method: {term: scalar}, ...}, thresholds."""
+    B, K = mask.shape
+    valid = [(i, k) for i in range(B) for k in range(K) if mask[i, k]]
+    negative = {i: [N[i, k] for k in range(K) if mask[i, k]] for i in range(B)}
+    zero = s * 0
+
+    def mean(values):
+        return sum(values) / len(values) if values else zero
+
+    def pairs(grid):  # sigmoid: (image, text, whether true) of each pair
+        return sum((torch.log(1 + torch.exp(-(s * x @ y + b) if true else s * x @ y + b)) for x, y, true in grid),
+                   zero)
+
+    def neg(images, texts, others, right):  # image i: right[i] are its texts (numbers), others follow texts
+        columns = texts + others
+        if b is not None:
+            return pairs([(x, y, c in right[i]) for i, x in enumerate(images) for c, y in enumerate(columns)]
+                         ) / max(1, sum(map(len, right)))
+        to_texts = [mean([naive_choice([s * x @ y for y in columns], c) for c in right[i]])
+                    for i, x in enumerate(images) if right[i]]
+        to_images = []
+        for c, y in enumerate(columns):
+            own = [i for i in range(len(images)) if c in right[i]]
+            if own:
+                to_images.append(mean([naive_choice([s * x @ y for x in images], i) for i in own]))
+        return (mean(to_texts) + mean(to_images)) / 2
+
+    all_negatives = [N[i, k] for i, k in valid]
+    contrastive = neg(list(I), list(T), all_negatives, [{i} for i in range(B)])
+
+    def choice(lists):  # the first of each list is the true one
+        if b is None:
+            return mean([naive_choice(scores, 0) for scores in lists])
+        return mean([torch.log(1 + torch.exp(-scores[0] - b)) + sum((torch.log(1 + torch.exp(x + b))
+                                                                     for x in scores[1:]), zero) for scores in lists])
+
+    hinges = [torch.relu(thresholds[k] + s * I[i] @ N[i, k] - s * I[i] @ T[i]) for i, k in valid]
+    imc = choice([[s * I[i] @ T[i]] + [s * T[i] @ n for n in all_negatives] for i in range(B)])
+    new = []
+    for k in range(K):
+        own = [s * I[i] @ N[i, k] for i in range(B) if mask[i, k]]
+        margin = mean([s * I[i] @ T[i] for i in range(B)]) - mean(own)
+        new.append(min(max(margin.item(), 0), 10) if own else thresholds[k].item())
+    tgc = mean([naive_choice([10 * T[i] @ teacher["text_features"][i]] + [10 * T[i] @ n for n in negative[i]], 0)
+                for i in range(B)])
+    igc = choice([[s * I[i] @ T[i]] + [s * I[i] @ n for n in negative[i]] for i in range(B)])
+    distances = [I[i] - teacher["image_features"][i] for i in range(B)]
+    distances += [T[i] - teacher["text_features"][i] for i in range(B)]
+    distances += [N[i, k] - teacher["negative_features"][i, k] for i, k in valid]
+    distill = sum((x ** 2).sum() for x in distances)
+
+    # CoN-CLIP and TripletCLIP: an image's own negative captions, if it has a negative image
+    with_image = [i for i in range(B) if image_mask[i]]
+    wrong = [J[i] for i in with_image]
+    swapped = [{c for c, (j, _) in enumerate(valid) if j == i} for i in with_image]
+    if b is None:
+        third = [mean([naive_choice([s * J[i] @ y for y in all_negatives + list(T)], c) for c in own])
+                 for i, own in zip(with_image, swapped) if own]
+        con = (mean([naive_choice([s * I[i] @ y for y in list(T) + all_negatives], i) for i in range(B)])
+               + mean([naive_choice([s * T[i] @ x for x in list(I) + wrong], i) for i in range(B)]) + mean(third)) / 3
+    else:
+        con = pairs([(x, y, c == i) for i, x in enumerate(I) for c, y in enumerate(list(T) + all_negatives)]
+                    + [(x, y, c in own) for x, own in zip(wrong, swapped)
+                       for c, y in enumerate(all_negatives + list(T))]) / (B + sum(map(len, swapped)))
+    triplet = contrastive + neg(wrong, all_negatives, list(T), swapped)
+    return {"negclip": {"loss": contrastive}, "ce_clip": {"contrastive": contrastive, "cmr": mean(hinges), "imc": imc},
+            "degla": {"contrastive": contrastive, "tgc": tgc, "igc": igc, "distill": distill},
+            "con_clip": {"loss": con}, "triplet_clip": {"loss": triplet}}, torch.tensor(new, dtype=torch.float64)
+
+
+def our_methods(I, T, N, mask, J, image_mask, s, b, thresholds, teacher, offset=0):
+    """The same from losses.py: I, J, image_mask and teacher's images of this process, the rest of all."""
+    common, images = (I, T, N, mask), (J, image_mask)
+    ce_clip = ce_clip_loss(*common, thresholds, s, b, offset)
+    new = ce_clip.pop("thresholds")
+    return {"negclip": {"loss": negclip_loss(*common, s, b, offset)}, "ce_clip": ce_clip,
+            "degla": degla_loss(*common, teacher, s, b, offset),
+            "con_clip": {"loss": con_clip_loss(*common, *images, s, b, offset)},
+            "triplet_clip": {"loss": triplet_clip_loss(*common, *images, s, b, offset)}}, new
+
+
 def labels_from(sets, dedupe):
     """Each image's strings -> the string of each column, and labels (B, N) of the whole batch."""
     pairs = [(m, string) for m, strings in enumerate(sets) for string in strings]
+    if dedupe == "span":  # a column for each occurrence, of every image with the string
+        return [s for _, s in pairs], torch.tensor([[s in strings for _, s in pairs] for strings in sets]).bool()
     columns = list(dict.fromkeys(s for _, s in pairs)) if dedupe else [s for _, s in pairs]
     labels = torch.zeros(len(sets), len(columns), dtype=torch.bool)
     for k, (m, string) in enumerate(pairs):
@@ -120,6 +209,98 @@ def test_losses_equal_naive_loops(sigmoid, seed):
             assert (x - y).abs().max() < 1e-12
 
 
+def method_inputs(B, K, D, seed, sigmoid, scale=5.3):
+    g = torch.Generator().manual_seed(seed)
+    x = {name: unit(*shape, seed=100 * seed + i).requires_grad_() for i, (name, shape) in enumerate(
+        {"I": (B, D), "T": (B, D), "N": (B, K, D), "J": (B, D)}.items())}
+    x["s"] = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    x["b"] = torch.tensor(-2.1, dtype=torch.float64, requires_grad=True) if sigmoid else None
+    x["mask"], x["image_mask"] = torch.rand(B, K, generator=g) < 0.6, torch.rand(B, generator=g) < 0.6
+    x["thresholds"] = 3 * torch.rand(K, generator=g, dtype=torch.float64)
+    shapes = {"image_features": (B, D), "text_features": (B, D), "negative_features": (B, K, D)}
+    x["teacher"] = {name: unit(*shape, seed=100 * seed + 10 + i) for i, (name, shape) in enumerate(shapes.items())}
+    return x
+
+
+def compare_methods(x):
+    """Every term and its gradients, ours against the naive loops."""
+    leaves = {name: y for name, y in x.items() if torch.is_tensor(y) and y.requires_grad}
+    (ours, new), (naive, naive_new) = our_methods(**x), naive_methods(**x)
+    assert not new.requires_grad and new.shape == naive_new.shape and ((new - naive_new).abs() < 1e-12).all()
+    for method, terms in naive.items():
+        assert ours[method].keys() == terms.keys()
+        for term, expected in terms.items():
+            loss = ours[method][term]
+            assert loss.shape == () and abs(loss - expected).item() < 1e-12, (method, term)
+            grads, expected = (torch.autograd.grad(y, list(leaves.values()), retain_graph=True, allow_unused=True,
+                                                   materialize_grads=True) for y in (loss, expected))
+            for name, grad, right in zip(leaves, grads, expected):
+                assert ((grad - right).abs() < 1e-12).all(), (method, term, name)
+
+
+@pytest.mark.parametrize("sigmoid", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_hard_negative_methods_equal_naive_loops(sigmoid, seed):
+    x = method_inputs(5, (3, 1, 4, 2)[seed], 6, seed, sigmoid)
+    x["mask"][1] = False  # a caption without a negative: with a negative image here, without one there
+    x["image_mask"][1] = seed % 2 == 0
+    x["mask"][2], x["image_mask"][2] = True, seed % 2 == 1
+    if seed == 2:
+        x["mask"][:, 1] = False  # a kind that no caption has
+    with torch.no_grad():  # what is not valid may hold anything
+        x["N"][~x["mask"]] = 1e6
+        x["J"][~x["image_mask"]] = -1e6
+    compare_methods(x)
+
+
+@pytest.mark.parametrize("sigmoid", [True, False])
+@pytest.mark.parametrize("K", [0, 2])
+def test_without_any_valid_negative(sigmoid, K):
+    x = method_inputs(4, K, 6, 7, sigmoid)
+    x["mask"][:] = False
+    for with_images in (True, False):
+        x["image_mask"][:] = with_images
+        compare_methods(x)
+    I, T, s, b = x["I"], x["T"], x["s"], x["b"]
+    plain = siglip_loss(I, T, s, b) if sigmoid else clip_loss(I, T, s)
+    ours, new = our_methods(**x)
+    assert torch.equal(new, x["thresholds"]) and ours["ce_clip"]["cmr"] == 0 and ours["degla"]["tgc"] == 0
+    for loss in (ours["negclip"]["loss"], ours["triplet_clip"]["loss"], ours["con_clip"]["loss"] * (1 if b else 1.5)):
+        assert abs(loss - plain) < 1e-12
+
+
+def test_methods_equal_their_closed_forms():
+    B, D = 6, 8
+    x = method_inputs(B, 1, D, 3, False)
+    x["mask"][:], x["image_mask"][:] = True, True
+    I, T, N, J, s = x["I"], x["T"], x["N"], x["J"], x["s"]
+    rows, CE = torch.arange(B), F.cross_entropy
+    for b in (None, torch.tensor(-3.0, dtype=torch.float64)):
+        ours, _ = our_methods(**{**x, "b": b})
+        swapped = (negclip_loss(I, T, N, x["mask"], s, b) + negclip_loss(J, N[:, 0], T[:, None], x["mask"], s, b))
+        assert abs(ours["triplet_clip"]["loss"] - swapped) < 1e-12
+    n = N[:, 0]
+    expected = (CE(s * I @ torch.cat([T, n]).T, rows) + CE(s * T @ torch.cat([I, J]).T, rows)
+                + CE(s * J @ torch.cat([n, T]).T, rows)) / 3
+    assert abs(con_clip_loss(I, T, N, x["mask"], J, x["image_mask"], s) - expected) < 1e-12
+    # NegCLIP as released: 2B images, 4B texts in the order captions, hard captions, negatives of both
+    hard, captions, negatives = unit(B, D, seed=50), unit(B, D, seed=51), unit(B, D, seed=52)
+    images, texts = torch.cat([I, hard]), torch.cat([T, captions])
+    logits = s * images @ torch.cat([texts, n, negatives]).T
+    released = (CE(logits, torch.arange(2 * B)) + CE(logits.T[:2 * B], torch.arange(2 * B))) / 2
+    ours = negclip_loss(images, texts, torch.cat([n, negatives])[:, None], torch.ones(2 * B, 1).bool(), s)
+    assert abs(ours - released) < 1e-12
+
+
+def test_ce_clip_thresholds_stay_between_0_and_10():
+    one, mask = torch.eye(3, dtype=torch.float64), torch.tensor([[1, 1, 0, 1]] * 3).bool()
+    negatives = torch.stack([-one, one, -one, one.roll(1, 0)], 1)  # cosine -1, 1, none, 0 with the image
+    terms = ce_clip_loss(one, one * 0.9, negatives, mask, torch.tensor([1.0, 2, 3, 4]).double(), 8.0)
+    assert torch.allclose(terms["thresholds"], torch.tensor([10, 0, 3, 7.2]).double())
+    # hinges: relu(1 - 8 - 7.2), relu(2 + 8 - 7.2), relu(4 + 0 - 7.2): the mean over three valid ones
+    assert abs(terms["cmr"].item() - 2.8 / 3) < 1e-12
+
+
 def test_clip_loss_is_torch_cross_entropy_and_siglip_loss_is_binary_cross_entropy():
     I, T = unit(16, 8, seed=0), unit(16, 8, seed=1)
     z, target = 100 * I @ T.T, torch.arange(16)
@@ -177,6 +358,24 @@ def test_half_precision_inputs_and_autocast_keep_logits_in_float32():
         assert exact.dtype == torch.float64
 
 
+def test_methods_keep_logits_in_float32_under_autocast():
+    def half(x):
+        return {k: half(v) if k == "teacher" else v.detach().bfloat16() if k in "ITNJ" or "features" in k else v
+                for k, v in x.items()}
+    for sigmoid in (True, False):
+        x = half(method_inputs(16, 3, 32, 5, sigmoid, scale=100.0))
+        exact, _ = our_methods(**{k: v.double() if k in "ITNJ" else v for k, v in x.items()})
+        x["s"], x["thresholds"] = x["s"].detach().float(), x["thresholds"].float()
+        x["b"] = x["b"].detach().float() if sigmoid else None
+        with torch.autocast("cpu", torch.bfloat16):
+            under, new = our_methods(**x)
+        assert new.dtype == torch.float32
+        for method, terms in exact.items():
+            for term, value in terms.items():
+                assert under[method][term].dtype == torch.float32
+                assert abs(under[method][term] / value - 1) < 1e-5, (method, term)
+
+
 def test_extreme_logits_stay_finite_and_exact():
     I = unit(3, 4, seed=0, dtype=torch.float32).requires_grad_()
     for loss in (siglip_loss(I, I.detach(), 1e4, -10.0), clip_loss(I, I.detach(), 1e4)):
@@ -194,6 +393,9 @@ def test_concept_columns_by_hand():
     assert labels.tolist() == [[True, True, False], [False, False, False], [False, True, True]]
     columns.sum().backward()
     assert P.grad.flatten().tolist() == [1, 1, 1, 0, 0]
+    columns, labels = concept_columns(P, ids, pairs, 3, merge=False)  # each row its own column, by string positive
+    assert columns.flatten().tolist() == [0, 1, 2, 4]
+    assert labels.tolist() == [[True, True, False, True], [False] * 4, [False, True, True, True]]
     columns, labels = concept_columns(P, ids, pairs, 3, dedupe=False)
     assert columns.flatten().tolist() == [0, 1, 4, 2]
     assert labels.tolist() == [[True, True, False, False], [False] * 4, [False, False, True, True]]
@@ -221,6 +423,10 @@ BATCHES = {"repeats": SETS, "a process without concepts": [[], []] + SETS[2:5] +
            "no concept": [[]] * 9}
 CASES = [(batch, kind, dedupe, term) for batch in BATCHES for kind in ("sigmoid", "softmax")
          for dedupe in (True, False) for term in ("contrastive", "npc", "xac", "total")]
+CASES += [(batch, kind, "span", "total") for batch in BATCHES for kind in ("sigmoid", "softmax")]
+METHODS = ("negclip", "ce_clip", "degla", "con_clip", "triplet_clip")
+CASES += [(masks, kind, K, method) for masks, K in [("some", 3), ("some", 1), ("none", 2), ("none", 0)]
+          for kind in ("sigmoid", "softmax") for method in METHODS]
 
 
 class Towers(torch.nn.Module):
@@ -244,12 +450,78 @@ def batch_inputs():
     return images, captions, torch.randn(9, F_IN, generator=g, dtype=torch.float64)  # the last: each string's
 
 
+def negatives_of(masks, K):
+    """Negative captions (9, K) and images of the whole batch, their masks, thresholds."""
+    g = torch.Generator().manual_seed(6 + K)
+    captions = torch.randn(9, K, F_IN, generator=g, dtype=torch.float64)
+    images = torch.randn(9, TOKENS, F_IN, generator=g, dtype=torch.float64)
+    mask, image_mask = torch.rand(9, K, generator=g) < 0.6, torch.rand(9, generator=g) < 0.6
+    if K == 3:
+        image_mask[:3] = False  # a process without any negative image
+    if K == 1:
+        mask[5:] = False  # one without any valid negative caption
+    if masks == "none":
+        mask[:] = False
+    return captions, images, mask, image_mask, torch.linspace(0, 2, K, dtype=torch.float64)
+
+
+def method_features(model, rows, masks, K):
+    """The arguments of `rows` of the batch, by name; the teacher is another model."""
+    captions, images, mask, image_mask, thresholds = negatives_of(masks, K)
+    inputs = (torch.cat([batch_inputs()[0][rows], images[rows]]),
+              torch.cat([batch_inputs()[1][rows], captions[rows].flatten(0, 1)]))
+    b = len(mask[rows])
+    I, V, T, s, bias = model(*inputs)
+    teacher = Towers(bias is not None)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p += 0.1
+        I0, _, T0, _, _ = teacher(*inputs)
+    x = dict(I=I[:b], T=T[:b], N=T[b:].view(b, K, D), mask=mask[rows], J=I[b:], image_mask=image_mask[rows],
+             s=s, b=bias, thresholds=thresholds, teacher={"image_features": I0[:b], "text_features": T0[:b],
+                                                          "negative_features": T0[b:].view(b, K, D)})
+    return x, sum(y.sum() * 0 for y in (I, V, T, s, bias) if y is not None)  # DDP wants every output in the loss
+
+
+def weighted(terms):
+    return sum(weight * term for weight, term in zip((1, 0.7, 0.4, 0.2), terms.values()))
+
+
+def method_reference(masks, kind, K, method):
+    model = Towers(kind == "sigmoid")
+    x, _ = method_features(model, slice(0, 9), masks, K)
+    methods, thresholds = naive_methods(**x)
+    loss = weighted(methods[method])
+    grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+    return loss.detach(), dict(zip(dict(model.named_parameters()), grads)), thresholds
+
+
+def method_step(model, split, masks, kind, K, method):
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    start, b = sum(split[:rank]), split[rank]
+    x, used = method_features(model, slice(start, start + b), masks, K)
+    for name in ("T", "N", "mask"):
+        x[name] = gather_features(x[name])
+    with torch.no_grad():
+        for name in ("text_features", "negative_features"):
+            x["teacher"][name] = gather_features(x["teacher"][name])
+    methods, thresholds = our_methods(**x, offset=first_row(b))
+    loss = weighted(methods[method]) * world
+    (loss + used).backward()
+    return loss.detach(), thresholds
+
+
 def reference(batch, kind, dedupe, term):
     """Loss and gradients from the definitions alone."""
+    if term in METHODS:
+        return method_reference(batch, kind, dedupe, term)
     model = Towers(kind == "sigmoid")
     images, captions, strings = batch_inputs()
     columns, labels = labels_from(BATCHES[batch], dedupe)
-    I, V, T, s, b = model(images, torch.cat([captions, strings[columns]]))
+    texts = strings[columns]
+    if dedupe == "span":  # the feature depends on the caption
+        texts = texts + captions[[m for m, strings_ in enumerate(BATCHES[batch]) for _ in strings_]]
+    I, V, T, s, b = model(images, torch.cat([captions, texts]))
     T, P = T[:9], T[9:]
     eye, z_npc, z_xac = torch.eye(9, dtype=torch.bool), s * I @ P.T, s * naive_similarity(V, P)
     if kind == "sigmoid":
@@ -261,11 +533,13 @@ def reference(batch, kind, dedupe, term):
                  "npc": naive_softmax(z_npc, labels), "xac": naive_softmax(z_xac, labels)}
     terms["total"] = terms["contrastive"] + terms["npc"] + 0.5 * terms["xac"]
     grads = torch.autograd.grad(terms[term], list(model.parameters()), materialize_grads=True)
-    return terms[term].detach(), dict(zip(dict(model.named_parameters()), grads))
+    return terms[term].detach(), dict(zip(dict(model.named_parameters()), grads)), None
 
 
 def step(model, split, batch, kind, dedupe, term):
-    """This process's share of the loss times the world size, after backward."""
+    """This process's share of the loss times the world size, after backward; and CE-CLIP's thresholds."""
+    if term in METHODS:
+        return method_step(model, split, batch, kind, dedupe, term)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     start, b = sum(split[:rank]), split[rank]
     images, captions, strings = (batch_inputs()[0][start:start + b], batch_inputs()[1][start:start + b],
@@ -274,10 +548,14 @@ def step(model, split, batch, kind, dedupe, term):
     unique = list(dict.fromkeys(string for strings_ in sets for string in strings_))
     pairs = [(m, unique.index(string)) for m, strings_ in enumerate(sets) for string in strings_]
     pad = 2 if rank == 1 else 0  # padded to a static shape here, not there
+    texts = strings[unique]
+    if dedupe == "span":
+        texts = strings[[unique[u] for _, u in pairs]] + captions[[m for m, _ in pairs]]
+        unique, pairs = [unique[u] for _, u in pairs], [(m, n) for n, (m, _) in enumerate(pairs)]
     ids = torch.tensor([1000 - u for u in unique] + [-1] * pad, dtype=torch.int64)
     pairs = torch.tensor(pairs + [(-1, -1)] * pad, dtype=torch.int64).view(-1, 2)
-    I, V, T, s, bias = model(images, torch.cat([captions, strings[unique], strings[[0] * pad]]))
-    columns, labels = concept_columns(T[b:], ids, pairs, b, dedupe)
+    I, V, T, s, bias = model(images, torch.cat([captions, texts, strings[[0] * pad]]))
+    columns, labels = concept_columns(T[b:], ids, pairs, b, bool(dedupe), merge=dedupe != "span")
     texts, offset = gather_features(T[:b]), first_row(b)
     assert offset == start and len(texts) == 9
     assert len(columns) == len(labels_from(BATCHES[batch], dedupe)[0])
@@ -289,7 +567,7 @@ def step(model, split, batch, kind, dedupe, term):
     loss = terms[term] * world
     used = sum(x.sum() * 0 for x in (I, V, T, s, bias) if x is not None)  # DDP wants every output in the loss
     (loss + used).backward()
-    return loss.detach()
+    return loss.detach(), None
 
 
 def worker(rank, world, folder):
@@ -304,13 +582,13 @@ def worker(rank, world, folder):
         for case in CASES:
             model = models[case[1]]
             model.zero_grad()
-            loss = step(model, split, *case)
+            loss, thresholds = step(model, split, *case)
             dist.all_reduce(loss)
             results[(tuple(split), *case)] = (loss / world, {k.removeprefix("module."): p.grad.clone()
-                                                             for k, p in model.named_parameters()})
+                                                             for k, p in model.named_parameters()}, thresholds)
     # gather: uneven, empty, ints, bfloat16
     rows = [3, 0, 1, 2][:world]
-    for dtype in (torch.int64, torch.bfloat16, torch.float32):
+    for dtype in (torch.int64, torch.bool, torch.bfloat16, torch.float32):
         expected = torch.cat([torch.full((n, 2), r, dtype=dtype) for r, n in enumerate(rows)])
         gathered = gather_features(torch.full((rows[rank], 2), rank, dtype=dtype))
         assert torch.equal(gathered, expected)
@@ -349,9 +627,11 @@ def references():
     return {case: reference(*case) for case in CASES}
 
 
-def compare(case, loss, grads, references):
-    expected, expected_grads = references[case]
+def compare(case, loss, grads, thresholds, references):
+    expected, expected_grads, expected_thresholds = references[case]
     assert abs(loss - expected).item() < 1e-10, case
+    if thresholds is not None:
+        assert ((thresholds - expected_thresholds).abs() < 1e-10).all(), case
     for name, grad in grads.items():
         assert (grad - expected_grads[name]).abs().max().item() < 1e-10, (case, name)
 
@@ -359,13 +639,13 @@ def compare(case, loss, grads, references):
 def test_without_process_group_equals_the_definitions(references):
     for case in CASES:
         model = Towers(case[1] == "sigmoid")
-        loss = step(model, [9], *case)
-        compare(case, loss, {k: p.grad for k, p in model.named_parameters()}, references)
+        loss, thresholds = step(model, [9], *case)
+        compare(case, loss, {k: p.grad for k, p in model.named_parameters()}, thresholds, references)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_processes_equal_the_whole_batch(world, tmp_path, references):
     for results in spawn(world, tmp_path):  # every process's view, of loss and of DDP's averaged gradients
         assert len(results) == len(SPLITS[world]) * len(CASES)
-        for (_, *case), (loss, grads) in results.items():
-            compare(tuple(case), loss, grads, references)
+        for (_, *case), (loss, grads, thresholds) in results.items():
+            compare(tuple(case), loss, grads, thresholds, references)
