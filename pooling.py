@@ -1,11 +1,8 @@
 """Cross-modal attention pooling without parameters: an image seen through the eyes of a concept (C2LIP).
 
-A concept p attends over an image's value tokens V at temperature 1 and pools them,
-
-    s = V p,   a = softmax_t(s),   c = sum_t a_t V_t,   similarity = c.p / |c|,
-
-which is the cosine of c and p when p has unit length. concept_pool is this definition; concept_similarity
-is the same number, made for training: fast, and in little memory.
+A concept p of unit length attends over an image's value tokens V at temperature 1 and pools them:
+    s = V p,   a = softmax_t(s),   c = sum_t a_t V_t,   similarity = c.p / |c|, the cosine of c and p.
+concept_pool is this definition; concept_similarity is the same number, fast and in little memory, for training.
 """
 import torch
 
@@ -15,8 +12,7 @@ EPS = 1e-12  # the smallest |c| that is divided by, as in torch.nn.functional.no
 def concept_pool(patch_tokens, concepts, mask=None):
     """The pooled vectors themselves, not normalised: (B, T, D), (N, D) -> (B, N, D).
 
-    mask (B, T) bool, true for the tokens that count; an image without any pools to zero. For inference,
-    pictures and tests: for training, concept_similarity never makes this tensor.
+    mask (B, T) bool, true for the tokens that count; an image without any pools to zero. For inference and tests.
     """
     attention = (patch_tokens @ concepts.T).transpose(1, 2)  # (B, N, T)
     if mask is None:
@@ -29,16 +25,14 @@ def concept_pool(patch_tokens, concepts, mask=None):
 def concept_similarity(patch_tokens, concepts, mask=None, memory_budget=None):
     """normalize(concept_pool(patch_tokens, concepts)) . concepts: (B, T, D), (N, D) -> (B, N).
 
-    patch_tokens, concepts: any float dtype; C2LIP normalises both. mask (B, T) bool, true for the tokens
-    that count. memory_budget: bytes of memory beyond inputs, result and gradients, None for 20 MiB on a CPU
-    and 512 MiB elsewhere; one image and one concept are the least it can do with. It changes speed only.
-    Returns float32, or float64 for float64 inputs. Differentiable once.
+    patch_tokens, concepts: any float dtype; C2LIP normalises both. mask (B, T) bool, true for the tokens that count.
+    memory_budget: bytes beyond inputs, result and gradients, None for 20 MiB on a CPU and 512 MiB elsewhere, at least
+    one image and one concept; it changes speed only. Returns float32, or float64 for float64. Differentiable once.
 
     Exact, in memory that grows with N only by the result: with G = V V^T (T, T), c.p = sum_t a_t s_t and
-    |c|^2 = a^T G a, so no pooled vector is made. Images go through in chunks; what fits in the budget
-    is kept for the backward, which computes the rest again.
-    With bfloat16 inputs, or under autocast, products with V and P are in that dtype, but G, the softmax and
-    all sums are float32. Images without tokens that count, or whose tokens are all zero, have similarity 0.
+    |c|^2 = a^T G a, so no pooled vector is made. Images go in chunks; the backward repeats what the budget cannot keep.
+    With bfloat16 inputs, or under autocast, products with V and P are in that dtype, but G, the softmax and all sums
+    are float32. Images without tokens that count, or whose tokens are all zero, have similarity 0.
     """
     device = patch_tokens.device.type
     if memory_budget is None:

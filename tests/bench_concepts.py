@@ -81,8 +81,8 @@ def main():
     spacy_path, spacy_name = spacy_chunker(args.spacy_model)
 
     def cold(captions):
-        concepts.ConceptExtractor.learn.cache_clear()
-        concepts.is_concept.cache_clear()
+        concepts.FastTagger.learn.cache_clear()
+        concepts.ConceptExtractor.refine.cache_clear()
         fast.extract_batch(captions)
 
     some = captions[:max(1, args.count // 4)]

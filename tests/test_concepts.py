@@ -1,10 +1,12 @@
 """concepts.py: both paths agree on everything, concepts are substrings, time is linear, the command line."""
 import csv
+import gzip
 import io
 import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -125,14 +127,14 @@ def test_batch_and_cache_do_not_matter():
     expected = [concepts.extract(c) for c in captions]
     assert concepts.extract_batch(captions) == expected
     assert concepts.extract_batch(captions[::-1])[::-1] == expected
-    concepts.ConceptExtractor.learn.cache_clear()
+    concepts.FastTagger.learn.cache_clear()
     for i in range(0, len(captions), 7):
         assert concepts.extract_batch(captions[i:i + 7]) == expected[i:i + 7]
 
 
 def test_cache_is_bounded(fast):
     fast.extract_batch([f"word{i} of thing{i}" for i in range(30000)])
-    info = concepts.ConceptExtractor.learn.cache_info()
+    info = concepts.FastTagger.learn.cache_info()
     assert info.currsize == info.maxsize <= 1 << 14
     assert fast.extract(REAL[0]) == concepts.extract(REAL[0])
 
@@ -152,15 +154,23 @@ def test_wrong_arguments():
 
 
 def test_weights_file_must_be_one(tmp_path):
-    (tmp_path / "w").write_bytes(b"no gzip")
-    with pytest.raises(ValueError, match="train"):
-        concepts.ConceptExtractor(weights=tmp_path / "w")
+    whole = concepts.WEIGHTS.read_bytes()
+    wrong = [3, None, {}, [], [{}, {}, []], [1, 2, 3], {"a": 1, "b": 2, "c": 3}, [{"bias": 5}, {}, ["NN"]],
+             [{"bias": {"NN": "x"}}, {}, ["NN"]], [{}, {"a": "DT"}, ["NN"]], [{}, {}, ["NN", "NOUN"]],
+             [{}, {}, [[]]], [{"bias": {"NN": float("inf")}}, {}, ["NN"]]]
+    for data in (b"no gzip", b"", whole[:1000], whole[:500] + b"xx" + whole[502:], gzip.compress(b"no json"),
+                 *(gzip.compress(json.dumps(shape).encode()) for shape in wrong)):
+        (tmp_path / "w").write_bytes(data)
+        for fast in (True, False):
+            with pytest.raises(ValueError, match="train"):
+                concepts.ConceptExtractor(weights=tmp_path / "w", fast=fast)
 
 
 def test_weights_of_nltk(tmp_path, fast):
     folder = tmp_path / "taggers" / "averaged_perceptron_tagger_eng"
     folder.mkdir(parents=True)
-    for name, part in zip(("weights", "tagdict", "classes"), concepts.load_weights()):
+    parts = json.loads(gzip.decompress(concepts.WEIGHTS.read_bytes()))
+    for name, part in zip(("weights", "tagdict", "classes"), parts):
         (folder / f"averaged_perceptron_tagger_eng.{name}.json").write_text(json.dumps(part))
     code = "import concepts; print(concepts.ConceptExtractor('nltk').extract('A dog on a red mat'))"
     p = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
@@ -173,7 +183,7 @@ def test_weights_of_nltk(tmp_path, fast):
 
 def test_weights_are_small_and_exact():
     assert concepts.WEIGHTS.stat().st_size <= 500_000
-    weights, _, classes = concepts.load_weights()
+    weights, _, classes = json.loads(gzip.decompress(concepts.WEIGHTS.read_bytes()))
     assert all(w * 4 == int(w * 4) for row in weights.values() for w in row.values())
     assert classes == sorted(classes)
 
@@ -240,7 +250,7 @@ def test_negate():
     assert concepts.negate("A boy watches a dog") == "A boy does not watch a dog"
     assert concepts.negate("a dog on a sofa") == "no dog on a sofa"
     assert concepts.negate("A dog has a hat") == "A dog does not have a hat"
-    assert concepts.negate("No dog") == "some dog"
+    assert concepts.negate("No dog") == "Some dog"
 
 
 # ------------------------------------------------------------------------------------------- command line
@@ -251,6 +261,28 @@ def run(*args, **kwargs):
 
 def rows_of(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_assets_must_be_there(tmp_path):
+    (tmp_path / "concepts.py").write_text((ROOT / "concepts.py").read_text(encoding="utf-8"), encoding="utf-8")
+    p = subprocess.run([sys.executable, "concepts.py", "A cat"], cwd=tmp_path, capture_output=True, text=True)
+    assert p.returncode == 1 and "assets/" in p.stderr and p.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
+def test_progress(tmp_path):
+    (tmp_path / "a.txt").write_text("a dog\n" * 600)
+    (tmp_path / "b.txt").write_text("a cat\n" * 600)
+    command = ("extract", tmp_path / "a.txt", tmp_path / "b.txt", "--output", tmp_path / "o")
+    terminal, end = os.openpty()
+    p = subprocess.run([sys.executable, str(ROOT / "concepts.py"), *map(str, command)], stdout=subprocess.PIPE,
+                       stderr=end, text=True)
+    assert p.returncode == 0 and "a dog 600, a cat 600" in p.stdout
+    shown = os.read(terminal, 10_000).decode()
+    assert re.search(r"\[#+\.*\] \d+% \d[\d,]*\r", shown), shown
+    (tmp_path / "o").unlink()
+    p = run(*command)  # no terminal, no bar
+    assert p.returncode == 0 and p.stderr == "" and "1,200 captions" in p.stdout
 
 
 def test_one_caption():

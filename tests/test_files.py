@@ -42,9 +42,9 @@ def test_imports_run_one_way(name):
 @pytest.mark.parametrize("name", USES)
 def test_copied_alone(name, tmp_path):
     (tmp_path / name).write_text((ROOT / name).read_text())
-    if name == "concepts.py":       # with its weights
+    if name == "concepts.py":       # with its weights and lexicon
         (tmp_path / "assets").mkdir()
-        for file in (ROOT / "assets").glob("*.json.gz"):
+        for file in (ROOT / "assets").glob("*.json*"):
             (tmp_path / "assets" / file.name).write_bytes(file.read_bytes())
     subprocess.run([sys.executable, "-c", USES[name]], cwd=tmp_path, check=True)
 
