@@ -1,342 +1,551 @@
-"""Benchmarks, a function each, over one shared scorer: python evaluate.py --checkpoint out/nano/last.pt --bench scenes
+"""Every benchmark, exact, with intervals: python evaluate.py --checkpoint out/nano/last.pt --bench scenes
 
-Every bench returns {subset: accuracy, n, 95 % interval, chance}; a tie is never counted as correct, because a model
-that scores two captions alike has not told them apart. Intervals are Wilson's, of a binomial proportion.
+assets/benchmarks.json holds each bench's protocol, source, files, and what of them to compare. Each image and each text
+is encoded once over all benches, by all processes together. A tie is never correct: a model that scores two captions
+alike has not told them apart. Intervals are bootstraps over images: items of one image move together.
 """
 import argparse
 import hashlib
-import http.client
 import json
 import math
 import os
 import random
+import re
+import runpy
+import shutil
+import subprocess
 import sys
-import urllib.request
+import time
+from collections import Counter, namedtuple
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # threads that spin while they wait starve other processes
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from concepts import ConceptExtractor
 from data import COLOURS, SHAPES, CaptionFile, Scenes, load_image
 from model import CLIP, set_tokenizer
 
+PROTOCOL = 3    # raised whenever a change here or in assets/benchmarks.json may change a figure
+ASSETS = Path(__file__).resolve().parent / "assets"
+TABLE = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
+extractor = lru_cache(ConceptExtractor)
+GET = "python evaluate.py download"
 
-# -----------------------------------------------------------------------------
-# the shared scorer: each image and each text is encoded once
 
-class Images(torch.utils.data.Dataset):
-    """load(i) -> PIL image, transformed; (i, None, why) for what cannot be read."""
+# what is compared: an image is (function, name, ...), as (picture, path); equal images and equal texts are encoded once
 
-    def __init__(self, load, length, transform):
-        self.load, self.length, self.transform = load, length, transform
+def dot(a, b):
+    return (a * b).sum(-1)      # equal rows give equal sums, and so tie, which a matmul does not promise
 
-    def __len__(self):
-        return self.length
 
-    def __getitem__(self, index):
-        try:
-            return index, self.transform(self.load(index)), ""
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return index, None, " ".join(str(error).split())
+def pairing(a, b):      # each of two a strictly prefers its own b
+    return torch.minimum(dot(a[:, 0], b[:, 0]) - dot(a[:, 0], b[:, 1]), dot(a[:, 1], b[:, 1]) - dot(a[:, 1], b[:, 0]))
+
+
+RULES = {   # normalised images (N, I, D), texts (N, K, D) -> margins (N,), positive if correct, 0 if a tie; and chance
+    "choice": (lambda i, t: dot(i, t[:, :1])[:, 0] - dot(i, t[:, 1:]).amax(1), None),       # 1 / K
+    "itt": (lambda i, t: dot(i, t[:, :2]).amin(1) - dot(i, t[:, 2:])[:, 0], 1 / 3),
+    "tot": (lambda i, t: dot(t[:, 0], t[:, 1]) - dot(t[:, :2], t[:, 2:]).amax(1), 1 / 3),
+    "text": (pairing, 1 / 4),
+    "image": (lambda i, t: pairing(t, i), 1 / 4),
+    "group": (lambda i, t: torch.minimum(pairing(i, t), pairing(t, i)), 1 / 6)}
+
+
+# N items of I images and K texts each; rules {subset: one of RULES}; labels: SUBSET_macro is the mean of theirs
+Choices = namedtuple("Choices", "rules images texts labels", defaults=[None])
+# N tuples of one image, M of str (features are averaged), positive (N, M) bool, recalls {subset: (way, k)}:
+# whether the best positive of a query ("i2t": an image) is among its k best, which is R@k, or top k
+Ranking = namedtuple("Ranking", "images texts positive recalls")
+
+
+def judge(task, image, text):
+    """image, text: functions from lists of n rows to features (n, width, D). Yields (subset, margins (N,), NaN without
+    the image, chance, N names of what the bootstrap draws, N labels or None)."""
+    names = ["|".join(x[1] for x in row) for row in task.images]
+    if isinstance(task, Choices):
+        parts = [slice(i, i + 2000) for i in range(0, len(names), 2000)]
+        for subset, (rule, chance) in ((subset, RULES[rule]) for subset, rule in task.rules.items()):
+            margins = torch.cat([rule(image(task.images[part]), text(task.texts[part])) for part in parts])
+            yield subset, margins, chance or 1 / len(task.texts[0]), names, task.labels
+        return
+    images, texts = image(task.images)[:, 0], text(task.texts)                          # (N, D), (M, prompts, D)
+    texts = F.normalize(texts.mean(1), dim=-1) if texts.shape[1] > 1 else texts[:, 0]
+    of = [names[i] for i in task.positive.byte().argmax(0).tolist()]                    # a caption's image
+    for subset, (way, k) in task.recalls.items():
+        pair, mask = ((images, texts), task.positive) if way == "i2t" else ((texts, images), task.positive.T)
+        n, tries = mask.shape[1], torch.arange(min(k, mask.shape[1]))[:, None]
+        misses = ((n - tries - mask.sum(1)).double() / (n - tries)).clamp(0).prod(0)           # by k blind draws
+        yield subset, rank(*pair, mask, k), 1 - misses.mean().item(), names if way == "i2t" else of, None
+
+
+def rank(queries, targets, positive, k):
+    """(Q, D), (M, D), (Q, M) bool -> margins (Q,): the best positive minus the k-th best of the others. NaN where the
+    query or all of its positives are NaN; other targets of NaN are never found."""
+    targets, inverse = targets.unique(dim=0, return_inverse=True)       # equal targets must tie
+    margins = []
+    for q, mask in zip(queries.split(500), positive.split(500)):        # COCO's 5,000 x 25,010 would be large
+        scores = (q @ targets.T)[:, inverse].nan_to_num(-2.0)                           # (<= 500, M)
+        best = scores.masked_fill(~mask, -2).amax(1)
+        others = scores.masked_fill(mask, -3).topk(min(k, len(inverse))).values
+        margins.append(best.masked_fill(best == -2, float("nan")) - others[:, -1])
+    return torch.cat(margins)
+
+
+def world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def print0(*text):
+    if world()[0] == 0:
+        print(*text)
 
 
 @torch.inference_mode()
-def encode_images(model, load, length, args, hint=""):
-    """load(i) -> PIL image for i < length; returns normalised image_features (length, D), float32, on the CPU.
+def encode(model, inputs, args):
+    """N images, or texts' tokens (N, L) -> normalised features (N, D), float32, on the CPU. Processes share."""
+    def load(numbers):
+        x = torch.full((len(numbers), 3, model.config.image_size, model.config.image_size), float("nan"))
+        for pixels, (function, name, *rest) in zip(x, (inputs[i] for i in numbers)):
+            try:
+                pixels.copy_(model.transform(function(name, *rest)))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                if not args.allow_missing:      # else features of NaN, and no item with this image
+                    raise ValueError(f"cannot read {name} ({error}): check --image-root, or --allow-missing") from None
+        return torch.tensor(numbers), x.to(model.logit_scale.dtype)
+    (first, step), order = world(), torch.arange(len(inputs))
+    if isinstance(inputs, torch.Tensor):
+        # in batches by length; in causal models nothing is seen behind the end-of-text token: cut it off
+        lengths = inputs.argmax(1) + 1 if model.config.family == "clip" else order * 0 + inputs.shape[1]
+        batches = [(i, inputs[i, :lengths[i].max()]) for i in lengths.argsort().split(args.batch_size)[first::step]]
+    else:
+        batches = [i.tolist() for i in order.split(args.batch_size)[first::step]]
+        batches = DataLoader(range(len(inputs)), batch_sampler=batches, collate_fn=load, num_workers=args.workers,
+                             multiprocessing_context="fork" if args.workers else None)
+    features = torch.zeros(len(inputs), model.config.embed_dim, device=args.device)
+    for i, x in tqdm(batches, "encoding", leave=False, disable=len(inputs) < 2000 or first > 0):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            x = (model.encode_image if x.ndim == 4 else model.encode_text)(x.to(args.device))
+        features[i.to(args.device)] = F.normalize(x.float(), dim=-1)
+    if step > 1:
+        dist.all_reduce(features)       # a row is zero on all processes but one
+    if bad := features.isnan().any(1).nonzero()[:, 0].tolist():
+        print0(f"skipped {len(bad)} of {len(inputs)} images, which cannot be read; the first: {inputs[bad[0]][1]}")
+    return features.cpu()
 
-    Unreadable images are an error (with `hint`, what to do), or with --allow-missing rows of NaN, counted.
-    """
-    loader = DataLoader(Images(load, length, model.transform), args.batch_size, num_workers=args.workers,
-                        collate_fn=list)
-    features = torch.full((length, model.config.embed_dim), float("nan"))
-    bad = []
-    for batch in tqdm(loader, "images", leave=False, disable=length < 2000):
-        bad += [why for _, image, why in batch if image is None]
-        if bad and not args.allow_missing:
-            raise ValueError(f"cannot read an image: {bad[0]}. {hint}, or skip such images with --allow-missing")
-        index, images = [i for i, x, _ in batch if x is not None], [x for _, x, _ in batch if x is not None]
-        if images:
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                x = torch.stack(images).to(args.device, model.logit_scale.dtype)
-                x = model.encode_image(x, normalize=True)
-            features[index] = x.float().cpu()
-    if bad:
-        print(f"skipped {len(bad)} of {length} images, the first: {bad[0]}")
-    if len(bad) == length:
-        raise ValueError(f"none of the {length} images can be read, the first: {bad[0]}. {hint}")
+
+def fingerprint(model):
+    """sha256 of the weights and of everything in CLIPConfig."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(name.encode() + x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cached(model, inputs, args):
+    """encode, or what --cache holds of it for the same weights, precision and inputs: of images path, size and time."""
+    if not args.cache:
+        return encode(model, inputs, args)
+    key = inputs.tolist() if isinstance(inputs, torch.Tensor) else [
+        (name, *[x for x in rest if isinstance(x, (int, float))], os.path.isfile(name) and (
+            os.path.getsize(name), os.stat(name).st_mtime_ns)) for _, name, *rest in inputs]
+    key = hashlib.sha256(repr((PROTOCOL, fingerprint(model), args.dtype, key)).encode()).hexdigest()
+    path = Path(args.cache, f"{key}.pt")
+    found = [torch.load(path, weights_only=True) if path.is_file() and world()[0] == 0 else None]
+    if world()[1] > 1:
+        dist.broadcast_object_list(found)       # processes may not share a disk
+    features = encode(model, inputs, args) if found[0] is None else found[0]
+    if found[0] is None and world()[0] == 0 and not features.isnan().any():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(features, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
     return features
 
 
-@torch.inference_mode()
-def encode_texts(model, texts, args):
-    """list of N str -> normalised text_features (N, D), float32, on the CPU.
-
-    Equal token rows are encoded once: faster, and texts that the tokenizer cannot tell apart tie exactly.
-    """
-    tokens, inverse = model.tokenize(texts).unique(dim=0, return_inverse=True)      # (U, L), (N,)
-    causal = model.config.family == "clip"      # behind the end-of-text token nothing is seen: cut it off
-    lengths = tokens.argmax(1) + 1 if causal else torch.full((len(tokens),), tokens.shape[1])
-    features = torch.empty(len(tokens), model.config.embed_dim)
-    batches = lengths.argsort().split(args.batch_size)
-    for index in tqdm(batches, "texts", leave=False, disable=len(tokens) < 5000):
-        batch = tokens[index, :lengths[index].max()].to(args.device)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            features[index] = model.encode_text(batch, normalize=True).float().cpu()
-    return features[inverse]
+def bootstrap(columns, samples=2000, seed=0):
+    """[(images (n,) of 0, 1, ..., values (n,), weights (n,)), ...] -> weighted means (1 + samples, columns): first of
+    all, then of as many images as there are, drawn with all their items; the same draws for all columns."""
+    rng, size = np.random.default_rng(seed), 1 + max(images.max() for images, _, _ in columns)
+    total = np.stack([np.bincount(images, w, size) for images, _, w in columns], 1)             # (images, columns)
+    value = np.stack([np.bincount(images, v * w, size) for images, v, w in columns], 1)
+    draws = (np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(samples))
+    shares = [count @ value / np.maximum(count @ total, 1e-9) for count in draws]
+    return np.stack([value.sum(0) / total.sum(0), *shares])
 
 
-def choose(image_features, text_features):
-    """Whether the first text is strictly the best: (N, D), (N, K, D) -> (N,) bool."""
-    scores = (image_features[:, None] * text_features).sum(-1)      # (N, K); equal rows tie, unlike in a matmul
-    return scores[:, 0] > scores[:, 1:].amax(1)
-
-
-def first_of(model, image_features, texts, args):
-    """The same from N lists of K texts, encoded together, so that texts of equal tokens tie whatever the batches."""
-    features = encode_texts(model, [text for row in texts for text in row], args)   # (N K, D)
-    return choose(image_features, features.view(len(texts), -1, features.shape[1]))
-
-
-def proportion(correct, chance):
-    """(n,) bool -> accuracy with Wilson's 95 % interval low..high, n, chance, and item by item: correct, 0s and 1s."""
-    n, z2 = len(correct), 1.959964 ** 2
-    p = correct.double().mean().item()
-    centre, half = p + z2 / (2 * n), math.sqrt(z2 * p * (1 - p) / n + (z2 / (2 * n)) ** 2)
-    low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
-    return {"accuracy": p, "n": n, "low": max(0.0, min(p, low)), "high": min(1.0, max(p, high)), "chance": chance,
-            "correct": correct.int().tolist()}
-
-
-def recall_at_1(similarity, positive):
-    """Whether the best column is a positive of its row, ties wrong: (N, M) float, (N, M) bool -> (N,) bool."""
-    best = similarity.masked_fill(~positive, -2).amax(1)
-    return best > similarity.masked_fill(positive, -2).amax(1)
-
-
-# -----------------------------------------------------------------------------
-# benches: (model, args) -> {subset: proportion}
-
-def scenes(model, args, n=1000, seed=1):
-    """Held-out built-in scenes: two objects that training never showed together, in captions it never saw.
-
-    np_binding: "a red circle" against "a red square", where the square is blue; swap_att: the two colours exchanged in
-    the caption; replace_att / replace_obj: the first object with a colour / shape that the scene does not hold.
-    i2t_r1, t2i_r1: retrieval among all n; whatever shows (or says) the same two objects counts as correct.
-    """
-    data, rng = Scenes(n, "val", seed, model.config.image_size), random.Random(seed)
-    pairs = [data.objects(i)[0] for i in range(n)]
-    image_features = encode_images(model, lambda i: data[i]["image"], n, args)
-
-    def caption(*objects):
-        return " and ".join(f"a {colour} {shape}" for colour, shape in objects)
-
-    rows = {"np_binding": [], "swap_att": [], "replace_att": [], "replace_obj": []}
-    for (c1, s1), (c2, s2) in pairs:
-        true = caption((c1, s1), (c2, s2))
-        c3 = rng.choice([c for c in COLOURS if c not in (c1, c2)])
-        s3 = rng.choice([s for s in SHAPES if s not in (s1, s2)])
-        rows["np_binding"].append((caption((c1, s1)), caption((c1, s2))))
-        rows["swap_att"].append((true, caption((c2, s1), (c1, s2))))
-        rows["replace_att"].append((true, caption((c3, s1), (c2, s2))))
-        rows["replace_obj"].append((true, caption((c1, s3), (c2, s2))))
-    results = {name: proportion(first_of(model, image_features, texts, args), 0.5) for name, texts in rows.items()}
-
-    similarity = image_features @ encode_texts(model, [caption(*p) for p in pairs], args).T
-    scene = [str(sorted(p)) for p in pairs]
-    positive = torch.tensor([[a == b for a in scene] for b in scene])
-    chance = positive.float().mean().item()
-    results["i2t_r1"] = proportion(recall_at_1(similarity, positive), chance)
-    results["t2i_r1"] = proportion(recall_at_1(similarity.T, positive), chance)
+def summarize(outcomes, means, samples=2000):
+    """What judge yields, and {mean: subsets or earlier means} -> {subset or mean: accuracy, low, high, n, ...}.
+    Intervals are 95 %, by percentiles; where all items agree, Wilson's of as many as there are images. "micro" is the
+    mean over items."""
+    results, columns, number = {}, {}, {}
+    for subset, margins, chance, names, labels in outcomes:
+        kept = (~margins.isnan()).nonzero()[:, 0].tolist()
+        if len(kept) < len(margins):
+            print0(f"{subset}: {len(margins) - len(kept)} of {len(margins)} items skipped, without their image")
+        if not kept:
+            raise ValueError(f"{subset}: none of its items has an image that can be read")
+        right = (margins[kept] > 0).numpy().astype(int)
+        images = np.array([number.setdefault(names[i], len(number)) for i in kept])
+        results[subset] = {"right": right.sum().item(), "n": len(kept), "ties": int((margins == 0).sum()),
+                           "chance": chance, "correct": right.tolist(), "image": images.tolist()}
+        columns[subset] = images, right, np.ones(len(kept))
+        if labels:
+            count = Counter(labels[i] for i in kept)
+            weights = np.array([0 if labels[i] is None else 1 / count[labels[i]] for i in kept])
+            columns[f"{subset}_macro"] = images, right, weights
+            results[f"{subset}_macro"] = {"n": int((weights > 0).sum()), "chance": chance}
+    shares = dict(zip(columns, bootstrap(list(columns.values()), samples).T))           # each (1 + samples,)
+    for name, parts in means.items():
+        if set(parts) <= set(shares):
+            n = [results[part]["n"] for part in parts]
+            shares[name] = np.average([shares[part] for part in parts], 0, n if name == "micro" else None)
+            results[name] = {"n": sum(n), "chance": float(np.mean([results[part]["chance"] for part in parts]))}
+    for name, r in results.items():
+        p, (low, high) = shares[name][0].item(), np.quantile(shares[name][1:], (0.025, 0.975)).tolist()
+        edge = 3.84 / (len(set(r.get("image", number))) + 3.84)
+        r |= {"accuracy": p, "low": min(p, low) - edge * (p == 1), "high": max(p, high) + edge * (p == 0)}
     return results
 
 
-def retrieval(model, args):
-    """Image-to-text and text-to-image R@1 on the rows of --data: whether the best text (image) is the query's own.
-
-    Rows with the same image path belong together, and so do equal captions: an image's positives are all its captions
-    wherever they stand, a caption's positives all images that carry it. Captions without a readable image are left out.
-    """
-    if not args.data:
-        raise ValueError("--bench retrieval needs --data pairs.csv (and --image-root DIR, if its paths are relative)")
-    data = CaptionFile(args.data, args.image_root, args.image_key, args.caption_key)
-    names, captions = (list(dict.fromkeys(column)) for column in zip(*((n, c) for n, c, _ in data.rows if c.strip())))
-    if len(names) < 2 or len(captions) < 2:
-        raise ValueError(f"{args.data} holds {len(names)} images with {len(captions)} captions: retrieval needs two")
-    image_features = encode_images(model, lambda i: load_image(os.path.join(args.image_root, names[i])), len(names),
-                                   args, f"Check --image-root ({args.image_root or 'not given'})")
-    row, column = {n: i for i, n in enumerate(names)}, {c: i for i, c in enumerate(captions)}
-    positive = torch.zeros(len(names), len(captions), dtype=torch.bool)
-    for name, caption, _ in data.rows:
-        if caption.strip():
-            positive[row[name], column[caption]] = True
-    positive = positive[~image_features.isnan().any(1)]
-    image_features = image_features[~image_features.isnan().any(1)]
-    shown = positive.any(0)                             # captions that kept an image
-    positive = positive[:, shown]
-    similarity = image_features @ encode_texts(model, [c for c, s in zip(captions, shown) if s], args).T
-    chance = positive.float().mean().item()
-    return {"i2t_r1": proportion(recall_at_1(similarity, positive), chance),
-            "t2i_r1": proportion(recall_at_1(similarity.T, positive.T), chance)}
-
-
-SUGARCREPE = {  # file -> sha256; 1652, 788, 1406, 245, 666, 2062 and 692 items
-    "replace_obj": "9d299600639947e9d15281a9ded1382b376cf4ea088a8d08a1314bfe76e81898",
-    "replace_att": "9fe55fd4c0a9ad1f85d486d9f6d0215b41f867eb025026e7f7b5ce44352545ee",
-    "replace_rel": "356bcc2fc4c6aed3f4d9fd50acc58489bb1fe70c28791f9368d4cbf9ea39cdc9",
-    "swap_obj": "073cdb8e253d053614e80710834d9773b09dbc1dd0a412f6f9492262caa1dcad",
-    "swap_att": "7a7ce04e5c4c80412b48c6f0c1347fb1a2f5d54c0be6aa429b64d390e442f8d0",
-    "add_obj": "1b9d76b93139a937b8dc1ada92a4f05ecc821bb3c291d752428bafadd4bb0682",
-    "add_att": "012d88d729693d193760e6f3393b06a1cf874380a9db0062e937201199fe044d",
-}
-COCO = "Get http://images.cocodataset.org/zips/val2017.zip (about 780 MB), unzip it, and give --image-root .../val2017"
-
-
-def sugarcrepe(model, args):
-    """SugarCrepe (Hsieh et al. 2023): a COCO val2017 image against its caption and one hard negative, 7 subsets.
-
-    As the official code does, an item is correct if the caption scores strictly higher than the negative.
-    """
-    items = {}
-    for name, sha256 in SUGARCREPE.items():
-        path = os.path.join(args.data_dir, "sugarcrepe", f"{name}.json")
-        fetch(f"https://raw.githubusercontent.com/RAIVNLab/sugar-crepe/main/data/{name}.json", path, sha256)
-        with open(path, encoding="utf-8") as f:
-            items[name] = list(json.load(f).values())   # keyed by id; the ids of swap_obj have gaps
-    names = sorted({item["filename"] for rows in items.values() for item in rows})
-    paths = [os.path.join(args.image_root, name) for name in names]
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing and (not args.allow_missing or len(missing) == len(paths)):
-        raise ValueError(f"{len(missing)} of {len(paths)} images are missing, the first is {missing[0]}. {COCO}"
-                         + ("" if args.allow_missing else ", or skip what is missing with --allow-missing"))
-    features = dict(zip(names, encode_images(model, lambda i: load_image(paths[i]), len(paths), args, COCO)))
-
-    results = {}
-    for name, rows in items.items():
-        kept = [row for row in rows if not features[row["filename"]].isnan().any()]
-        if len(kept) < len(rows):
-            print(f"sugarcrepe {name}: {len(rows) - len(kept)} of {len(rows)} items skipped, without their image")
-        if kept:
-            images = torch.stack([features[row["filename"]] for row in kept])           # (N, D)
-            texts = [(row["caption"], row["negative_caption"]) for row in kept]
-            results[name] = proportion(first_of(model, images, texts, args), 0.5)
+def run(benches, model, args, quiet=False, tasks=None):
+    """Benches (or read's tasks) on a model in eval mode -> {bench: {subset or mean: results}}. On all processes."""
+    tasks = tasks or read(benches, model, args)[0]
+    every = [task for parts in tasks.values() for task in parts]
+    images = {x: i for i, x in enumerate(dict.fromkeys(x for task in every for row in task.images for x in row))}
+    texts = list(dict.fromkeys(text for task in every for row in task.texts for text in row))
+    tokens, inverse = model.tokenize(texts).unique(dim=0, return_inverse=True)  # texts of equal tokens tie exactly
+    texts, results = dict(zip(texts, inverse.tolist())), {}
+    image_features, text_features = cached(model, list(images), args), cached(model, tokens, args)
+    for bench, parts in tasks.items():
+        spec = TABLE.get(bench, {})
+        outcomes = [outcome for task in parts for outcome in judge(
+            task, lambda rows: image_features[torch.tensor([[images[x] for x in row] for row in rows])],
+            lambda rows: text_features[torch.tensor([[texts[x] for x in row] for row in rows])])]
+        results[bench] = summarize(outcomes, spec.get("means", {}))
+        if not quiet:
+            print_table(bench, results[bench], spec.get("published") if args.reference else None)
     return results
 
 
-def sugarcrepe_means(results):
-    """The averages that are in use, which differ: over items, over the 7 subsets, over the means of the 3 groups."""
-    if len(results) < len(SUGARCREPE):
-        return {}
-    accuracy = {name: r["accuracy"] for name, r in results.items()}
-    means = {group: float(np.mean([a for name, a in accuracy.items() if name.startswith(group)]))
-             for group in ("replace", "swap", "add")}
-    micro = sum(r["accuracy"] * r["n"] for r in results.values()) / sum(r["n"] for r in results.values())
-    return {**means, "macro_7": float(np.mean(list(accuracy.values()))),
-            "macro_3": float(np.mean(list(means.values()))), "micro": micro}
+def print_table(bench, results, published=None):
+    """A line a subset or mean, in percent; beside it published ones, {method: {subset: percent}}."""
+    width, published = max(map(len, (bench, *results))), published or {}
+    print0(f"\n{bench:{width}s}    chance  accuracy     right / n      ties    95 % interval" +
+           "".join(f"  published: {method}" for method in published))
+    for name, r in results.items():
+        count = f"{r['right']:6d} / {r['n']:<6d} {r['ties']:5d}" if "right" in r else f"mean over {r['n']:6d} items"
+        print0(f"{name:{width}s}  {100 * r['chance']:8.1f}  {100 * r['accuracy']:8.1f}  {count:21s}"
+               f"    {100 * r['low']:5.1f} .. {100 * r['high']:5.1f}" +
+               "".join(f"  {x.get(name, ''):>{len(method) + 11}}" for method, x in published.items()))
 
 
-BENCHES = {"scenes": scenes, "retrieval": retrieval, "sugarcrepe": sugarcrepe}
-MEANS = {"sugarcrepe": sugarcrepe_means}
+class Missing(ValueError):
+    """Data that is not there; the message says how to get it."""
 
 
-# -----------------------------------------------------------------------------
-# files and tables
+def picture(path, *box):
+    image, (x, y, width, height) = load_image(path), box or [0] * 4
+    return image.crop((x, y, x + width, y + height)) if box else image
 
-def fetch(url, path, sha256):
-    """Make sure that the file of this checksum lies at path: downloads it, resuming what an earlier call broke off."""
-    by_hand = f"fetch {url} by hand and put it at {path}"
+
+def rows_of(bench, subset, args):
+    """The rows of one of a bench's files, and all that is known of it. Raises ValueError if it is not the true file."""
+    spec = {**TABLE[bench], **TABLE[bench]["files"][subset]}
+    path, keys = Path(args.data_dir, spec["path"]), set(spec["image"] + spec["text"] + spec.get("keys", []))
+    if not path.is_file():
+        raise Missing(f"{bench}: no {path}; get it: {GET} {bench}")
+    content = path.read_bytes()
+    try:
+        rows = [json.loads(line) for line in content.splitlines()] if path.suffix == ".jsonl" else json.loads(content)
+        rows = list(rows.values()) if isinstance(rows, dict) else rows      # by id; swap_obj's ids have gaps
+        whole = all(keys <= set(row if isinstance(row, dict) else range(len(row))) for row in rows)
+        if spec.get("sha256") not in (None, hashlib.sha256(content).hexdigest()) or len(rows) != spec["n"] or not whole:
+            raise ValueError(f"{len(rows)} rows, {'all' if whole else 'not all'} with {keys}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not the official file of {spec['n']} rows ({error}): {GET} {bench}") from None
+    return rows, spec
+
+
+def find(bench, args, images):
+    """(name, *box) of images -> (picture, path, *box): in --image-root, or the first of the bench's folders with it."""
+    places = [args.image_root] * bool(args.image_root) + [Path(args.data_dir, f) for f in TABLE[bench]["folders"]]
+    paths = {name: [os.path.join(place, name) for place in places] for name, *_ in images}
+    paths = {name: next(filter(os.path.isfile, some), some[0]) for name, some in paths.items()}
+    missing = [path for path in paths.values() if not os.path.isfile(path)]
+    if missing and not (args.allow_missing and len(missing) < len(paths)):
+        raise Missing(f"{bench}: {len(missing)} of {len(paths)} images are missing, the first is {missing[0]}. Give "
+                      f"--image-root DIR, or get them: {GET} {bench}; --allow-missing skips some, but not all")
+    return [(picture, paths[name], *box) for name, *box in images]
+
+
+def choices(bench, subset, model, args):
+    """A bench (from here on: bench, one of its files, model, args): items as assets/benchmarks.json says."""
+    (rows, spec), items = rows_of(bench, subset, args), []      # (row, names of images, texts)
+    for row in rows:
+        names = [spec.get("name", "{}").format(re.sub("http.*/", "", str(row[k]))) for k in spec["image"]]
+        texts = row[spec["text"][0]] if len(spec["text"]) == 1 else [row[k] for k in spec["text"]]
+        if bench != "valse" or row["mturk"]["caption"] >= 2:        # of three annotators
+            items += [(row, names, t) for t in (map(orders, texts) if "orders" in spec else [texts])]
+    found = iter(find(bench, args, [(name, *[row[k] for k in spec.get("crop", ())])
+                                    for row, names, _ in items for name in names]))
+    labels = [str(row[spec["macro"]]) for row, _, _ in items] if "macro" in spec else []
+    count, out = Counter(labels), spec.get("left_out", ())
+    labels = [None if x in out or count[x] < spec.get("least", 1) else x for x in labels]
+    yield Choices({name.format(subset): rule for name, rule in spec.get("rules", {"{}": "choice"}).items()},
+                  [tuple(next(found) for _ in names) for _, names, _ in items], [tuple(t) for _, _, t in items], labels)
+
+
+def orders(caption):
+    """A caption and ARO's four shuffles: nouns, and adjectives; all others; the words of each three; the threes.
+    Cut to 30 words and cleaned as there. The shuffles are random, seeded by the caption; tags are of concepts.py."""
+    words, rng = extractor().words(caption), random.Random(caption)
+    places = range(len(words))
+    nouns = [i for i in places if words[i][2] in ("NN", "NNS", "NNP", "NNPS", "QN")]
+    adjectives = [i for i in places if words[i][2] in ("JJ", "JJR", "JJS", "ORG")]
+    others, threes = [i for i in places if i not in nouns + adjectives], [places[i:i + 3] for i in places[::3]]
+    shuffles = []
+    for groups in [nouns, adjectives], [others], threes:
+        moved = {i: j for group in groups for i, j in zip(group, rng.sample(group, len(group)))}
+        shuffles.append([moved.get(i, i) for i in places])
+    shuffles.append([i for three in rng.sample(threes, len(threes)) for i in three])
+    texts = [caption] + [" ".join(caption[slice(*words[i][:2])] for i in order) for order in shuffles]
+    return [" ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:30]) for text in texts]
+
+
+def retrieval(bench, subset, model, args):
+    if subset == "data":
+        rows = CaptionFile(args.data, args.image_root, args.image_key, args.caption_key).rows
+        pairs = [((picture, os.path.join(args.image_root, name)), c, c) for name, c, *_ in rows if c.strip()]
+    else:
+        rows = [(row["image"], caption) for row in rows_of(bench, subset, args)[0] for caption in row["caption"]]
+        pairs = [(image, i, rows[i][1]) for i, image in enumerate(find(bench, args, [(name,) for name, _ in rows]))]
+    texts = {key: caption for _, key, caption in pairs}
+    row, column = ({x: i for i, x in enumerate(dict.fromkeys(xs))} for xs in ([p[0] for p in pairs], texts))
+    positive = torch.zeros(len(row), len(column), dtype=torch.bool)
+    positive[[row[image] for image, _, _ in pairs], [column[key] for _, key, _ in pairs]] = True
+    prefix = "" if subset == "data" else f"{subset}_"
+    yield Ranking([(image,) for image in row], [(text,) for text in texts.values()], positive,
+                  {f"{prefix}{way}_r{k}": (way, k) for way in ("i2t", "t2i") for k in (1, 5, 10)})
+
+
+def zero_shot(bench, subset, model, args):
+    """A class is the normalised mean of its prompts' normalised features (Radford et al. 2021)."""
+    spec, known = TABLE[bench], {"templates": ["a photo of a {}."]}
+    path = os.path.join(args.data_dir, spec["folder"]) if "folder" in spec else args.data or ""
+    try:
+        if "torchvision" in spec:
+            load = getattr(torchvision.datasets, spec["torchvision"])
+            data = load(path, download=args.command == "download", **spec["split"])
+        else:
+            data = torchvision.datasets.ImageFolder(path, loader=load_image)
+            text = Path(ASSETS / "imagenet.json" if bench == "imagenet" else args.classes or "").read_text("utf-8")
+            known |= json.loads(text) if bench == "imagenet" else {"classes": text.strip().splitlines()}
+    except (RuntimeError, OSError) as error:
+        raise Missing(f"{bench}: {error}; get it: {spec.get('by_hand', GET + ' ' + bench)}") from None
+    names = [name for name, _ in getattr(data, "samples", ())] or [f"{path} {i}" for i in range(len(data))]
+    images = [(lambda _, i: data[i][0], name, i) for i, name in enumerate(names)]
+    classes, n = known.get("classes", data.classes), spec.get("n", len(images))
+    if len(data.classes) != len(classes) or len(images) != n and not args.allow_missing:
+        raise ValueError(f"{bench}: {len(data.classes)} classes, {len(images)} images instead of {len(classes)}, {n}")
+    labels = getattr(data, "targets", None) or data._labels
+    texts = [tuple(prompt.replace("{}", c.replace("_", " ")) for prompt in known["templates"]) for c in classes]
+    yield Ranking([(image,) for image in images], texts, F.one_hot(torch.as_tensor(labels), len(classes)).bool(),
+                  {"top1": ("i2t", 1), "top5": ("i2t", 5)})
+
+
+def scenes(bench, subset, model, args, n=1000, seed=1):
+    """Held-out built-in scenes: two objects that training never showed together, in captions it never saw."""
+    def shown(name, data, i):
+        return data[i]["image"]
+
+    for split, of in ("val", seed), ("train", seed + 1000):
+        data, rng, rows = Scenes(n, split, of, model.config.image_size), random.Random(seed), []
+        images = [((shown, f"{split} {of} {i}", data, i),) for i in range(n)]
+        for ((c1, s1), (c2, s2)), cells, _ in map(data.objects, range(n)):
+            c3 = rng.choice([c for c in COLOURS if c not in (c1, c2)])      # a colour and a shape that are not there
+            s3 = rng.choice([s for s in SHAPES if s not in (s1, s2)])
+            (x1, y1), (x2, y2) = ((cell % 2, cell // 2) for cell in cells)
+            where = ("left of" if x1 < x2 else "right of") if x1 != x2 else "above" if y1 < y2 else "below"
+            rows.append(dict(c1=c1, s1=s1, c2=c2, s2=s2, c3=c3, s3=s3, where=where))
+        for name, templates in TABLE["scenes"]["templates"].items():
+            texts = [tuple(text.format(**row) for text in templates) for row in rows]
+            if split == "val" or name == "np_binding":
+                yield Choices({name if split == "val" else f"seen_{name}": "choice"}, images, texts)
+            if split == "val" and name == "swap_att":       # the first text of which is the caption
+                same = [sorted(text.split(" and ")) for text, _ in texts]
+                same = torch.tensor([[a == b for a in same] for b in same])
+                yield Ranking(images, [text[:1] for text in texts], same, {"i2t_r1": ("i2t", 1), "t2i_r1": ("t2i", 1)})
+    def lonely(name, i):
+        rng = random.Random(f"{seed} {i}")
+        return data.render([objects[i % 48]], [rng.randrange(4)], rng)
+    objects, alone = [(c, s) for c in COLOURS for s in SHAPES], [((lonely, f"single {seed} {i}", i),) for i in range(n)]
+    for name, part in ("single", slice(2)), ("single_colour", slice(1)), ("single_shape", slice(1, 2)):
+        fits = torch.tensor([[objects[i % 48][part] == o[part] for o in objects] for i in range(n)])
+        yield Ranking(alone, [(f"a {c} {s}",) for c, s in objects], fits, {name: ("i2t", 1)})
+
+
+BENCHES = {bench: choices if "files" in spec else zero_shot for bench, spec in TABLE.items()}
+BENCHES |= {"scenes": scenes, "retrieval": retrieval}
+
+
+def read(benches, model, args):
+    """-> {bench: [Choices or Ranking, ...]}, and what is not there; ValueError unless that is allowed."""
+    tasks, missing, every = {}, [], benches == ["all"]
+    for bench in BENCHES if every else benches:
+        subsets = TABLE.get(bench, {}).get("files", [bench])
+        for subset in ["data"] if bench == "retrieval" and args.data and not os.path.isdir(args.data) else subsets:
+            try:
+                tasks.setdefault(bench, []).extend(BENCHES[bench](bench, subset, model, args))
+            except Missing as error:
+                missing.append(str(error))
+                if not (every or args.allow_missing and (tasks[bench] or subset != list(subsets)[-1])):
+                    raise
+    return {bench: parts for bench, parts in tasks.items() if parts}, missing
+
+
+def fetch(url, path, sha256=None):
+    """Make sure that this file lies at path: curl resumes what an earlier call broke off. Raises ValueError."""
+    by_hand, part = f"try again to resume, or fetch {url} by hand and put it at {path}", path + ".part"
     if not os.path.isfile(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        part = path + ".part"
-        have = os.path.getsize(part) if os.path.exists(part) else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        try:
-            with urllib.request.urlopen(request, timeout=10) as reply:
-                have = have if reply.status == 206 else 0       # a server may ignore the range
-                total = int(reply.headers.get("Content-Length", 0)) + have
-                with open(part, "ab" if have else "wb") as f, tqdm(
-                        total=total, initial=have, unit="B", unit_scale=True, desc=os.path.basename(path)) as bar:
-                    while chunk := reply.read(1 << 16):
-                        bar.update(f.write(chunk))
-        except (OSError, http.client.HTTPException) as error:
-            raise ValueError(f"cannot download {url} ({error}): try again to resume, or {by_hand}") from None
+        command = ["curl", "-fL", "-C", "-", "--connect-timeout", "10", "-o", part, url]
+        if not shutil.which("curl") or subprocess.run(command).returncode:
+            raise ValueError(f"cannot download {url}: {by_hand}")
         os.replace(part, path)
-    with open(path, "rb") as f:
-        found = hashlib.sha256(f.read()).hexdigest()
-    if found != sha256:
-        raise ValueError(f"{path} is not the official file (sha256 {found[:12]}..., expected {sha256[:12]}...): "
-                         f"delete it and try again, or {by_hand}")
+    if sha256 and hashlib.sha256(Path(path).read_bytes()).hexdigest() != sha256:
+        raise ValueError(f"{path} is not the official file, of sha256 {sha256[:12]}...: delete it and {by_hand}")
 
 
-def print_table(bench, results, means=None):
-    width = max(len(name) for name in results)
-    print(f"\n{bench:{width}s}    chance  accuracy      n    95 % interval")
-    for name, r in results.items():
-        print(f"{name:{width}s}  {100 * r['chance']:8.1f}  {100 * r['accuracy']:8.1f}  {r['n']:5d}"
-              f"    {100 * r['low']:5.1f} .. {100 * r['high']:5.1f}")
-    if means:
-        print("means: " + "  ".join(f"{name} {100 * mean:.1f}" for name, mean in means.items()))
+def download(args):
+    """download BENCH ... --data-dir DIR: what may be fetched of them; of the rest, how to get it."""
+    for bench in args.files:
+        if bench not in BENCHES:
+            raise ValueError(f"no bench {bench!r} to download: expected some of {', '.join(BENCHES)}")
+        spec = TABLE[bench]
+        if "torchvision" in spec:
+            list(zero_shot(bench, bench, None, args))
+        for file in [*spec.get("files", {}).values(), *spec.get("archives", [])]:
+            path, makes = (os.path.join(args.data_dir, file.get(key, file["path"])) for key in ("path", "makes"))
+            if "url" in file and (os.path.isfile(path) or not os.path.isdir(makes)):
+                fetch(file["url"], path, file.get("sha256"))
+            if os.path.isfile(path) and makes != path:
+                shutil.unpack_archive(path, os.path.dirname(makes))
+                os.remove(path)     # not before it is unpacked as a whole
+        print(f"{bench}, by hand: {spec['by_hand'].replace('DATA', args.data_dir)}" if "by_hand" in spec else bench)
 
 
-def run(benches, model, args, quiet=False):
-    """The named benches on a model in eval mode, each printed as a table; returns {bench: {subset: proportion}}."""
-    results = {}
-    for bench in benches:
-        results[bench] = BENCHES[bench](model, args)
-        if not quiet:
-            print_table(bench, results[bench], MEANS[bench](results[bench]) if bench in MEANS else None)
-    return results
+@torch.no_grad()
+def interpolate(model, initial, weight):
+    """WiSE-FT (Wortsman et al. 2022): model's weights become (1 - weight) * initial's + weight * its own."""
+    ours, start = asdict(model.config), initial.state_dict()
+    differ = [key for key, value in asdict(initial.config).items() if value not in ("", ours[key]) and
+              key not in ("name", "logit_scale", "logit_bias", "value_tokens")]     # "": a bare file has no tokenizer
+    if differ or not 0 <= weight <= 1:
+        raise ValueError(f"--interpolate {weight:g}: expected 0 (--init) to 1 (--checkpoint), and as --init the "
+                         f"weights that --checkpoint was tuned from; what differs: {', '.join(differ) or 'nothing'}")
+    for key, value in model.state_dict().items():
+        value.lerp_(start.get(key, value), 1 - weight)      # a logit_bias that only the tuned model has stays
+    return model
+
+
+def paired(a, b, images, samples=2000, seed=0):
+    """n items right (1) or wrong (0) by A and B -> B - A in percent, low, high (95 %), McNemar's p, gained, lost."""
+    change, images = np.subtract(b, a), np.unique(images, return_inverse=True)[1]
+    draws = 100 * bootstrap([(images, change, np.ones(len(change)))], samples, seed)[:, 0]
+    gained, lost = int((change > 0).sum()), int((change < 0).sum())
+    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
+    return draws[0], *np.quantile(draws[1:], (0.025, 0.975)), min(1.0, 2 * tail / 2 ** (gained + lost)), gained, lost
+
+
+def compare(args):
+    """compare A.json B.json: B - A in percent, items gained (right in B only) and lost (--items: their numbers).
+    Interval: 95 %, paired bootstrap over images; p: exact McNemar test, of items taken as independent."""
+    try:
+        files = [json.loads(Path(path).read_text("utf-8")) for path in args.files]
+        a, b = ({f"{bench} {name}": {**r, "data": (file["protocol"], file["data_sha256"][bench])} for bench, subsets in
+                 file["results"].items() for name, r in subsets.items() if "correct" in r} for file in files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"compare {' '.join(args.files)}: expected two files of --json ({error!r})") from None
+    print(f"{compare.__doc__}\n\n{'percent':32s}     n      A      B   B - A    95 % interval        p  gained  lost")
+    for key, x, y in ((key, a[key], b[key]) for key in a if key in b):
+        if any(x[k] != y[k] for k in ("n", "data", "image")):
+            raise ValueError(f"{key}: A ({x['n']} items) and B ({y['n']}) differ in items, data or protocol version")
+        difference, low, high, p, gained, lost = paired(x["correct"], y["correct"], x["image"])
+        print(f"{key:32s}{x['n']:6d} {100 * x['accuracy']:6.1f} {100 * y['accuracy']:6.1f}  {difference:+6.1f}  "
+              f"{low:+6.1f} .. {high:+6.1f}  {p:7.2g}  {gained:6d}{lost:6d}")
+        for items, sign in (("gained", 1), ("lost", -1)) if args.items else ():
+            print(f"    {items}: {np.flatnonzero(np.subtract(y['correct'], x['correct']) == sign).tolist()}")
+    print("in one file only: " + (", ".join(a.keys() ^ b.keys()) or "none"))
+
+
+def evaluate(args):
+    """Without a command: what --checkpoint or --init scores on the benches."""
+    benches, start = args.bench.split(","), args.init or args.model
+    for name in set(benches) - {*BENCHES, "all"}:
+        raise ValueError(f"no bench {name!r}: expected all, or one of {', '.join(BENCHES)}, joined by commas")
+    if bool(args.checkpoint) + bool(start) != 1 + bool(args.interpolate):
+        raise ValueError("give what to evaluate: --checkpoint FILE, or --init SOURCE (or --model NAME for its default "
+                         "weights), or both with --interpolate A")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    model = CLIP.load(args.checkpoint) if args.checkpoint else CLIP.from_pretrained(args.init, args.model)
+    if args.interpolate:
+        model = interpolate(model, CLIP.from_pretrained(args.init, args.model), float(args.interpolate))
+    model = set_tokenizer(model, args.tokenizer) if args.tokenizer else model
+    started, (tasks, missing) = time.time(), read(benches, model.to(args.device).eval(), args)
+    results = run(benches, model, args, tasks=tasks)
+    print0(f"\n{time.time() - started:.1f} s" + "".join(f"\nnot there: {line}" for line in missing))
+    if args.json and world()[0] == 0:
+        data = {bench: repr([([Path(x[1]).name for row in task.images for x in row], task.texts) for task in parts])
+                for bench, parts in tasks.items()}      # the names of image files, and all texts
+        Path(args.json).write_text(json.dumps({
+            "checkpoint": args.checkpoint or start, "sha256": fingerprint(model), "protocol": PROTOCOL,
+            "data_sha256": {bench: hashlib.sha256(x.encode()).hexdigest() for bench, x in data.items()},
+            "settings": {**vars(args), "torch": torch.__version__, "processes": world()[1]},
+            "missing": missing, "results": results}))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+COMMANDS = {f.__name__: f for f in (evaluate, download, compare)}
 
 
 def parser():
-    p = argparse.ArgumentParser(description="Evaluate a checkpoint.", epilog="benches: " + ", ".join(
-        f"{name} ({f.__doc__.splitlines()[0].rstrip('.:')})" for name, f in BENCHES.items()),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # what to evaluate
-    p.add_argument("--checkpoint", help="a checkpoint of train.py, such as out/nano/last.pt; needs no other flag")
-    p.add_argument("--init", help="instead of --checkpoint: public weights (hub id, folder or file)")
-    p.add_argument("--model", help="with --init: the architecture, where the source does not say it")
-    p.add_argument("--tokenizer", help="a tokenizer.json, for weights that came without one")
-    p.add_argument("--bench", default="scenes", help="names joined by commas: " + ", ".join(BENCHES))
-    # data
-    p.add_argument("--data-dir", default="data", help="where benchmark files are kept, and downloaded to")
-    p.add_argument("--image-root", default="", help="folder of the images (sugarcrepe: COCO val2017)")
-    p.add_argument("--data", help="retrieval: a .csv, .tsv or .jsonl file of pairs")
-    p.add_argument("--image-key", help="retrieval: the column of image paths; found by itself where its name is usual")
-    p.add_argument("--caption-key", help="retrieval: the column of captions")
-    p.add_argument("--allow-missing", action="store_true", help="skip images that cannot be read, and count them")
-    # how
-    p.add_argument("--json", metavar="FILE", help="write the results to FILE")
-    p.add_argument("--batch-size", type=int, default=250, help="images, or texts, a forward pass")
-    p.add_argument("--workers", type=int, default=0, help="processes that read images")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the towers (autocast)")
+    p = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n\n".join(
+            ["benches"] + [f"{name}: {spec['protocol']} {spec['source']}" for name, spec in TABLE.items()] +
+            ["commands"] + [f.__doc__ for f in COMMANDS.values()] + ["plot and show: see plot --help"]))
+    p.add_argument("command", nargs="?", choices=COMMANDS, default="evaluate")
+    for flag, options in json.loads((ASSETS / "evaluate.json").read_text("utf-8")).items():
+        p.add_argument(flag, **options, **({"type": type(options["default"])} if "default" in options else {}))
+    p.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
     return p
 
 
-def main():
-    p = parser()
-    args = p.parse_args()
-    args.benches = args.bench.split(",")
-    for name in args.benches:
-        if name not in BENCHES:
-            p.error(f"no bench {name!r}: expected one of {', '.join(BENCHES)}, joined by commas")
-    if bool(args.checkpoint) == bool(args.init or args.model):
-        p.error("give what to evaluate: --checkpoint FILE, or --init SOURCE (or --model NAME for its default weights)")
+def main(argv):
+    if argv[:1] in (["plot"], ["show"]):    # drawn by a script of its own
+        return runpy.run_path(str(ASSETS.parent / "tests" / "pictures.py"))["main"](argv)
+    args = parser().parse_args(argv)
     try:
-        model = CLIP.load(args.checkpoint) if args.checkpoint else CLIP.from_pretrained(args.init, args.model)
-        if args.tokenizer:
-            set_tokenizer(model, args.tokenizer)
-        results = run(args.benches, model.to(args.device).eval(), args)
+        COMMANDS[args.command](args)
     except (ValueError, OSError) as error:      # what a user can mend; anything else is ours, and keeps its trace
-        sys.exit(f"evaluate.py: {error}")
-    if args.json:
-        with open(args.json, "w") as f:
-            json.dump({"checkpoint": args.checkpoint or args.init or args.model, "results": results,
-                       "means": {b: MEANS[b](results[b]) for b in results if b in MEANS}}, f, indent=1)
-        print(f"\nwrote {args.json}")
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(3)       # process 0 says it
+            sys.exit(1)
+        sys.exit(f"evaluate.py: {str(error).strip().splitlines()[-1]}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,14 +1,23 @@
-"""Scenes, tables of pairs, images of every kind, batches and their order."""
+"""Scenes, tables of pairs, tar shards, images of every kind, batches and their order."""
+import csv
+import io
 import json
+import multiprocessing
 import os
+import random
+import tarfile
+from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from data import (COLOURS, CaptionFile, Collate, Epochs, Scenes, Seeded, load_image, string_id, train_tokenizer,
-                  train_transform)
+from concepts import negate, swap_negatives
+from data import (COLOURS, SHAPES, CaptionFile, Collate, Epochs, Scenes, Seeded, load_image, string_id,
+                  train_tokenizer, train_transform)
 from model import MODELS, Tokenizer, image_transform
 
 
@@ -42,6 +51,63 @@ def test_scene_shows_what_its_caption_says():
         assert scene["caption"] == " and ".join(scene["concepts"])
 
 
+def test_relations_change_captions_only_and_are_true():
+    plain, some, always = (Scenes(200, "train", 1, relations=share) for share in (0.0, 0.4, 1.0))
+    links = Counter()
+    for i in range(200):
+        a, b, c = plain[i], some[i], always[i]
+        assert a["image"].tobytes() == b["image"].tobytes() == c["image"].tobytes()
+        assert a["concepts"] == b["concepts"] == c["concepts"] and a["caption"] == " and ".join(a["concepts"])
+        assert b["caption"] in (a["caption"], c["caption"])
+        links["some"] += b["caption"] == c["caption"]
+        first, second = c["concepts"]
+        link = c["caption"].removeprefix(first).removesuffix(second).strip()
+        links[link] += 1
+        pixels = np.asarray(c["image"])
+        (y0, x0), (y1, x1) = (np.argwhere((pixels == COLOURS[colour]).all(-1)).mean(0) for colour, _ in c["objects"])
+        assert {"left of": x0 < x1, "right of": x0 > x1, "above": y0 < y1, "below": y0 > y1}[link]
+    assert 50 < links.pop("some") < 110 and set(links) == {"left of", "right of", "above", "below"}
+
+
+def test_scenes_of_today_are_those_of_yesterday():
+    """What relations and negatives added must not move a pixel: checksums of the first scenes of the first version."""
+    import zlib
+    found = [zlib.crc32(Scenes(3, split, 5)[i]["image"].tobytes()) for split in ("train", "val") for i in range(3)]
+    assert found == [403060592, 291228442, 4101428021, 2887291262, 1053140313, 1953539070]
+    assert Scenes(3, "train", 5)[1]["caption"] == "a green cross and a red circle"
+
+
+@pytest.mark.parametrize("relations", [0.0, 1.0])
+def test_negatives_of_scenes_are_false_of_the_image(relations):
+    def read(text):     # caption -> link, objects
+        link = next(w for w in (" and ", " left of ", " right of ", " above ", " below ") if w in text)
+        return link.strip(), [tuple(part.split()[1:]) for part in text.split(link)]
+    for i in range(100):
+        scene = Scenes(100, relations=relations, negative_images=True)[i]
+        link, ((c0, s0), (c1, s1)) = read(scene["caption"])
+        colours, colour, shape, places = scene["negatives"]
+        assert read(colours) == (link, [(c1, s0), (c0, s1)])
+        other, (new, kept) = read(colour)[1][1], read(colour)[1][0]
+        assert other == (c1, s1) and kept == s0 and new in COLOURS and new not in (c0, c1)
+        other, (kept, new) = read(shape)[1][1], read(shape)[1][0]
+        assert other == (c1, s1) and kept == c0 and new in SHAPES and new not in (s0, s1)
+        assert places == "" if link == "and" else read(places) == (link, [(c1, s1), (c0, s0)])
+        # the image of the first negative: the two colours exchanged, pixel by pixel
+        image, negative = np.asarray(scene["image"]), np.asarray(scene["negative_image"])
+        is0, is1 = ((image == COLOURS[c]).all(-1) for c in (c0, c1))
+        expected = image.copy()
+        expected[is0], expected[is1] = COLOURS[c1], COLOURS[c0]
+        assert (expected == negative).all() and is0.any() and is1.any()
+    assert "negative_image" not in Scenes(1)[0]
+
+
+def test_one_object_alone():
+    for cell in range(4):
+        image = np.asarray(Scenes(1).render([("red", "square")], [cell], random.Random(cell)))
+        y, x = np.argwhere((image == COLOURS["red"]).all(-1)).mean(0)
+        assert (y > 16, x > 16) == (cell // 2 == 1, cell % 2 == 1)
+
+
 # ------------------------------------------------------------------------------------------------------- tables
 
 @pytest.fixture
@@ -73,12 +139,12 @@ def test_formats_give_the_same_rows(folder, name, text):
 @pytest.mark.parametrize("name, text, says", [
     ("none.csv", None, "no file"),
     ("t.parquet", "x", "expected a .csv, .tsv or .jsonl"),
-    ("semicolon.csv", "image;caption\na.png;a wall\n", "wrong separator"),
-    ("tab.csv", "image\tcaption\na.png\ta wall\n", "wrong separator"),
-    ("columns.csv", "image,words\na.png,a wall\n", "its columns are image, words"),
+    ("semicolon.csv", "image;caption\na.png;a wall\n", "columns or keys image;caption .split at commas"),
+    ("tab.csv", "image\tcaption\na.png\ta wall\n", "split at commas in .csv, tabs in .tsv"),
+    ("columns.csv", "image,words\na.png,a wall\n", "columns or keys image, words .*--caption-key"),
     ("empty.csv", "image,caption\n", "no rows"),
-    ("t.jsonl", '{"image": "a.png"\n', "line 1: not json"),
-    ("list.jsonl", '[1, 2]\n', "line 1: expected an object"),
+    ("t.jsonl", '{"image": "a.png"\n', "row 1 is not an object in json"),
+    ("list.jsonl", '[1, 2]\n', "row 1 is not an object in json"),
 ])
 def test_unusable_tables_say_what_to_do(folder, name, text, says):
     path = str(folder / name) if text is None else write(folder, name, text)
@@ -91,13 +157,14 @@ def test_rows_of_other_types_are_named_too(folder):
     path = write(folder, "t.jsonl", '{"image": "a.png", "caption": "a cat", "concepts": "[broken"}\n'
                  '{"image": "a.png", "caption": 7}\n{"image": null, "caption": "a cat"}\n'
                  '{"image": "a.png", "caption": "a cat", "concepts": ["a cat"]}\n')
-    rows = [CaptionFile(path, str(folder))[i] for i in range(4)]
-    assert ["error" in r for r in rows] == [True, True, True, False]
+    data = CaptionFile(path, str(folder))
+    assert ["error" in data[i] for i in range(len(data))] == [True, False]
+    assert data.skipped == [("a.png (row 2)", "no caption"), ("(no image) (row 3)", "no image")]
 
 
 def test_missing_column_by_name(folder):
     path = write(folder, "t.csv", "image,caption\na.png,a wall\n")
-    with pytest.raises(ValueError, match="no column 'text'; its columns are image, caption: name one with --capt"):
+    with pytest.raises(ValueError, match="columns or keys caption, image .*--caption-key"):
         CaptionFile(path, str(folder), caption_key="text")
 
 
@@ -109,12 +176,13 @@ def test_bad_rows_are_named_not_lost(folder):
                  "a.png,a cat\n")
     data = CaptionFile(path, str(folder))
     rows = [data[i] for i in range(len(data))]
-    assert ["error" in r for r in rows] == [True] * 5 + [False]
-    assert rows[0]["error"] == "empty caption" and "none.png" in rows[1]["key"] and "row 2" in rows[1]["key"]
+    assert data.skipped == [("a.png (row 1)", "no caption"), ("(no image) (row 5)", "no image")]
+    assert ["error" in r for r in rows] == [True] * 3 + [False] and data.rows[3] == ("a.png", "a cat", None)
+    assert "none.png" in rows[0]["key"] and "row 2" in rows[0]["key"] and "No such file" in rows[0]["error"]
     config = nano()
     rows = [Seeded(data, 0)[(0, i)] for i in range(len(data))]
     batch = Collate(image_transform(config), Tokenizer(config))(rows)
-    assert len(batch["bad"]) == 5 and batch["keys"] == ["a.png (row 6)"] and len(batch["images"]) == 1
+    assert len(batch["bad"]) == 3 and batch["keys"] == ["a.png (row 6)"] and len(batch["images"]) == 1
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "YCbCr"])
@@ -128,6 +196,385 @@ def test_images_of_every_mode(tmp_path, mode):
     assert loaded.mode == "RGB" and loaded.size == (20, 20)
     if mode == "RGBA":      # nothing was drawn: white, not the hidden red
         assert loaded.getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_sixteen_bits_are_scaled_and_colours_stay(tmp_path):
+    ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    for image in (Image.fromarray(ramp), Image.fromarray(ramp.astype(np.int32))):
+        image.save(tmp_path / "grey.png" if image.mode == "I;16" else tmp_path / "grey.tif")
+    for name in ("grey.png", "grey.tif"):
+        assert (np.asarray(load_image(tmp_path / name))[..., 1].reshape(-1) == np.arange(256)).all()
+    Image.new("RGB", (16, 16), (200, 30, 40)).convert("CMYK").save(tmp_path / "c.jpg", quality=100)
+    Image.new("RGB", (16, 16), (200, 30, 40)).quantize(8).save(tmp_path / "p.png")
+    for name in ("c.jpg", "p.png"):
+        assert np.abs(np.asarray(load_image(tmp_path / name)).astype(int) - (200, 30, 40)).max() <= 6
+
+
+# ------------------------------------------------------------------------------------------------------- tar shards
+
+def picture(i, kind="JPEG", size=(24, 20)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (i * 37 % 256, i * 91 % 256, i % 256)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def shard(path, members, **options):
+    """Write a tar of (name, bytes)."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def samples(first, last, folder=""):
+    for i in range(first, last):
+        kind = ("jpg", "png", "webp", "jpeg")[i % 4]
+        yield f"{folder}{i:09d}.{kind}", picture(i, "JPEG" if kind[0] == "j" else kind.upper())
+        yield f"{folder}{i:09d}.json", json.dumps({"url": f"http://x/{i}.jpg", "caption": f"json {i}",
+                                                   "alt": [f"alt {i}", f"other {i}"]}).encode()
+        yield f"{folder}{i:09d}.txt", f"text {i}".encode()
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three shards of 20, 17 and 4 samples."""
+    for number, (first, last) in enumerate(((0, 20), (20, 37), (37, 41))):
+        shard(tmp_path / f"{number:05d}.tar", samples(first, last))
+    return str(tmp_path / "{00000..00002}.tar")
+
+
+def test_shards_and_tables_are_one_data_set(shards, folder):
+    table = write(folder, "t.csv", "image,caption\na.png,a red wall\nb.jpg,a blue wall\n")
+    data = CaptionFile(f"{shards}::{table}", str(folder))
+    assert len(data) == 43 and data.skipped == []
+    assert data.captions == [f"text {i}" for i in range(41)] + ["a red wall", "a blue wall"]
+    for i in range(41):
+        expected = load_image(io.BytesIO(picture(i, ("JPEG", "PNG", "WEBP", "JPEG")[i % 4])))
+        assert data[i]["caption"] == f"text {i}" and data[i]["image"].tobytes() == expected.tobytes()
+        assert data[i]["key"].endswith(f".tar {i:09d}")
+    assert data[42]["image"].size == (40, 30) and "(row 2)" in data[42]["key"]
+    assert CaptionFile(shards, caption_key="caption").captions[3] == "json 3"
+    assert isinstance(data.lines, bytes) and isinstance(data.ends, np.ndarray)      # no object for each sample
+
+
+def test_one_of_several_captions_by_seed_epoch_and_index(shards):
+    data = CaptionFile(shards, caption_key="caption,alt")
+    assert data[4]["captions"] == ["json 4", "alt 4", "other 4"]
+    drawn = [[Seeded(data, 7)[(epoch, i)]["caption"] for epoch in range(40)] for i in (4, 5)]
+    assert drawn == [[Seeded(data, 7)[(epoch, i)]["caption"] for epoch in range(40)] for i in (4, 5)]
+    assert set(drawn[0]) == {"json 4", "alt 4", "other 4"} and [c[:-2] for c in drawn[0]] != [c[:-2] for c in drawn[1]]
+    with pytest.raises(ValueError, match="no images with captions.*keys .*caption.*--caption-key"):
+        CaptionFile(shards, caption_key="nothing")
+
+
+def only_indices(rows):
+    return [(row["key"], row["caption"], row["seed"]) for row in rows]
+
+
+@pytest.mark.parametrize("workers", range(4))
+def test_no_sample_is_lost_or_doubled(shards, workers):
+    """Over 1, 2 and 4 ranks and two epochs, each sample comes once an epoch, in one global order."""
+    orders = []
+    for world in (1, 2, 4):
+        ranks = []
+        for rank in range(world):
+            data = CaptionFile(shards)
+            stream = Epochs(len(data), 8, 3, rank, world)
+            stream.stop = 2 * stream.steps_per_epoch
+            context = "fork" if workers else None
+            ranks.append(list(DataLoader(Seeded(data, 3), batch_sampler=stream, num_workers=workers,
+                                         collate_fn=only_indices, multiprocessing_context=context)))
+        steps = [sum((rank[step] for rank in ranks), []) for step in range(len(ranks[0]))]
+        half = len(steps) // 2
+        for epoch in steps[:half], steps[half:]:
+            assert Counter(c for step in epoch for _, c, _ in step) == Counter(f"text {i}" for i in range(41))
+        orders.append(steps)
+    assert orders[0] == orders[1] == orders[2]
+
+
+def test_index_is_cached_and_follows_the_shard(tmp_path, monkeypatch):
+    path = shard(tmp_path / "a.tar", samples(0, 3))
+    scans, scan = [], tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda *args, **options: scans.append(args) or scan(*args, **options))
+    assert len(CaptionFile(path)) == 3 == len(CaptionFile(path)) and len(scans) == 1
+    assert len(os.listdir(tmp_path)) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", scan)
+        shard(path, samples(5, 10))
+    assert CaptionFile(path).captions == [f"text {i}" for i in range(5, 10)] and len(scans) == 2
+    stat = os.stat(path)        # same size, other time
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", scan)
+        shard(path, [(n, c.replace(b"text", b"TEXT")) for n, c in samples(5, 10)])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    assert os.path.getsize(path) == stat.st_size and CaptionFile(path).captions[0] == "TEXT 5" and len(scans) == 3
+    for name in os.listdir(tmp_path):
+        if name.endswith(".jsonl"):
+            os.remove(tmp_path / name)
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(os, "replace", refuse)      # a folder that cannot be written
+    with pytest.warns(UserWarning, match="kept in memory only"):
+        assert len(CaptionFile(path)) == 5
+    with pytest.warns(UserWarning):
+        assert len(CaptionFile(path)) == 5 and len(scans) == 5
+
+
+def count(path, results):
+    results.put(len(CaptionFile(path)))
+
+
+def test_processes_index_the_same_shard_at_once(tmp_path):
+    path = shard(tmp_path / "a.tar", samples(0, 60))
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=count, args=(path, results)) for _ in range(4)]
+    [p.start() for p in processes]
+    assert [results.get(timeout=60) for _ in processes] == [60] * 4
+    [p.join() for p in processes]
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_what_is_missing_is_named(tmp_path):
+    members = dict(samples(0, 5))
+    del members["000000001.png"], members["000000002.json"], members["000000002.txt"], members["000000003.json"]
+    path = shard(tmp_path / "a.tar", [*members.items(), ("000000004.txt", b"second 4"), ("notes.pdf", b"x")])
+    data = CaptionFile(path)
+    assert data.captions == ["text 0", "text 3", "text 4"]
+    assert [(name.split()[-1], why) for name, why in data.skipped] == [
+        ("000000001", "no image"), ("000000002", "no caption"), ("000000004", "no image")]
+    data = CaptionFile(path, caption_key="caption")
+    assert data.captions == ["json 0", "json 4"]
+    lost = [name.split()[-1] for name, why in data.skipped if why.startswith("no caption")]
+    assert lost == ["000000002", "000000003"]
+
+
+@pytest.mark.parametrize("share", [0.999, 0.95, 0.7, 0.5, 0.2])
+def test_truncated_shard(tmp_path, share):
+    whole = shard(tmp_path / "whole.tar", samples(0, 20), bufsize=512)
+    content = open(whole, "rb").read()
+    ends = [m.offset_data + m.size for m in tarfile.open(whole) if m.name.endswith(".txt")]
+    used = -(-ends[-1] // 512) * 512
+    (tmp_path / "cut.tar").write_bytes(content[:int(used * share)])
+    data = CaptionFile(str(tmp_path / "cut.tar"))
+    kept = sum(end <= int(used * share) for end in ends)
+    assert len(data) in (kept, kept + 1) and data.captions[:kept] == [f"text {i}" for i in range(kept)]
+    assert not any("error" in data[i] for i in range(len(data)))
+    assert "cut.tar is damaged or cut off from byte" in data.skipped[-1][0]
+
+
+def test_damaged_header_in_the_middle(tmp_path):
+    path = shard(tmp_path / "a.tar", samples(0, 10))
+    content = bytearray(open(path, "rb").read())
+    start = next(m.offset for m in tarfile.open(path) if m.name == "000000006.png" or m.name == "000000006.webp")
+    for damage in (b"\xff" * 300, bytes(512)):
+        content[start:start + len(damage)] = damage
+        (tmp_path / "b.tar").write_bytes(content)
+        data = CaptionFile(str(tmp_path / "b.tar"))
+        assert len(data) == 6 and f"b.tar is damaged or cut off from byte {start:,} on" in data.skipped[-1][0]
+    (tmp_path / "c.tar").write_bytes(b"this is no tar file" * 99)
+    with pytest.raises(ValueError, match="no images with captions.*c.tar"):
+        CaptionFile(str(tmp_path / "c.tar"))
+    (tmp_path / "d.tar").write_bytes(b"")
+    data = CaptionFile(f"{tmp_path}/{{a,c,d}}.tar")
+    assert len(data) == 10 and len(data.skipped) == 2
+
+
+def test_members_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    noise = io.BytesIO()
+    Image.effect_noise((60, 60), 50).save(noise, "JPEG")
+    members = [("zero.jpg", b""), ("text.jpg", b"not an image at all"), ("cut.jpg", noise.getvalue()[:900]),
+               ("bomb.png", picture(0, "PNG", (200, 200))), ("blank.jpg", picture(1)), ("good.jpg", picture(2)),
+               ("json.jpg", picture(3))]
+    texts = [(name[:-3] + "txt", b" \n" if name == "blank.jpg" else b"a cat") for name, _ in members]
+    data = CaptionFile(shard(tmp_path / "a.tar", members + texts + [("json.json", b"{broken")]))
+    rows = [data[i] for i in range(len(data))]
+    assert [row["key"].split()[-1] for row in rows if "error" in row] == ["zero", "text", "cut", "bomb"]
+    assert data.skipped == [(f"{tmp_path}/a.tar blank", "no caption")] and "decompression bomb" in rows[3]["error"]
+    assert all("\n" not in row["error"] for row in rows if "error" in row)
+
+
+def test_a_shard_that_vanishes_during_training(tmp_path):
+    path = shard(tmp_path / "a.tar", samples(0, 3))
+    data = CaptionFile(path)
+    os.remove(path)
+    row = Seeded(data, 0)[(0, 1)]
+    assert "No such file" in row["error"] and row["key"] == f"{path} 000000001"
+
+
+def test_names_with_folders_dots_and_great_length(tmp_path):
+    for number, format in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+        names = [f"./{'folder/' * 30}{i}.photo.v2" for i in range(3)] + ["b/1", "a/1"]
+        members = [(name + ending, content) for i, name in enumerate(names)
+                   for ending, content in ((".JPG", picture(i)), (".txt", name.encode()))]
+        data = CaptionFile(shard(tmp_path / f"{number}.tar", members, format=format))
+        assert data.captions == names and not any("error" in data[i] for i in range(5)) and data.skipped == []
+
+
+@pytest.mark.parametrize("source, says", [
+    ("{00000..00004}.tar", "no file 00003.tar: --data takes"),
+    ("00000.tar::other.csv", "no file other.csv: --data takes"),
+    ("{3..1}.tar", "no file"),
+    ("00000.zip", "expected a .csv, .tsv or .jsonl file, or .tar"),
+])
+def test_sources_that_are_not_there(shards, tmp_path, source, says, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "00000.zip").write_bytes(b"")
+    with pytest.raises(ValueError, match=says) as error:
+        CaptionFile(source)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------- joined captions
+
+COLUMNS = ["url", "key", "Image Path"]
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_captions_joined_to_shards(shards, tmp_path, column):
+    value = {"url": "http://x/{}.jpg", "key": "{:09d}", "Image Path": "http://x/{}.jpg"}
+    order = random.Random(0).sample(range(60), 60)
+    with open(tmp_path / "long.csv", "w", newline="") as f:
+        table = csv.writer(f)
+        table.writerow(["raw", column, "short", "long", "concepts"])
+        for i in order:
+            if i not in (5, 38):
+                many = json.dumps([f'a "long", {i}', f"another {i}"])
+                table.writerow([f"raw {i}", value[column].format(i), f"short\nline {i}", many, f"thing {i}|other"])
+    data = CaptionFile(shards, caption_key="short,long", captions=str(tmp_path / "long.csv"))
+    assert len(data) == 39
+    for row in (data[i] for i in range(39)):
+        i = int(row["key"].split()[-1])
+        assert row["captions"] == [f"short\nline {i}", f'a "long", {i}', f"another {i}"]
+        assert row["concepts"] == [f"thing {i}", "other"]
+        assert (np.asarray(row["image"])[0, 0].astype(int) - (i * 37 % 256, i * 91 % 256, i)).__abs__().max() < 90
+    lost = dict((name.split()[-1], why) for name, why in data.skipped)
+    assert len(data.skipped) == 3 and lost["000000005"] == lost["000000038"] == "no caption"
+    assert data.skipped[0][1].startswith(f"19 {column} fit no image, the first is")
+
+
+def test_rows_of_one_key_are_several_captions_and_tables_join_too(folder):
+    pairs = write(folder, "pairs.csv", "image\nx/a.png\nx/b.jpg\n")
+    table = write(folder, "captions.jsonl", "".join(json.dumps(row) + "\n" for row in (
+        {"file_name": "x/b.jpg", "caption": "1"}, {"file_name": "x/a.png", "caption": "2"},
+        {"file_name": "x/b.jpg", "caption": "3"}, {"file_name": "", "caption": "4"})))
+    os.makedirs(folder / "x")
+    for name in ("a.png", "b.jpg"):
+        os.rename(folder / name, folder / "x" / name)
+    data = CaptionFile(pairs, str(folder), captions=table)
+    assert [row["captions"] for row in (data[0], data[1])] == [["2"], ["1", "3"]]
+
+
+def test_captions_with_brackets(folder):
+    cells = ['[a sign] on a wall', '["broken, a cat', '["one", "two"]', "a | b"]
+    path = write(folder, "t.jsonl", "".join(json.dumps({"image": "a.png", "caption": c}) + "\n" for c in cells))
+    assert CaptionFile(path, str(folder)).captions == [cells[0], cells[1], "one", "two", "a | b"]
+
+
+def test_captions_that_fit_nothing(shards, tmp_path):
+    with pytest.raises(ValueError, match="no images with captions.*2 url fit no image, the first is"):
+        CaptionFile(shards, captions=write(tmp_path, "c.csv", "url,caption\nhttp://y/1,a cat\n,a dog\n"))
+    with pytest.raises(ValueError, match="no images with captions.* short.*--caption-key"):
+        CaptionFile(shards, captions=write(tmp_path, "c.csv", "url,short\nhttp://x/1,a cat\n"))
+
+
+# ------------------------------------------------------------------------------------------------------- negatives
+
+def stub_spans(tokenizer):
+    """Positions of words in place of the tokenizer's: [first, end) word of each phrase."""
+    def spans(text, phrases):
+        starts = [len(text[:text.index(phrase)].split()) for phrase in phrases]
+        return [(start, start + len(phrase.split())) for start, phrase in zip(starts, phrases)]
+    tokenizer.spans = spans
+    return tokenizer
+
+
+def plain_rows():
+    captions = ["a red ring sits above a blue cross", "running quickly", "A black dog chases a white cat."]
+    return [{"image": Image.new("RGB", (32, 32), (i, i, i)), "caption": c, "key": str(i), "seed": i}
+            for i, c in enumerate(captions)]
+
+
+def test_negatives_made_from_the_caption():
+    config = nano()
+    tokenizer, transform = Tokenizer(config), image_transform(config)
+    rows = plain_rows()
+    batch = Collate(transform, tokenizer, negatives="typed")(plain_rows())
+    assert batch["negative_tokens"].shape[:2] == (3, 4) and batch["negative_mask"].shape == (3, 4)
+    for i, row in enumerate(rows):
+        rng = random.Random(row["seed"])
+        for k, kind in enumerate(("noun", "adjective", "verb", "phrase")):
+            swapped = swap_negatives(row["caption"], rng, (kind,))
+            assert batch["negative_mask"][i, k] == bool(swapped)
+            if swapped:
+                tokens, length = tokenizer(swapped)[0], batch["negative_tokens"].shape[2]
+                assert torch.equal(batch["negative_tokens"][i, k], tokens[:length]) and swapped[0] != row["caption"]
+    assert batch["negative_mask"].tolist()[1] == [False] * 4 and batch["negative_mask"][2].any()
+    batch = Collate(transform, tokenizer, negatives="swap")(plain_rows())
+    assert batch["negative_mask"].tolist() == [[True], [False], [True]]
+    kinds = {Collate(transform, tokenizer, negatives="swap").negatives_of({**rows[2], "seed": s})[0] for s in range(40)}
+    assert len(kinds) > 1 and rows[2]["caption"] not in kinds
+    batch = Collate(transform, tokenizer, negatives="negate")(plain_rows())
+    texts = [negate(row["caption"], random.Random(row["seed"])) for row in rows]
+    assert batch["negative_mask"].all()
+    assert torch.equal(batch["negative_tokens"][:, 0], tokenizer(texts, trim=True))
+
+
+def test_negatives_of_the_row_come_first():
+    config = nano()
+    rows = plain_rows()
+    rows[0]["negatives"], rows[1]["negatives"] = ["", "a blue ring", "x", "y", "z"], ["a slow walk"]
+    texts = {kind: [Collate(None, None, negatives=kind).negatives_of(row) for row in rows]
+             for kind in ("swap", "typed", "negate")}
+    assert texts["typed"][:2] == [["", "a blue ring", "x", "y"], ["a slow walk", "", "", ""]]
+    assert texts["swap"][:2] == [["a blue ring"], ["a slow walk"]] and texts["negate"][0][0] not in rows[0]["negatives"]
+    batch = Collate(image_transform(config), Tokenizer(config), negatives="typed")(rows)
+    assert batch["negative_mask"].tolist()[:2] == [[False, True, True, True], [True, False, False, False]]
+
+
+def test_negative_images_and_neighbours(folder):
+    table = write(folder, "t.jsonl", "".join(json.dumps(row) + "\n" for row in (
+        {"image": "a.png", "caption": "a red wall", "neighbours": [1, 2], "negative_image": "c.png",
+         "negatives": ["a blue wall", None, "no wall"]},
+        {"image": "b.jpg", "caption": "a blue wall", "neighbours": "2"},
+        {"image": "c.png", "caption": "a green wall"}, {"image": "none.png", "caption": "x"})))
+    other = write(folder, "o.csv", "image,caption,neighbours\na.png,a wall,\nb.jpg,a sea,0|1\n")
+    data, config = CaptionFile(f"{table}::{other}", str(folder)), nano()
+    joined = CaptionFile(table, str(folder), captions=write(folder, "j.csv", "path,caption\na.png,A\nc.png,C\n"))
+    assert joined[0]["neighbours"] == [1] and joined[1]["caption"] == "C"       # the one in between is left out
+    assert data[0]["negatives"] == ["a blue wall", "", "no wall"] and data[5]["neighbours"] == [4, 5]
+    seeded = Seeded(data, 0)
+    assert {seeded[(epoch, 0)]["neighbour"]["caption"] for epoch in range(20)} == {"a blue wall", "a green wall"}
+    assert "neighbour" not in Seeded(data, 0, neighbours=False)[(0, 0)]
+    transform = image_transform(config)
+    batch = Collate(transform, Tokenizer(config), negative_images=True)([seeded[(0, i)] for i in range(4)])
+    assert batch["captions"][:3] == ["a red wall", "a blue wall", "a green wall"] and len(batch["bad"]) == 1
+    assert batch["captions"][3] in ("a blue wall", "a green wall") and batch["captions"][4:] == ["a green wall"]
+    assert len(batch["images"]) == 5 and batch["pairs"][:, 0].max() == 4
+    assert batch["negative_image_mask"].tolist() == [True, False, False, False, False]
+    assert torch.equal(batch["negative_images"][0], transform(load_image(folder / "c.png")))
+    assert not batch["negative_images"][1:].any()
+    scene = Collate(transform, Tokenizer(config), negative_images=True)(
+        [{**Scenes(5, negative_images=True)[i], "seed": i} for i in range(5)])
+    assert scene["negative_image_mask"].all() and not torch.equal(scene["negative_images"], scene["images"])
+
+
+def test_spans_count_in_rows_times_concepts():
+    config = nano()
+    tokenizer = stub_spans(Tokenizer(config))
+    rows = plain_rows()[:2] + [{**plain_rows()[2], "concepts": ["A black dog"] * 2 + ["a white cat.", "dog"]}]
+    batch = Collate(image_transform(config), tokenizer, spans=True)(rows)
+    assert "concept_tokens" not in batch and batch["fallback"] == 1
+    assert batch["spans"].tolist() == [[[0, 3], [5, 8], [0, 0]], [[0, 2], [0, 0], [0, 0]], [[0, 3], [4, 7], [2, 3]]]
+    strings = ("a red ring", "a blue cross", "running quickly", "A black dog", "a white cat.", "dog")
+    ids = [string_id(string) for string in strings]
+    assert batch["concept_ids"].tolist() == [ids[0], ids[1], -1, ids[2], -1, -1, *ids[3:]]
+    assert batch["pairs"].tolist() == [[0, 0], [0, 1], [1, 3], [2, 6], [2, 7], [2, 8]]
+    assert batch["spans"].dtype == batch["concept_ids"].dtype == batch["pairs"].dtype == torch.int64
 
 
 # ------------------------------------------------------------------------------------------------------- batches

@@ -1,12 +1,21 @@
-"""evaluate.py against the official protocols, read plainly: one item at a time, with the peer's own model."""
+"""evaluate.py against the official protocols, read plainly: one item at a time.
+
+SugarCrepe and SugarCrepe++ with the peer's own model; the others with a random nano model of ours.
+"""
+import copy
 import hashlib
 import http.server
+import itertools
 import json
-import math
 import os
 import random
+import subprocess
+import sys
 import threading
+import zipfile
+from dataclasses import replace
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -15,8 +24,12 @@ from safetensors.torch import save_file
 
 import evaluate
 from bench_tokenizer import openai_tokenizer
-from evaluate import BENCHES, choose, encode_texts, fetch, proportion, recall_at_1
-from model import CLIP, set_tokenizer
+from data import load_image, train_tokenizer
+from evaluate import RULES, TABLE, fetch, orders, print_table, rank, read, run, summarize
+from model import CLIP, MODELS, set_tokenizer
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+WORDS = "a the red blue dog cat sits runs on under table chair two small near man woman".split()
 
 
 def arguments(**kwargs):
@@ -25,13 +38,97 @@ def arguments(**kwargs):
     return args
 
 
+def caption(rng):
+    return " ".join(rng.choices(WORDS, k=rng.randint(3, 12)))
+
+
+def picture(path, rng):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    size = (rng.randint(60, 90), rng.randint(60, 90))
+    noise = Image.frombytes("RGB", (5, 5), rng.randbytes(75))
+    noise.resize(size).save(path)
+
+
+@pytest.fixture
+def official(monkeypatch):
+    """Lets the readers take generated files: write(bench, subset, rows) puts them where they belong."""
+    table = copy.deepcopy(TABLE)
+    monkeypatch.setattr(evaluate, "TABLE", table)
+
+    def write(folder, bench, subset, rows):
+        spec = table[bench]["files"][subset]
+        spec.update(n=len(rows), sha256=None)
+        path = os.path.join(folder, spec["path"])
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as f:
+            f.write("\n".join(map(json.dumps, rows)) if path.endswith("jsonl") else json.dumps(rows))
+        return path
+
+    write.table = table
+    return write
+
+
+@pytest.fixture(scope="module")
+def nano():
+    """A random nano model with a tokenizer."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    captions = [caption(rng) for _ in range(300)] + ["above below behind front of left right"]
+    text, size, _ = train_tokenizer(captions, 500)
+    model = CLIP(replace(MODELS["nano"], tokenizer=text, vocab_size=size, context_length=32)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        # features of a random model all point one way, so that few items would be correct: their mean is taken away
+        noise = torch.randn(100, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+        tokens = model.tokenize([caption(rng) for _ in range(100)])
+        for name, inputs in ("encode_image", noise), ("encode_text", tokens):
+            encoder = getattr(model, name)
+            setattr(model, name, centred(encoder, encoder(inputs, True).mean(0)))
+    return model
+
+
+def centred(encoder, mean):
+    def encode(x, normalize=False):
+        features = encoder(x, True) - mean.to(x.device)
+        return torch.nn.functional.normalize(features, dim=-1) if normalize else features
+    return encode
+
+
+class Plain:
+    """Cosines of one image and one text at a time, in float64 from features made by themselves.
+
+    Each once: the same text encoded again may differ in its last bit, by where its memory lies, and would not tie.
+    """
+
+    def __init__(self, model):
+        self.model, self.known = model, {}
+
+    @torch.no_grad()
+    def image(self, path, box=None):
+        image = load_image(path)
+        image = image.crop(box) if box else image
+        return self.model.encode_image(self.model.transform(image)[None], True)[0].double()
+
+    @torch.no_grad()
+    def text(self, text):
+        tokens = self.model.tokenize([text])
+        if tuple(tokens[0].tolist()) not in self.known:
+            self.known[tuple(tokens[0].tolist())] = self.model.encode_text(tokens, True)[0].double()
+        return self.known[tuple(tokens[0].tolist())]
+
+    def cos(self, path, text, box=None):
+        return (self.image(path, box) @ self.text(text)).item()
+
+
 # ------------------------------------------------------------------------------------------------- SugarCrepe
 
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory):
-    """A random open_clip ViT-B/32, and the same weights in ours."""
+    """A random open_clip model, a ViT-B/32 of two layers, and the same weights in ours."""
     torch.manual_seed(0)
-    theirs = open_clip.create_model("ViT-B-32").eval()
+    theirs = open_clip.model.CLIP(512, {"layers": 2, "width": 768, "patch_size": 32, "image_size": 224},
+                                  {"layers": 2, "width": 512, "heads": 8}).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             if p.ndim < 2:
@@ -39,7 +136,9 @@ def peer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peer")
     save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, folder / "model.safetensors")
     (folder / "tokenizer.json").write_text(openai_tokenizer(str(folder))[0])
-    ours = CLIP.from_pretrained(str(folder / "model.safetensors"), "ViT-B-32").eval()
+    MODELS["small"] = replace(MODELS["ViT-B-32"], vision=(768, 2, 12, 3072), text=(512, 2, 8, 2048))
+    ours = CLIP.from_pretrained(str(folder / "model.safetensors"), "small").eval()
+    del MODELS["small"]
     return theirs, set_tokenizer(ours, str(folder / "tokenizer.json"))
 
 
@@ -47,78 +146,566 @@ def peer(tmp_path_factory):
 def crepe(tmp_path_factory):
     """The seven files in the true format, and random images of several sizes under the file names in them."""
     folder, rng = tmp_path_factory.mktemp("crepe"), random.Random(0)
-    words = "a the red blue dog cat sits runs on under table chair two small near man woman".split()
     os.makedirs(folder / "sugarcrepe")
     os.makedirs(folder / "val2017")
     names = [f"{i:012d}.jpg" for i in range(9)]
     for name in names:
         size = (rng.randint(200, 400), rng.randint(200, 400))
         Image.effect_noise(size, 90).convert("RGB").resize((8, 8)).resize(size).save(folder / "val2017" / name)
-    for subset in evaluate.SUGARCREPE:
+    for subset in TABLE["sugarcrepe"]["files"]:
         items = {}
         for i in range(0, 40, 2):       # ids with gaps, as in swap_obj
-            caption = " ".join(rng.choices(words, k=rng.randint(3, 12)))
+            caption = " ".join(rng.choices(WORDS, k=rng.randint(3, 12)))
             shuffled = " ".join(rng.sample(caption.split(), len(caption.split())))
             negative = caption.upper() + " " if i % 10 == 0 else shuffled
             items[str(i)] = {"filename": rng.choice(names), "caption": caption, "negative_caption": negative}
         (folder / "sugarcrepe" / f"{subset}.json").write_text(json.dumps(items))
+        os.makedirs(folder / "sugarcrepe_pp", exist_ok=True)
+        for number, item in enumerate(items.values()):     # every fifth negative equals its caption
+            words = item["caption"].split()
+            item.update(id=number, caption2=" ".join(rng.sample(words, len(words))))
+        (folder / "sugarcrepe_pp" / f"{subset}.json").write_text(json.dumps(list(items.values())))
     return folder
 
 
 @pytest.fixture
-def unofficial(crepe, monkeypatch):
-    """The checksums of the generated files in place of the official ones."""
-    monkeypatch.setattr(evaluate, "SUGARCREPE", {name: hashlib.sha256(
-        (crepe / "sugarcrepe" / f"{name}.json").read_bytes()).hexdigest() for name in evaluate.SUGARCREPE})
+def unofficial(official):
+    """The generated files in place of the official ones."""
+    for bench in ("sugarcrepe", "sugarcrepe_pp"):
+        for spec in official.table[bench]["files"].values():
+            spec.update(n=20, sha256=None)
 
 
 @torch.no_grad()
-def official(model, folder, subset):
-    """The official protocol, item by item, each text by itself: correct if the positive's cosine is strictly higher."""
+def item_by_item(model, folder, bench, subset):
+    """The official protocol, each image and text by itself: (SugarCrepe or ITT, TOT), correct if strictly higher."""
     transform = open_clip.image_transform(224, is_train=False)
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    correct = []
-    for item in json.loads((folder / "sugarcrepe" / f"{subset}.json").read_text()).values():
-        image = transform(Image.open(folder / "val2017" / item["filename"]))[None]
-        features = model.encode_image(image, normalize=True)
-        positive, negative = ((features @ model.encode_text(tokenizer([item[key]]), normalize=True).T).item()
-                              for key in ("caption", "negative_caption"))
-        correct.append(int(positive > negative))
-    return correct
+    itt, tot, known = [], [], {}
+
+    def encode(text):       # equal texts once, see Plain
+        tokens = tokenizer([text])
+        if tuple(tokens[0].tolist()) not in known:
+            known[tuple(tokens[0].tolist())] = model.encode_text(tokens, normalize=True)
+        return known[tuple(tokens[0].tolist())]
+
+    rows = json.loads((folder / bench / f"{subset}.json").read_text())
+    for item in rows.values() if isinstance(rows, dict) else rows:
+        image = model.encode_image(transform(Image.open(folder / "val2017" / item["filename"]))[None], normalize=True)
+        text = {key: encode(item[key])
+                for key in ("caption", "caption2", "negative_caption") if key in item}
+        negative = (image @ text["negative_caption"].T).item()
+        itt.append(int(all((image @ t.T).item() > negative for key, t in text.items() if key != "negative_caption")))
+        if "caption2" in text:
+            one, two, wrong = text["caption"], text["caption2"], text["negative_caption"]
+            tot.append(int((one @ two.T).item() > (one @ wrong.T).item() and
+                           (one @ two.T).item() > (two @ wrong.T).item()))
+    return itt, tot
 
 
 def test_sugarcrepe_equals_the_official_protocol_item_by_item(peer, crepe, unofficial, capsys):
     theirs, ours = peer
-    results = evaluate.run(["sugarcrepe"], ours, arguments(data_dir=str(crepe), image_root=str(crepe / "val2017")))
-    assert set(results["sugarcrepe"]) == set(evaluate.SUGARCREPE)
-    for subset, r in results["sugarcrepe"].items():
-        assert r["correct"] == official(theirs, crepe, subset)
-        assert r["correct"][::5] == [0] * 4         # the negative differs in capitals only: a tie is wrong
+    results = run(["sugarcrepe", "sugarcrepe_pp"], ours, arguments(
+        data_dir=str(crepe), image_root=str(crepe / "val2017"), reference=True))
+    for subset in TABLE["sugarcrepe"]["files"]:
+        r = results["sugarcrepe"][subset]
+        assert r["correct"] == item_by_item(theirs, crepe, "sugarcrepe", subset)[0]
+        assert r["correct"][::5] == [0] * 4 and r["ties"] >= 4     # these negatives differ in capitals only
         assert 0 < r["accuracy"] < 1 and r["n"] == 20 and r["chance"] == 0.5
-    means = evaluate.sugarcrepe_means(results["sugarcrepe"])
+    for subset in TABLE["sugarcrepe_pp"]["files"]:
+        itt, tot = item_by_item(theirs, crepe, "sugarcrepe_pp", subset)
+        assert results["sugarcrepe_pp"][f"{subset}_itt"]["correct"] == itt and 0 < sum(itt) < 20
+        assert results["sugarcrepe_pp"][f"{subset}_tot"]["correct"] == tot and 0 < sum(tot) < 20
     a = {k: v["accuracy"] for k, v in results["sugarcrepe"].items()}
-    groups = [[v for k, v in a.items() if k.startswith(g)] for g in ("replace", "swap", "add")]
-    assert means["macro_7"] == pytest.approx(sum(a.values()) / 7) == pytest.approx(means["micro"])  # equal sizes here
-    assert means["macro_3"] == pytest.approx(sum(sum(g) / len(g) for g in groups) / 3)
-    assert "macro_7" in capsys.readouterr().out
+    groups = [[a[k] for k in TABLE["sugarcrepe"]["files"] if k.startswith(g)] for g in ("replace", "swap", "add")]
+    assert a["macro_7"] == pytest.approx(sum(sum(groups, [])) / 7) == pytest.approx(a["micro"])     # equal sizes here
+    assert a["macro_3"] == pytest.approx(sum(sum(g) / len(g) for g in groups) / 3)
+    shown = capsys.readouterr().out
+    assert "macro_7" in shown and "published: SigLIP B/16" in shown and "95.3" in shown
 
 
-def test_sugarcrepe_missing_images(peer, crepe, unofficial, tmp_path, capsys):
-    with pytest.raises(ValueError, match="of 9 images are missing.*val2017.zip.*--image-root"):
-        BENCHES["sugarcrepe"](peer[1], arguments(data_dir=str(crepe), image_root=str(tmp_path)))
+def test_missing_images(peer, crepe, unofficial, tmp_path, capsys):
+    args = arguments(data_dir=str(crepe), image_root=str(tmp_path))
+    with pytest.raises(ValueError, match="sugarcrepe: . of . images are missing, the first is .*--image-root DIR"):
+        read(["sugarcrepe"], peer[1], args)
     for name in sorted(os.listdir(crepe / "val2017"))[:5]:
         os.symlink(crepe / "val2017" / name, tmp_path / name)
-    with pytest.raises(ValueError, match="4 of 9 images are missing.*or skip what is missing with --allow-missing"):
-        BENCHES["sugarcrepe"](peer[1], arguments(data_dir=str(crepe), image_root=str(tmp_path)))
-    args = arguments(data_dir=str(crepe), image_root=str(tmp_path), allow_missing=True)
-    results = BENCHES["sugarcrepe"](peer[1], args)
-    assert 0 < sum(r["n"] for r in results.values()) < 140
+    with pytest.raises(ValueError, match="4 of 9 images are missing.*--allow-missing skips some"):
+        read(["sugarcrepe"], peer[1], args)
+    args.allow_missing = True
+    results = run(["sugarcrepe"], peer[1], args)["sugarcrepe"]
+    assert 0 < sum(results[subset]["n"] for subset in TABLE["sugarcrepe"]["files"]) < 140
     assert "items skipped, without their image" in capsys.readouterr().out
 
 
-def test_sugarcrepe_of_a_wrong_file(peer, crepe):
-    with pytest.raises(ValueError, match="is not the official file.*delete it and try again"):
-        BENCHES["sugarcrepe"](peer[1], arguments(data_dir=str(crepe), image_root=str(crepe / "val2017")))
+def test_wrong_files(nano, crepe, official, tmp_path):
+    args = arguments(data_dir=str(crepe))
+    with pytest.raises(ValueError, match="replace_obj.json is not the official file of 1652 rows .20 rows.*download sugarcrepe"):
+        read(["sugarcrepe"], nano, args)
+    args.data_dir = str(tmp_path)
+    with pytest.raises(ValueError, match="no .*replace_obj.json; get it: python evaluate.py download sugarcrepe"):
+        read(["sugarcrepe"], nano, args)
+    good = {"image_0": "a", "image_1": "b", "caption_0": "c", "caption_1": "d"}
+    path = official(tmp_path, "winoground", "winoground", [good] * 3)
+    official.table["winoground"]["files"]["winoground"]["n"] = 400
+    with pytest.raises(ValueError, match="examples.jsonl is not the official file of 400 rows .3 rows"):
+        read(["winoground"], nano, args)
+    official(tmp_path, "winoground", "winoground", [good, {**good, "caption_2": "x"}, {"image_0": "a"}])
+    with pytest.raises(ValueError, match="3 rows, not all with .*caption_1"):
+        read(["winoground"], nano, args)
+    with open(path, "a") as f:
+        f.write("\n{")
+    with pytest.raises(ValueError, match="is not the official file of . rows .Expecting"):
+        read(["winoground"], nano, args)
+
+
+# ------------------------------------------------------------------------------------------------- other benches
+
+def test_aro(nano, official, tmp_path):
+    rng, plain = random.Random(1), Plain(nano)
+    for i in range(6):
+        picture(f"{tmp_path}/aro/images/{i}.jpg", rng)
+    rows = []
+    for i in range(70):
+        x, y, w, h = rng.randint(0, 20), rng.randint(0, 20), rng.randint(10, 30), rng.randint(10, 30)
+        true = caption(rng)
+        rows.append({"image_path": f"{i % 6}.jpg", "bbox_x": x, "bbox_y": y, "bbox_w": w, "bbox_h": h,
+                     "true_caption": true, "false_caption": true.upper() if i % 10 == 0 else caption(rng)})
+    relations = ["riding", "behind", "near", "with", "to the left of"]      # near and with are symmetric
+    relation = [{**r, "relation_name": rng.choice(relations)} for r in rows]
+    attribution = [{**r, "attributes": ["red", "big"] if i < 30 else ["old", "wet"] if i < 55 else ["hot", "dry"]}
+                   for i, r in enumerate(rows)]
+    official(tmp_path, "aro", "vg_relation", relation)
+    official(tmp_path, "aro", "vg_attribution", attribution)
+    for name, ending in ("coco", "coco_order"), ("flickr30k", "flickr30k_order"):
+        picture(f"{tmp_path}/{name}/{name}/1.jpg", rng)
+        captions = [caption(rng) for _ in range(9)] + ["dog"]
+        official(tmp_path, "aro", ending, [{"image": f"{name}/1.jpg", "caption": captions}])
+    results = run(["aro"], nano, arguments(data_dir=str(tmp_path)))["aro"]
+
+    correct = []
+    for r in rows:
+        box = (r["bbox_x"], r["bbox_y"], r["bbox_x"] + r["bbox_w"], r["bbox_y"] + r["bbox_h"])
+        path = f"{tmp_path}/aro/images/{r['image_path']}"
+        correct.append(int(plain.cos(path, r["true_caption"], box) > plain.cos(path, r["false_caption"], box)))
+    assert results["vg_relation"]["correct"] == results["vg_attribution"]["correct"] == correct
+    assert 0 < sum(correct) < 63 and results["vg_relation"]["ties"] >= 7
+    names = [r["relation_name"] for r in relation]
+    shares = [np.mean([c for c, n in zip(correct, names) if n == x]) for x in ("riding", "behind", "to the left of")]
+    assert results["vg_relation_macro"]["accuracy"] == pytest.approx(np.mean(shares))
+    assert results["vg_attribution_macro"]["accuracy"] == pytest.approx(
+        np.mean([np.mean(correct[:30]), np.mean(correct[30:55])]))      # the third pair has 15 items
+    assert results["vg_attribution_macro"]["n"] == 55
+    for name in ("coco", "flickr30k"):
+        captions = json.load(open(tmp_path / official.table["aro"]["files"][f"{name}_order"]["path"]))[0]["caption"]
+        scores = [[plain.cos(f"{tmp_path}/{name}/{name}/1.jpg", t) for t in orders(c)] for c in captions]
+        r = results[f"{name}_order"]
+        assert r["correct"] == [int(all(s[0] > other for other in s[1:])) for s in scores] and r["chance"] == 0.2
+        assert r["correct"][-1] == 0 and r["ties"] >= 1     # one word has one order
+
+
+def test_orders_are_the_right_shuffles():
+    text = "A small red dog is running over the green grass, behind two old wooden chairs."
+    true, nouns, others, within, threes = (t.split() for t in orders(text))
+    assert " ".join(true) == "a small red dog is running over the green grass, behind two old wooden chairs"
+    words = "a small red dog is running over the green grass , behind two old wooden chairs".split()
+    assert sorted(nouns) == sorted(others) == sorted(within) == sorted(threes) == sorted(words)
+    noun, adjective = {"dog", "grass", "chairs"}, {"small", "red", "green", "old", "wooden"}
+    for new, old in zip(nouns, words):      # each kind stays in its places
+        assert (new in noun) == (old in noun) and (new in adjective) == (old in adjective)
+        assert new == old or old in noun | adjective
+    assert [w for w in others if w in noun | adjective] == [w for w in words if w in noun | adjective]
+    assert nouns != words and others != words and within != words and threes != words
+    for i in range(0, 15, 3):
+        assert sorted(within[i:i + 3]) == sorted(words[i:i + 3])
+    pieces = [words[i:i + 3] for i in range(0, 15, 3)] + [["chairs"]]
+    assert any(sum(order, []) == threes for order in itertools.permutations(pieces))
+    assert orders(text) == orders(text) and len(orders("dog " * 50)[1].split()) == 30
+
+
+def test_valse(nano, official, tmp_path):
+    rng, plain, expected = random.Random(2), Plain(nano), {}
+    for i in range(4):
+        picture(f"{tmp_path}/{['valse/images', 'coco/val2017', 'coco/val2014', 'coco/train2014'][i]}/{i}.jpg", rng)
+    folders = ["valse/images", "coco/val2017", "coco/val2014", "coco/train2014"]
+    for subset in TABLE["valse"]["files"]:
+        rows = {f"x{i}": {"image_file": f"{i % 4}.jpg", "caption": (c := caption(rng)),
+                          "foil": c if i == 3 else caption(rng), "mturk": {"caption": i % 4, "foil": 0, "other": 0}}
+                for i in range(20)}
+        official(tmp_path, "valse", subset, rows)
+        expected[subset] = [int(plain.cos(path, r["caption"]) > plain.cos(path, r["foil"])) for r in rows.values()
+                            if r["mturk"]["caption"] >= 2
+                            for path in [f"{tmp_path}/{folders[int(r['image_file'][0])]}/{r['image_file']}"]]
+    results = run(["valse"], nano, arguments(data_dir=str(tmp_path)))["valse"]
+    assert {s: results[s]["correct"] for s in expected} == expected and sum(map(sum, expected.values())) > 0
+    a = {s: np.mean(c) for s, c in expected.items()}
+    assert results["macro_11"]["accuracy"] == pytest.approx(np.mean(list(a.values())))
+    phenomena = [["existence"], ["plurals"], ["counting-small-quant", "counting-hard", "counting-adversarial"],
+                 ["relations"], ["action-replacement", "actant-swap"], ["coreference-standard", "coreference-hard"],
+                 ["foil-it"]]
+    assert results["macro_7"]["accuracy"] == pytest.approx(np.mean([np.mean([a[s] for s in p]) for p in phenomena]))
+
+
+def test_winoground_colorswap_cola(nano, official, tmp_path):
+    rng, plain = random.Random(3), Plain(nano)
+    pairs = [(f"a{rng.randrange(6)}", f"b{rng.randrange(6)}", caption(rng), caption(rng)) for _ in range(60)]
+    pairs[:3] = [("a0", "b0", "a dog", "A dog!"), ("a1", "a1", "a red cat", "the man"), ("a2", "a2", "a dog", "a dog")]
+    for name in {name for pair in pairs for name in pair[:2]}:
+        for folder in ("winoground/data/images", "colorswap/images", "cola/images"):
+            picture(f"{tmp_path}/{folder}/{name}.png", random.Random(name))
+    official(tmp_path, "winoground", "winoground", [
+        dict(zip(("image_0", "image_1", "caption_0", "caption_1"), pair)) for pair in pairs])
+    official(tmp_path, "colorswap", "colorswap", [
+        {"image_1": f"images/{a}.png", "image_2": f"images/{b}.png", "caption_1": s, "caption_2": t}
+        for a, b, s, t in pairs])
+    official(tmp_path, "cola", "multi_objects", [
+        [f"https://x.org/{a}.png", s, f"https://x.org/{b}.png", t] for a, b, s, t in pairs])
+    results = run(["winoground", "colorswap", "cola"], nano, arguments(data_dir=str(tmp_path)))
+    expected = {"text": [], "image": [], "group": []}
+    for a, b, s, t in pairs:
+        c0_i0, c1_i0, c0_i1, c1_i1 = (plain.cos(f"{tmp_path}/cola/images/{i}.png", c) for i in (a, b) for c in (s, t))
+        expected["text"].append(int(c0_i0 > c1_i0 and c1_i1 > c0_i1))
+        expected["image"].append(int(c0_i0 > c0_i1 and c1_i1 > c1_i0))
+        expected["group"].append(expected["text"][-1] * expected["image"][-1])
+    for bench in ("winoground", "colorswap"):
+        assert {s: results[bench][s]["correct"] for s in expected} == expected
+        assert [results[bench][s]["chance"] for s in expected] == [1 / 4, 1 / 4, 1 / 6]
+    assert results["cola"]["multi_objects"]["correct"] == expected["image"]
+    assert all(0 < sum(x) < 57 and x[2] == 0 for x in expected.values())
+    assert results["cola"]["multi_objects"]["ties"] >= 2
+
+
+def test_whatsup(nano, official, tmp_path):
+    rng, plain = random.Random(4), Plain(nano)
+    expected, last = {}, {"A": ("on", "under"), "B": ("in-front_of", "behind")}
+    for subset, folder in ("A", "controlled_images"), ("B", "controlled_clevr"):
+        rows, correct = [], []
+        for number, objects in enumerate([("dog", "red-table"), ("cat", "chair"), ("man", "table"), ("two", "woman")]):
+            sides = ("left_of", "right_of") + last[subset]
+            for side in sides:
+                name = f"data/{folder}/{objects[0]}_{side}_{objects[1]}.jpeg"
+                picture(f"{tmp_path}/whatsup/data/{folder}/{os.path.basename(name)}", rng)
+                options = [f"A {objects[0]} {s.replace('_', ' ')} a {objects[1]}" for s in sides]
+                options.sort(key=lambda o: side.replace("_", " ") not in o)
+                if number == 3 and side == "right_of":
+                    options[2] = options[0]     # a tie
+                rows.append({"image_path": name, "caption_options": options})
+                path = f"{tmp_path}/whatsup/data/{folder}/{os.path.basename(name)}"
+                scores = [plain.cos(path, o) for o in options]
+                correct.append(int(all(scores[0] > s for s in scores[1:])))
+        official(tmp_path, "whatsup", subset, rows)
+        expected[subset] = correct
+    for subset in ("coco_one", "coco_two", "vg_one", "vg_two"):
+        rows = [[i % 3 + 100, caption(rng), caption(rng)] for i in range(12)]
+        rows[0][2] = rows[0][1]
+        folder = "coco/val2017/{:012d}.jpg" if "coco" in subset else "whatsup/data/vg_images/{}.jpg"
+        for i in (100, 101, 102):
+            picture(f"{tmp_path}/" + folder.format(i), random.Random(i))
+        official(tmp_path, "whatsup", subset, rows)
+        expected[subset] = [int(plain.cos(f"{tmp_path}/" + folder.format(i), a) > plain.cos(
+            f"{tmp_path}/" + folder.format(i), b)) for i, a, b in rows]
+    results = run(["whatsup"], nano, arguments(data_dir=str(tmp_path)))["whatsup"]
+    assert {s: results[s]["correct"] for s in expected} == expected
+    assert results["A"]["chance"] == 1 / 4 and results["coco_one"]["chance"] == 1 / 2
+    means = [np.mean(expected[s]) for s in TABLE["whatsup"]["files"]]
+    assert results["macro_6"]["accuracy"] == pytest.approx(np.mean(means))
+
+
+def recall(scores, positives, k):
+    """Share of nothing but the definition: (Q lists of scores, Q sets of positives) -> whether R@k, ties wrong."""
+    return [int(any(sum(s[j] >= s[p] for j in range(len(s)) if j not in good) < k for p in good))
+            for s, good in zip(scores, positives)]
+
+
+def test_retrieval(nano, official, tmp_path):
+    rng, plain = random.Random(5), Plain(nano)
+    for name in ("coco", "flickr30k"):
+        rows = [{"image": f"{name}/{i}.jpg", "caption": [caption(rng) for _ in range(rng.randint(1, 3))]}
+                for i in range(15)]
+        rows[3]["caption"][0] = rows[4]["caption"][0]       # another image's caption as well: a tie, which is wrong
+        for row in rows:
+            picture(f"{tmp_path}/{name}/{row['image']}", rng)
+        official(tmp_path, "retrieval", name, rows)
+    results = run(["retrieval"], nano, arguments(data_dir=str(tmp_path)))["retrieval"]
+    captions = [(i, c) for i, row in enumerate(rows) for c in row["caption"]]
+    scores = [[plain.cos(f"{tmp_path}/flickr30k/{row['image']}", c) for _, c in captions] for row in rows]
+    for k in (1, 5, 10):
+        right = recall(scores, [{j for j, (i, _) in enumerate(captions) if i == n} for n in range(15)], k)
+        assert results[f"flickr30k_i2t_r{k}"]["correct"] == right and (k == 1 or 0 < sum(right))
+        right = recall(np.array(scores).T.tolist(), [{i} for i, _ in captions], k)
+        assert results[f"flickr30k_t2i_r{k}"]["correct"] == right and (k == 1 or 0 < sum(right))
+        assert results[f"flickr30k_t2i_r{k}"]["chance"] == pytest.approx(k / 15)
+
+
+def test_retrieval_on_a_table(nano, tmp_path):
+    rng, plain = random.Random(6), Plain(nano)
+    for i in range(8):
+        picture(f"{tmp_path}/{i}.png", rng)
+    rows = [(f"{i % 8}.png", caption(rng)) for i in range(14)]
+    rows += [("0.png", "a dog"), ("1.png", "a dog"), ("2.png", " ")]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *map(",".join, rows), "none.png,x y"]))
+    args = arguments(data=str(tmp_path / "pairs.csv"), image_root=str(tmp_path))
+    with pytest.raises(ValueError, match="cannot read .*none.png.*--allow-missing"):
+        run(["retrieval"], nano, args)
+    args.allow_missing = True
+    results = run(["retrieval"], nano, args)["retrieval"]
+    names, texts = [f"{i}.png" for i in range(8)], list(dict.fromkeys(c for _, c in rows if c.strip()))
+    scores = [[plain.cos(f"{tmp_path}/{n}", t) for t in texts + ["x y"]] for n in names]     # x y is a candidate
+    for k in (1, 5, 10):
+        of = [{texts.index(c) for m, c in rows if m == n and c.strip()} for n in names]
+        assert results[f"i2t_r{k}"]["correct"] == recall(scores, of, k)
+        of = [{names.index(m) for m, c in rows if c == t} for t in texts]
+        assert results[f"t2i_r{k}"]["correct"] == recall(np.array(scores).T.tolist(), of, k)
+
+
+def test_zero_shot(nano, official, tmp_path, monkeypatch):
+    rng, plain = random.Random(7), Plain(nano)
+    classes = ["red dog", "blue cat", "man", "woman", "chair", "table", "two"]
+    templates = ["a {}.", "the small {}", "{} on a table"]
+    files = [(f"{tmp_path}/imagenet/val/n{label}/{i}.png", label) for label in range(7) for i in range(2 + label % 3)]
+    for path, _ in files:
+        picture(path, rng)
+    (tmp_path / "names.txt").write_text("\n".join(classes) + "\n")
+    (tmp_path / "imagenet.json").write_text(json.dumps({"source": "x", "classes": classes, "templates": templates}))
+    (tmp_path / "evaluate.json").write_bytes((evaluate.ASSETS / "evaluate.json").read_bytes())
+    monkeypatch.setattr(evaluate, "ASSETS", tmp_path)
+    official.table["imagenet"]["n"] = len(files)
+
+    class FakeCIFAR:
+        classes = [c.replace(" ", "_") for c in ["red dog", "blue cat", "man", "woman", "chair", "table", "two"]]
+        targets = [label for _, label in files]
+
+        def __init__(self, root, train, download):
+            assert root == str(tmp_path / "cifar10") and not train
+
+        def __len__(self):
+            return len(files)
+
+        def __getitem__(self, i):
+            return load_image(files[i][0]), files[i][1]
+
+    monkeypatch.setattr(evaluate.torchvision.datasets, "CIFAR10", FakeCIFAR)
+    args = arguments(data_dir=str(tmp_path), data=f"{tmp_path}/imagenet/val", classes=str(tmp_path / "names.txt"))
+    results = run(["imagenet", "folder", "cifar10"], nano, args)
+    for bench, prompts in ("imagenet", templates), ("folder", ["a photo of a {}."]), ("cifar10", ["a photo of a {}."]):
+        means = [torch.stack([plain.text(p.format(c)) for p in prompts]).mean(0) for c in classes]
+        scores = [[(plain.image(path) @ m / m.norm()).item() for m in means] for path, _ in files]
+        for k in (1, 5):
+            assert results[bench][f"top{k}"]["correct"] == recall(scores, [{label} for _, label in files], k)
+            assert results[bench][f"top{k}"]["chance"] == pytest.approx(k / 7)
+        assert 0 < results[bench]["top1"]["accuracy"] < 1
+    official.table["imagenet"]["n"] = 50000
+    with pytest.raises(ValueError, match=f"7 classes, {len(files)} images instead of 7, 50000"):
+        read(["imagenet"], nano, args)
+    (tmp_path / "names.txt").write_text("one\ntwo")
+    with pytest.raises(ValueError, match="7 classes, .* instead of 2,"):
+        read(["folder"], nano, args)
+
+
+def test_imagenet_names_and_prompts_equal_the_peers():
+    from open_clip import zero_shot_metadata as peer
+    ours = json.load(open(os.path.join(ROOT, "assets", "imagenet.json")))
+    assert ours["classes"] == list(peer.IMAGENET_CLASSNAMES)
+    assert [t.replace("{}", "x y") for t in ours["templates"]] == [t("x y") for t in peer.OPENAI_IMAGENET_TEMPLATES]
+
+
+def test_scenes_compare_what_they_say(nano):
+    """The captions against the objects in the scene, one by one; scores by the plain way."""
+    tasks = list(evaluate.scenes("scenes", "scenes", nano, arguments(), n=40, seed=5))
+    choices = {subset: t for t in tasks if hasattr(t, "rules") for subset in t.rules}
+    assert list(choices) == ["np_binding", "swap_att", "replace_att", "replace_obj", "swap_obj", "add",
+                             "seen_np_binding"]
+    for split, subset in ("val", "swap_obj"), ("val", "add"), ("val", "np_binding"), ("train", "seen_np_binding"):
+        data = evaluate.Scenes(40, split, 5 if split == "val" else 1005, 32)
+        for i, (true, false) in enumerate(choices[subset].texts):
+            ((c1, s1), (c2, s2)), cells, _ = data.objects(i)
+            one, two = f"a {c1} {s1}", f"a {c2} {s2}"
+            if subset == "swap_obj":
+                relation = true.removeprefix(one + " ").removesuffix(" " + two)
+                (x1, y1), (x2, y2) = ((cell % 2, cell // 2) for cell in cells)
+                assert {"left of": x1 < x2, "right of": x1 > x2, "above": x1 == x2 and y1 < y2,
+                        "below": x1 == x2 and y1 > y2}[relation] and false == f"{two} {relation} {one}"
+            elif subset == "add":
+                (_, colour, shape) = false.removeprefix(one + " and ").split()
+                assert true == one and colour not in (c1, c2) and shape not in (s1, s2)
+            else:
+                assert (true, false) == (one, f"a {c1} {s2}")
+    results = run([], nano, arguments(), True, {"scenes": tasks})["scenes"]
+    colours, shapes = list(evaluate.COLOURS), evaluate.SHAPES
+    texts = [f"a {c} {s}" for c in colours for s in shapes]
+    single = next(t for t in tasks if "single" in getattr(t, "recalls", {}))
+    text = torch.stack([Plain(nano).text(t) for t in texts])
+    for i, ((function, *arguments_),) in enumerate(single.images):
+        with torch.no_grad():
+            image = nano.encode_image(nano.transform(function(*arguments_))[None], True)[0].double()
+        best = texts[int((text @ image).argmax())].split()
+        colour, shape = colours[i % 48 // 6], shapes[i % 6]
+        assert results["single_colour"]["correct"][i] == (best[1] == colour)
+        assert results["single_shape"]["correct"][i] == (best[2] == shape)
+        assert results["single"]["correct"][i] == (best[1:] == [colour, shape])
+
+
+# ------------------------------------------------------------------------------------------------- the scorer
+
+def test_rules_count_ties_wrong():
+    images, texts = torch.eye(3)[:, None], torch.eye(3)
+    half = torch.tensor([[0.5, 0, 0], [0, 1.0, 0], [0, 0, 2.0]])
+    choice = RULES["choice"][0]
+    assert (choice(images, torch.stack([texts, half], 1)) > 0).tolist() == [True, False, False]
+    assert choice(images, torch.stack([texts, half * 0, half], 1)).tolist() == [0.5, 0, -1]
+
+
+def test_rank_plainly():
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randint(-2, 3, (40, 4), generator=generator).float() / 4        # with many ties
+    targets = torch.randint(-2, 3, (30, 4), generator=generator).float() / 4
+    positive = torch.rand(40, 30, generator=generator) < 0.1
+    positive[torch.arange(40), torch.randint(30, (40,), generator=generator)] = True
+    margins = torch.stack([rank(queries, targets, positive, k) for k in (1, 5, 100)], 1)
+    scores, of = (queries @ targets.T).tolist(), [set(p.nonzero()[:, 0].tolist()) for p in positive]
+    for column, k in zip(margins.T, (1, 5, 100)):
+        assert (column > 0).int().tolist() == recall(scores, of, k)
+    assert 0 < (margins[:, 0] > 0).sum() < 40 and (margins[:, 0] == 0).any()
+
+
+def test_intervals_are_the_bootstrap_over_images():
+    rng = np.random.default_rng(0)
+    names = [f"i{n}" for n in rng.integers(60, size=300)]
+    easy = {n: rng.random() for n in sorted(set(names))}                # items of an image agree often
+    correct = [rng.random() < easy[n] ** 3 for n in names]
+    other = [rng.random() < 0.3 for n in names]
+    outcomes = [("a", torch.tensor(correct).float() - 0.5, 0.5, names, None),
+                ("b", torch.tensor(other).float() - 0.5, 0.25, names[::-1], None)]
+    results = summarize(outcomes, {
+        "mean": ["a", "b"], "nested": ["a", "mean"], "micro": ["a", "b"], "gone": ["a", "c"]}, 4000)
+    assert results.keys() == {"a", "b", "mean", "nested", "micro"}
+    draws = {"a": [], "mean": []}
+    images = sorted(set(names))
+    for _ in range(1500):       # plainly
+        drawn = [images[i] for i in rng.integers(len(images), size=len(images))]
+        a = [c for image in drawn for n, c in zip(names, correct) if n == image]
+        b = [c for image in drawn for n, c in zip(names[::-1], other) if n == image]
+        draws["a"].append(np.mean(a))
+        draws["mean"].append((np.mean(a) + np.mean(b)) / 2)
+    for name, x in draws.items():
+        low, high = np.quantile(x, (0.025, 0.975))
+        assert results[name]["low"] == pytest.approx(low, abs=0.012)
+        assert results[name]["high"] == pytest.approx(high, abs=0.012)
+    alone = summarize([("a", outcomes[0][1], 0.5, [str(i) for i in range(300)], None)], {})["a"]
+    assert results["a"]["high"] - results["a"]["low"] > 1.2 * (alone["high"] - alone["low"])
+    assert results["mean"]["accuracy"] == pytest.approx((np.mean(correct) + np.mean(other)) / 2)
+    assert results["mean"]["chance"] == pytest.approx(0.375)
+    assert results["nested"]["accuracy"] == pytest.approx((3 * np.mean(correct) + np.mean(other)) / 4)
+    assert results["micro"]["accuracy"] == pytest.approx(np.mean(correct + other))
+
+
+def test_interval_where_all_agree():
+    r = summarize([("a", torch.ones(40), 0.5, [str(i // 2) for i in range(40)], None)], {})["a"]
+    assert r["high"] == 1 and r["low"] == pytest.approx(20 / 23.84)        # Wilson's, of 20 images
+    r = summarize([("a", -torch.ones(40), 0.5, [str(i) for i in range(40)], None)], {})["a"]
+    assert r["low"] == 0 and r["high"] == pytest.approx(3.84 / 43.84)
+
+
+@pytest.fixture
+def table(nano, tmp_path):
+    """A checkpoint, and pairs with images of their own."""
+    rng = random.Random(8)
+    for i in range(20):
+        picture(f"{tmp_path}/{i}.png", rng)
+    rows = [f"{i % 20}.png,{caption(rng)}" for i in range(30)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *rows]))
+    torch.save(nano.checkpoint(), tmp_path / "nano.pt")
+    return tmp_path
+
+
+def test_each_image_and_text_once_over_all_benches(nano, table, monkeypatch):
+    counted = {"images": 0, "texts": 0}
+    for name, key in ("encode_image", "images"), ("encode_text", "texts"):
+        def counting(x, *rest, function=getattr(nano, name), key=key):
+            counted[key] += len(x)
+            return function(x, *rest)
+        monkeypatch.setattr(nano, name, counting)
+    args = arguments(data=str(table / "pairs.csv"), image_root=str(table))
+    tasks = read(["retrieval"], nano, args)[0]
+    run([], nano, args, True, {"retrieval": tasks["retrieval"], "again": tasks["retrieval"]})
+    assert counted["images"] == 20 and counted["texts"] <= 30
+
+
+def test_cache(nano, table, monkeypatch):
+    args = arguments(data=str(table / "pairs.csv"), image_root=str(table), cache=str(table / "cache"))
+    first = run(["retrieval"], nano, args, quiet=True)
+    calls, encoder = [], nano.encode_image
+    monkeypatch.setattr(nano, "encode_image", lambda x: (calls.append(len(x)), encoder(x))[1])
+    monkeypatch.setattr(nano, "encode_text", None)      # all texts are there
+    assert run(["retrieval"], nano, args, quiet=True) == first and not calls
+    picture(f"{table}/3.png", random.Random(99))
+    changed = run(["retrieval"], nano, args, quiet=True)
+    assert sum(calls) == 20        # all images again, no text
+    monkeypatch.undo()
+    assert changed == run(["retrieval"], nano, arguments(data=args.data, image_root=args.image_root), quiet=True)
+    other = copy.deepcopy(nano)
+    other.logit_scale.data += 1
+    run(["retrieval"], other, args, quiet=True)
+    assert len(os.listdir(table / "cache")) == 5        # images before and after, texts; both of another model
+
+
+def command(*args, processes=1, check=True):
+    launcher = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run([*launcher, "evaluate.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_processes_share_the_work_and_count_nothing_twice(table):
+    common = ["--checkpoint", table / "nano.pt", "--bench", "retrieval", "--data", table / "pairs.csv",
+              "--image-root", table, "--batch-size", "8"]
+    one = command(*common, "--json", table / "one.json")
+    two = command(*common, "--json", table / "two.json", "--cache", table / "shared", processes=2)
+    a, b = (json.load(open(table / f"{name}.json")) for name in ("one", "two"))
+    assert a["results"] == b["results"] and a["sha256"] == b["sha256"] and b["settings"]["processes"] == 2
+    lines = [line for line in two.stdout.splitlines() if ".." in line]
+    assert lines == [line for line in one.stdout.splitlines() if ".." in line] and len(lines) == 6
+    assert len(a["sha256"]) == len(a["data_sha256"]["retrieval"]) == 64 and a["protocol"] == evaluate.PROTOCOL
+    assert a["results"]["retrieval"]["t2i_r1"]["n"] == 30 == len(a["results"]["retrieval"]["t2i_r1"]["correct"])
+
+
+def test_all_runs_what_is_there_and_lists_the_rest(table):
+    rng = random.Random(9)
+    for i in range(3):
+        picture(f"{table}/data/pets/{i}/x.png", rng)
+    (table / "names.txt").write_text("dog\ncat\nman\n")
+    done = command("--checkpoint", table / "nano.pt", "--bench", "all", "--data-dir", table / "data", "--data",
+                   table / "data" / "pets", "--classes", table / "names.txt", "--json", table / "r.json")
+    r = json.load(open(table / "r.json"))
+    assert list(r["results"]) == ["scenes", "folder"] and r["results"]["folder"]["top1"]["n"] == 3
+    assert "np_binding" in done.stdout
+    for text in ("not there: sugarcrepe: no ", "download sugarcrepe", "not there: winoground: no ",
+                 "not there: imagenet", "not there: cifar10"):
+        assert text in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--bench", "sugarcrape"], "no bench 'sugarcrape': expected all, or one of scenes, sugarcrepe"),
+    (["--bench", "sugarcrepe"], "download sugarcrepe"), (["--bench", "folder"], "folder: "),
+    (["--bench", "winoground"], "examples.jsonl"),
+    (["--bench", "retrieval", "--data", "none.csv"], "no file none.csv")])
+def test_mistakes_get_one_line(table, capsys, args, says):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["--checkpoint", str(table / "nano.pt"), "--data-dir", str(table), *args])
+    message = str(stopped.value) + capsys.readouterr().err
+    assert says in message and (stopped.value.code == 2 or "\n" not in message)
+
+
+def test_published_figures_stand_in_the_table(capsys):
+    r = {"accuracy": 0.5, "right": 5, "n": 10, "ties": 1, "chance": 0.5, "low": 0.2, "high": 0.8}
+    print_table("b", {"x": r, "y": {**r, "mean_of": ["x"]}}, {"CLIP": {"x": 12.3}})
+    out = capsys.readouterr().out.splitlines()
+    assert out[1].endswith("published: CLIP") and out[2].endswith("12.3") and not out[3].endswith("12.3")
+    for bench, spec in TABLE.items():
+        for figures in spec.get("published", {}).values():
+            assert all(0 < value < 100 for value in figures.values())
 
 
 # ------------------------------------------------------------------------------------------------- downloads
@@ -133,6 +720,8 @@ def test_fetch_resumes_and_checks(tmp_path):
             asked.append(start)
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(content) - start))
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
             self.end_headers()
             self.wfile.write(content[start:])
 
@@ -157,36 +746,40 @@ def test_fetch_resumes_and_checks(tmp_path):
         fetch(url, str(tmp_path / "y"), good)
 
 
-# ------------------------------------------------------------------------------------------------- the scorer
+def test_download_fetches_unpacks_and_says_what_is_by_hand(official, tmp_path, monkeypatch, capsys):
+    web, fetched = tmp_path / "web", []
+    os.makedirs(web)
+    (web / "x.json").write_text("[]")
+    with zipfile.ZipFile(web / "images.zip", "w") as z:
+        z.writestr("pictures/1.jpg", "not really")
+    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {
+        "log_message": lambda self, *text: fetched.append(self.path)})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: handler(*a, directory=str(web)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    official.table["sugarcrepe"].update(
+        files={"x": {"url": f"{url}/x.json", "path": "sugarcrepe/x.json", "sha256": hashlib.sha256(b"[]").hexdigest()}},
+        archives=[{"url": f"{url}/images.zip", "path": "coco/images.zip", "into": "coco", "makes": "coco/pictures"}])
+    for _ in range(2):      # the second time everything is there
+        evaluate.main(["download", "sugarcrepe", "winoground", "--data-dir", str(tmp_path / "data")])
+    server.shutdown()
+    server.server_close()
+    assert (tmp_path / "data/coco/pictures/1.jpg").read_text() == "not really" and len(fetched) == 2
+    assert (tmp_path / "data/sugarcrepe/x.json").read_text() == "[]"
+    out = capsys.readouterr().out
+    assert "winoground, by hand: " in out and f"--local-dir {tmp_path}/data/winoground" in out
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["download", "sugarcrape"])
+    assert "no bench 'sugarcrape' to download" in str(stopped.value)
 
-def test_choose_counts_ties_wrong():
-    images = torch.eye(3)
-    a, b = torch.eye(3), torch.tensor([[0.5, 0, 0], [0, 1.0, 0], [0, 0, 2.0]])
-    assert choose(images, torch.stack([a, b], 1)).tolist() == [True, False, False]
-    assert choose(images, torch.stack([a, b * 0, b], 1)).tolist() == [True, False, False]
 
-
-def test_recall_at_1_plainly():
-    generator = torch.Generator().manual_seed(0)
-    similarity = torch.randn(40, 30, generator=generator).mul(4).round() / 8       # with many ties
-    positive = torch.rand(40, 30, generator=generator) < 0.1
-    positive[torch.arange(40), torch.randint(30, (40,), generator=generator)] = True
-    plain = [all(any(similarity[i, j] > similarity[i, k] for j in range(30) if positive[i, j])
-                 for k in range(30) if not positive[i, k]) for i in range(40)]
-    assert recall_at_1(similarity, positive).tolist() == plain and 0 < sum(plain) < 40
-
-
-@pytest.mark.parametrize("k, n", [(0, 10), (10, 10), (7, 10), (520, 1000)])
-def test_wilson_interval(k, n):
-    r = proportion(torch.arange(n) < k, 0.5)
-    for bound in (r["low"], r["high"]):     # its ends are the p for which k is 1.96 deviations away
-        assert abs(k / n - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / n), abs=1e-7)
-    assert r["low"] <= r["accuracy"] == k / n <= r["high"]
-
-
-def test_texts_encoded_once_and_in_place(peer):
-    texts = ["a dog", "a cat on a mat in the house", "A  DOG", "a dog", "the end"]
-    features = encode_texts(peer[1], texts, arguments())
-    assert torch.equal(features[0], features[3]) and torch.equal(features[0], features[2])
-    one_by_one = torch.cat([encode_texts(peer[1], [t], arguments()) for t in texts])
-    torch.testing.assert_close(features, one_by_one, atol=1e-6, rtol=0)
+def test_the_table_is_whole():
+    """Counts of the official files, and urls where the bench does not say how to get it by hand."""
+    assert sum(f["n"] for f in TABLE["sugarcrepe"]["files"].values()) == 7511
+    assert sum(f["n"] for f in TABLE["sugarcrepe_pp"]["files"].values()) == 4757
+    assert len(TABLE["valse"]["files"]) == 11 and TABLE["cola"]["files"]["multi_objects"]["n"] == 210
+    for bench, spec in TABLE.items():
+        for subset, f in spec.get("files", {}).items():
+            assert ("url" in f or "by_hand" in spec) and f["n"], (bench, subset)
+            assert (f if "image" in f else spec)["image"] and (f if "text" in f else spec)["text"], (bench, subset)
+            assert "raw.githubusercontent" not in f.get("url", "") or len(f["sha256"]) == 64

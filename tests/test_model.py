@@ -3,6 +3,7 @@ import copy
 import http.server
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ ROOT = os.path.dirname(HERE)
 sys.path[:0] = [ROOT, HERE]
 import model as M  # noqa: E402
 from bench_tokenizer import openai_tokenizer  # noqa: E402
-from model import CLIP, CLIPConfig, MODELS, clean_text, image_transform  # noqa: E402
+from model import CLIP, CLIPConfig, MODELS, clean_text, export, image_transform  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 CAPTIONS = open(os.path.join(HERE, "fixtures", "captions.txt"), encoding="utf-8").read().splitlines()
@@ -54,6 +55,11 @@ def perturb(module):
 def same_state(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def layers(config, **towers):
+    """The config with other numbers of layers."""
+    return replace(config, **{t: (getattr(config, t)[0], n, *getattr(config, t)[2:]) for t, n in towers.items()})
 
 
 def difference(a, b):
@@ -230,10 +236,10 @@ def shallow(monkeypatch):
     """timm's image towers with 2 blocks, for open_clip and for us alike."""
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, **{"depth": 2, **kwargs}))
-    monkeypatch.setattr(M, "TOWERS", {word: (size[0], 2, *size[2:]) for word, size in M.TOWERS.items()})
-    for name, config in MODELS.items():
-        if config.family == "siglip":
-            monkeypatch.setitem(MODELS, name, replace(config, vision_layers=2))
+    for models in (MODELS, M.TOWERS):
+        for name, config in models.items():
+            if config.family == "siglip":
+                monkeypatch.setitem(models, name, layers(config, vision=2))
 
 
 @pytest.mark.parametrize("name, acts", [
@@ -278,19 +284,19 @@ def test_every_name_agrees_with_open_clip_and_is_accepted():
         if name == "nano":
             continue
         cfg = open_clip.get_model_config(name)
-        config = M._read_config("open_clip", cfg, {})
+        config = M._read_config("open_clip", {"open_clip_config.json": {"model_cfg": cfg}})
         for key in M.STRUCTURE + ("image_size", "vision_act", "text_act", "logit_bias", "text_clean"):
             assert getattr(config, key) == getattr(ours, key), (name, key)
-        assert M.default_source(name).startswith("timm/")
+        assert M.SOURCES[name].startswith("timm/")
         if ours.family == "siglip":     # a name stands for the numbers that timm gives it
             with torch.device("meta"):
                 tower = timm.create_model(cfg["vision_cfg"]["timm_model_name"], num_classes=0)
-                mine = CLIP(replace(ours, text_layers=1, vocab_size=8)).visual
+                mine = CLIP(layers(replace(ours, vocab_size=8), text=1)).visual
             assert ({k: v.shape for k, v in tower.state_dict().items()}
                     == {k: v.shape for k, v in mine.state_dict().items()}), name
             x = torch.linspace(-4, 4, 99)
             assert difference(tower.blocks[0].mlp.act(x), mine.blocks[0].mlp.act(x)) < 1e-6, name
-            assert tower.blocks[0].attn.num_heads == ours.vision_heads
+            assert tower.blocks[0].attn.num_heads == ours.vision[2]
 
 
 # -----------------------------------------------------------------------------
@@ -299,7 +305,7 @@ def test_every_name_agrees_with_open_clip_and_is_accepted():
 def test_single_files(tmp_path, clip_tokenizer, monkeypatch):
     """One file of each kind, told apart by its keys; the architecture comes from the name."""
     for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
-        monkeypatch.setitem(MODELS, name, replace(MODELS[name], vision_layers=2, text_layers=2))
+        monkeypatch.setitem(MODELS, name, layers(MODELS[name], vision=2, text=2))
     folder, peer = write_open_clip(tmp_path / "oc", "ViT-B-32", clip_tokenizer[0], layers=2)
     whole = CLIP.from_pretrained(folder)
     state = peer.state_dict()
@@ -346,6 +352,28 @@ def test_single_files_of_transformers_and_siglip(tmp_path, siglip_tokenizer, mon
             if name.endswith(".bin"):
                 torch.save(load_file(tmp_path / kind / "model.safetensors"), tmp_path / kind / name)
             assert same_state(CLIP.from_pretrained(os.path.join(folder, name), "small-quickgelu"), whole)
+
+
+def test_custom_text_and_processor_config(tmp_path, clip_tokenizer, siglip_tokenizer):
+    """A CLIP with the names of open_clip's CustomTextCLIP; transformers' newer file of the preprocessing."""
+    folder, peer = write_open_clip(tmp_path / "a", "ViT-B-32", clip_tokenizer[0], layers=1)
+    cfg = json.load(open(folder + "/open_clip_config.json"))
+    cfg["model_cfg"]["custom_text"] = True
+    write_json(folder, "open_clip_config.json", cfg)
+    custom = open_clip.model.CustomTextCLIP(**{k: v for k, v in cfg["model_cfg"].items() if k != "custom_text"})
+    names = custom.state_dict().keys()
+    state = {(k if k in names else "text." + k): v.contiguous() for k, v in peer.state_dict().items()}
+    custom.load_state_dict(state)
+    save_file(state, folder + "/open_clip_model.safetensors")
+    assert_parity(CLIP.from_pretrained(folder), custom.eval())
+
+    folder, _ = write_hf(tmp_path / "b", "siglip", siglip_tokenizer)
+    pre = json.load(open(folder + "/preprocessor_config.json"))
+    os.remove(folder + "/preprocessor_config.json")
+    write_json(folder, "processor_config.json", {"image_processor": {**pre, "image_mean": [0.1, 0.2, 0.3]},
+                                                 "processor_class": "SiglipProcessor"})
+    c = CLIP.from_pretrained(folder).config
+    assert (c.mean, c.std, c.resize) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5), "squash")
 
 
 def test_bf16_weights_and_no_tokenizer(tmp_path, clip_tokenizer):
@@ -480,7 +508,7 @@ def test_offline_fails_at_once(how, hub, monkeypatch):
             CLIP.from_pretrained(source, model)
         assert time.time() - start < 3
         for word in ("cannot be reached", "open_clip_model.safetensors", "tokenizer.json", "model.safetensors",
-                     source or M.default_source(model)):
+                     source or M.SOURCES[model]):
             assert word in str(error.value)
 
 
@@ -507,7 +535,7 @@ def test_mistakes_say_what_to_do(tmp_path, clip_tokenizer, siglip_tokenizer):
     fails("no such file or folder", "./a/b")
     fails("is no ViT-B-32: it has embed_dim 48, not 512", folder, "ViT-B-32")
     fails("lacks open_clip_config.json and .* or config.json and", str(tmp_path))
-    fails(r"clip weights in the format of transformers, but ViT-B-16-SigLIP is a siglip", weights, "ViT-B-16-SigLIP")
+    fails("in the format of transformers clip, but ViT-B-16-SigLIP is a siglip", weights, "ViT-B-16-SigLIP")
     fails("of another shape.*likely weights of another model or size", weights, "ViT-B-32-quickgelu")
 
     def broken(change, match, name="model.safetensors"):
@@ -529,14 +557,14 @@ def test_mistakes_say_what_to_do(tmp_path, clip_tokenizer, siglip_tokenizer):
     write_text(folder, "config.json", "{")
     fails("this code cannot build config.json .JSONDecodeError", folder)
     write_json(folder, "config.json", {"model_type": "bert"})
-    fails("model_type is 'bert': expected clip or siglip", folder)
+    fails("model_type is 'bert', but this code can only do 'clip'", folder)
     cfg = peer.config.to_dict()
     cfg["vision_config"]["hidden_act"] = "relu"
     write_json(folder, "config.json", cfg)
     fails("vision_act is 'relu', expected one of gelu", folder)
     cfg["vision_config"].update(hidden_act="gelu", layer_norm_eps=1e-3)
     write_json(folder, "config.json", cfg)
-    fails("vision_config.layer_norm_eps is 0.001", folder)
+    fails("vision_config/layer_norm_eps is 0.001", folder)
 
     torch.save({"a": object}, tmp_path / "code.pt")
     fails("holds no readable weights", str(tmp_path / "code.pt"), "ViT-B-32")
@@ -544,9 +572,9 @@ def test_mistakes_say_what_to_do(tmp_path, clip_tokenizer, siglip_tokenizer):
     fails("holds no readable weights", str(tmp_path / "list.pt"), "ViT-B-32")
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "jit.pt"))
     fails("TorchScript archive.*timm/vit_base_patch32_clip_224.openai", str(tmp_path / "jit.pt"), "ViT-B-32")
-    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+    with pytest.raises(ValueError, match="no checkpoint at .* that train.py wrote"):
         CLIP.load(save(tmp_path / "s.pt", state))
-    with pytest.raises(ValueError, match="no checkpoint at .*none.pt: train.py writes"):
+    with pytest.raises(ValueError, match="no checkpoint at .*none.pt that train.py wrote"):
         CLIP.load(str(tmp_path / "none.pt"))
     with pytest.raises(ValueError, match="is not a tokenizer"):
         M.read_tokenizer(os.path.join(folder, "config.json"))
@@ -561,9 +589,9 @@ def test_open_clip_configs_that_cannot_be_built(tmp_path, clip_tokenizer):
     folder, _ = write_open_clip(tmp_path, "ViT-B-32", clip_tokenizer[0], layers=1)
     good = json.load(open(tmp_path / "open_clip_config.json"))
     for section, key, value, match in (
-            ("text_cfg", "pool_type", "eos", "text_cfg.pool_type is 'eos'"),
+            ("text_cfg", "pool_type", "eos", "text_cfg/pool_type is 'eos'"),
             ("text_cfg", "no_causal_mask", True, "no_causal_mask is True"),
-            ("vision_cfg", "pool_type", "avg", "vision_cfg.pool_type is 'avg'"),
+            ("vision_cfg", "pool_type", "avg", "vision_cfg/pool_type is 'avg'"),
             ("vision_cfg", "layers", 2, "12 missing .visual.transformer.resblocks.1"),
             ("vision_cfg", "timm_model_name", "vit_nonsense", "this code cannot build .*vit_nonsense")):
         cfg = copy.deepcopy(good)
@@ -595,8 +623,8 @@ def nano(siglip_tokenizer, **kwargs):
 
 
 def small_clip(clip_tokenizer, **kwargs):
-    return perturb(CLIP(replace(MODELS["ViT-B-32"], tokenizer=clip_tokenizer[0], vision_layers=2, text_layers=2,
-                                vision_act="quick_gelu", text_act="quick_gelu", **kwargs)))
+    return perturb(CLIP(replace(layers(MODELS["ViT-B-32-quickgelu"], vision=2, text=2), tokenizer=clip_tokenizer[0],
+                                **kwargs)))
 
 
 @pytest.fixture(params=["nano", "clip", "siglip", "nano-tanh"])
@@ -604,7 +632,7 @@ def any_model(request, clip_tokenizer, siglip_tokenizer):
     if request.param == "clip":
         return small_clip(clip_tokenizer)
     if request.param == "siglip":       # a real image tower, which open_clip and timm know by name
-        return perturb(CLIP(replace(MODELS["ViT-B-32-SigLIP2-256"], text_layers=2, vocab_size=600,
+        return perturb(CLIP(replace(layers(MODELS["ViT-B-32-SigLIP2-256"], text=2), vocab_size=600,
                                     tokenizer=siglip_tokenizer)))
     return nano(siglip_tokenizer, **({"vision_act": "gelu_tanh", "text_act": "gelu_tanh", "image_size": 40,
                                       "interpolation": "bilinear"} if "tanh" in request.param else {}))
@@ -614,17 +642,154 @@ def picture(size):
     return Image.fromarray(np.random.RandomState(0).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
+def assert_round_trip(model, folder):
+    back = CLIP.from_pretrained(folder)
+    assert same_state(back, model)
+    a, b = asdict(back.config), asdict(model.config)
+    assert {k for k in a if a[k] != b[k]} <= {"name", "tokenizer", "logit_scale", "logit_bias"}
+    assert torch.equal(back.tokenize(CAPTIONS + TEXTS), model.tokenize(CAPTIONS + TEXTS))
+    return back
+
+
 @torch.no_grad()
+def test_export_open_clip(any_model, tmp_path):
+    model, folder = any_model, str(tmp_path / "out")
+    how = export(model, "open_clip", folder)
+    assert how == f'open_clip.create_model_from_pretrained("local-dir:{folder}")'
+    peer, transform = open_clip.create_model_from_pretrained("local-dir:" + folder)
+    assert_parity(model, peer.eval(), fp64=False)
+    theirs = open_clip.get_tokenizer("local-dir:" + folder)
+    assert torch.equal(theirs(CAPTIONS + TEXTS), model.tokenize(CAPTIONS + TEXTS))
+    assert torch.equal(transform(picture((70, 50))), model.transform(picture((70, 50))))
+    back = assert_round_trip(model, folder)
+    assert back.config.tokenizer == model.config.tokenizer
+    export(back, "open_clip", folder + "2")
+    for name in os.listdir(folder):     # the second time, byte by byte
+        if name.endswith((".safetensors", "tokenizer.json")):
+            assert open(os.path.join(folder, name), "rb").read() == open(os.path.join(folder + "2", name), "rb").read()
+    if "timm_model_name" in json.load(open(folder + "/open_clip_config.json"))["model_cfg"]["vision_cfg"]:
+        os.rename(folder, folder + "moved")     # our own reader does not mind
+        assert same_state(CLIP.from_pretrained(folder + "moved"), model)
+
+
 @torch.no_grad()
+def test_export_transformers(any_model, tmp_path):
+    model, folder = any_model, str(tmp_path / "out")
+    export(model, "transformers", folder)
+    kind = transformers.SiglipModel if model.config.family == "siglip" else transformers.CLIPModel
+    peer, info = kind.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_parity(model, peer.eval(), fp64=False)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    image = picture((70, 50))
+    given = processor(text=CAPTIONS + TEXTS, images=image, padding="max_length", truncation=True, return_tensors="pt")
+    assert sorted(given) == ["input_ids", "pixel_values"]
+    ours = model.tokenize(CAPTIONS + TEXTS)
+    if model.config.family == "siglip":
+        plain = [i for i, t in enumerate(CAPTIONS + TEXTS) if "&amp;" not in t]     # transformers does not unescape
+        assert torch.equal(given["input_ids"][plain], ours[plain])
+    else:   # transformers pads with the end-of-text token
+        upto = torch.arange(ours.shape[1]) <= ours.argmax(-1, keepdim=True)
+        plain = [i for i, t in enumerate(CAPTIONS + TEXTS) if "&amp;" not in t]
+        assert torch.equal((given["input_ids"] * upto)[plain], (ours * upto)[plain])
+    # transformers resizes tensors, PIL rounds to bytes: at most two of 255 steps of the pixel values
+    assert difference(given["pixel_values"][0], model.transform(image)) < 2.5 / 255 / min(model.config.std)
+    text = peer(input_ids=given["input_ids"], pixel_values=given["pixel_values"]).text_embeds
+    assert difference(text[plain], model.encode_text(ours[plain], normalize=True)) < 1e-5
+    back = assert_round_trip(model, folder)
+    export(back, "transformers", folder + "2")
+    assert_round_trip(back, folder + "2")
+
+
 @torch.no_grad()
+def test_export_timm(any_model, tmp_path):
+    model, folder = any_model, str(tmp_path / "out")
+    how = export(model, "timm", folder)
+    cfg = json.load(open(folder + "/config.json"))
+    images = inputs(model)[0]
+    for peer in (eval(how), timm.create_model(cfg["architecture"], checkpoint_path=folder + "/model.safetensors",
+                                              **cfg["model_args"])):
+        assert difference(peer.eval()(images), model.encode_image(images)) < 1e-5
+    from timm.data import create_transform, resolve_data_config
+    transform = create_transform(**resolve_data_config({}, model=timm.create_model("local-dir:" + folder)))
+    assert difference(transform(picture((70, 50))), model.transform(picture((70, 50)))) < 1e-6
+
+
 @torch.no_grad()
+def test_peer_in_and_out_again_is_bit_equal(tmp_path, clip_tokenizer, siglip_tokenizer, shallow):
+    """in -> out gives the peer's own tensors back, bit by bit, under its own names."""
+    for kind, tokenizer in (("clip", clip_tokenizer[0]), ("siglip", siglip_tokenizer)):
+        folder, _ = write_hf(tmp_path / kind, kind, tokenizer)
+        export(CLIP.from_pretrained(folder), "transformers", folder + "-out")
+        a, b = load_file(folder + "/model.safetensors"), load_file(folder + "-out/model.safetensors")
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].shape == b[k].shape for k in a)
+    for name, tokenizer in (("ViT-B-32", clip_tokenizer[0]), ("ViT-B-32-SigLIP2-256", siglip_tokenizer)):
+        folder, _ = write_open_clip(tmp_path / name, name, tokenizer, layers=2, vocab=600 if "Sig" in name else None)
+        export(CLIP.from_pretrained(folder), "open_clip", folder + "-out")
+        a, b = (load_file(f + "/open_clip_model.safetensors") for f in (folder, folder + "-out"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].shape == b[k].shape for k in a)
+
+
 @torch.no_grad()
+def test_export_with_other_losses(tmp_path, siglip_tokenizer, clip_tokenizer):
+    """A SigLIP trained with the softmax loss, a CLIP trained with the sigmoid loss."""
+    softmax = nano(siglip_tokenizer, logit_bias=None)
+    export(softmax, "transformers", str(tmp_path / "a"))
+    assert_parity(softmax, transformers.SiglipModel.from_pretrained(tmp_path / "a").eval(), fp64=False)
+    export(softmax, "open_clip", str(tmp_path / "b"))
+    assert_round_trip(softmax, str(tmp_path / "b"))
+    sigmoid = small_clip(clip_tokenizer, logit_bias=-10.0)
+    export(sigmoid, "open_clip", str(tmp_path / "c"))
+    assert_parity(sigmoid, open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'c'}")[0].eval(), fp64=False)
+    assert_round_trip(sigmoid, str(tmp_path / "c"))
+    with pytest.raises(ValueError, match="no logit_bias"):
+        export(sigmoid, "transformers", str(tmp_path / "d"))
+    with pytest.raises(ValueError, match="quick_gelu"):
+        export(nano(siglip_tokenizer, text_act="quick_gelu"), "open_clip", str(tmp_path / "e"))
+    assert not os.path.exists(tmp_path / "e")
+
+
+def test_command_line(tmp_path, siglip_tokenizer, monkeypatch, capsys):
+    checkpoint = save(tmp_path / "last.pt", nano(siglip_tokenizer).checkpoint())
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["model.py", *args])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(os.path.join(ROOT, "model.py"), run_name="__main__")
+        message = exit.value.code if isinstance(exit.value.code, str) else ""     # python prints it, with status 1
+        out = capsys.readouterr()
+        return (1 if message else exit.value.code), message or out.out + out.err
+
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "model.py"), "export", "--checkpoint", checkpoint,
+                           "--format", "transformers", "--output", "out"], capture_output=True, text=True)
+    assert done.returncode == 0 and "SiglipModel.from_pretrained" in done.stdout, done.stderr
+    assert same_state(CLIP.from_pretrained(str(tmp_path / "out")), CLIP.load(checkpoint))
+    for status, word, args in (
+            (0, "--format", ["export", "--help"]), (0, "export", ["--help"]), (2, "required", ["export"]), (2, "", []),
+            (2, "invalid choice", ["export", "--checkpoint", checkpoint, "--format", "onnx", "--output", "o"]),
+            (1, "exists: give a new folder", ["export", "--checkpoint", checkpoint, "--format", "timm", "--output", "."]),
+            (1, "no such file", ["export", "--checkpoint", "none.pt", "--format", "timm", "--output", "o"])):
+        found, text = run(*args)
+        assert found == status and word in text and (status != 1 or "\n" not in text), (args, found, text)
+
+
 def test_works_alone(tmp_path, siglip_tokenizer):
-    """model.py copied into an empty folder still loads a checkpoint."""
+    """model.py copied into an empty folder still loads a checkpoint, and says what it needs for foreign weights."""
     shutil.copy(os.path.join(ROOT, "model.py"), tmp_path)
     save(tmp_path / "last.pt", nano(siglip_tokenizer).checkpoint())
-    subprocess.run([sys.executable, "-c", "from model import CLIP; m = CLIP.load('last.pt'); m.tokenize(['a'])"],
-                   cwd=tmp_path, check=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    code = """
+from model import CLIP
+CLIP.load('last.pt').tokenize(['a'])
+try:
+    CLIP.from_pretrained('x/y')
+except ValueError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True,
+                         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}).stdout
+    assert "models.json is missing" in out
 
 
 # -----------------------------------------------------------------------------
@@ -697,11 +862,10 @@ def test_tokenizer_that_does_not_belong(clip_tokenizer):
 def test_siglip_value_tokens_golden():
     """The published wrapper's patch tokens, recorded in float64."""
     z = np.load(os.path.join(HERE, "fixtures", "siglip_tokens.npz"))
-    config = CLIPConfig(embed_dim=64, image_size=32, patch_size=8, vision_width=64, vision_layers=2, vision_heads=4,
-                        vision_mlp=256)
+    config = CLIPConfig(embed_dim=64, image_size=32, patch_size=8)
     width = {k[3:]: torch.from_numpy(z[k]) for k in z.files if k.startswith("sd.")}
     for heads in (1, 2, 4, 8):      # the file does not say
-        model = CLIP(replace(config, vision_heads=heads)).double().eval()
+        model = CLIP(replace(config, vision=(64, 2, heads, 256))).double().eval()
         model.visual.load_state_dict(width)
         with torch.no_grad():
             pooled, tokens = model.encode_image(torch.from_numpy(z["image"]).double(), return_tokens=True)
@@ -778,6 +942,132 @@ def test_forward_and_checkpoint(tmp_path, siglip_tokenizer):
         CLIP.from_pretrained(str(tmp_path / "last.pt"), "ViT-B-16-SigLIP")
     assert torch.equal(again.tokenize(TEXTS), model.tokenize(TEXTS))
     assert all(p.requires_grad for p in again.parameters())
+
+
+# -----------------------------------------------------------------------------
+# concepts as spans of the caption, negatives
+
+def nano_of(family, siglip_tokenizer, **kwargs):
+    """A small model of either family, in float64, with a tokenizer whose last token has the highest id."""
+    model = perturb(CLIP(replace(MODELS["nano"], family=family, tokenizer=siglip_tokenizer, vocab_size=600, **kwargs)))
+    return model.double()
+
+
+def captions_with_an_end(model):
+    """Random tokens, all different in length, with the highest id at their end."""
+    tokens = torch.randint(2, 500, (4, 16))
+    for row, end in enumerate((15, 9, 5, 12)):
+        tokens[row, end:] = 0
+        tokens[row, end] = 599
+    return tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_token_features_against_a_loop(family, siglip_tokenizer):
+    model = nano_of(family, siglip_tokenizer)
+    tokens = captions_with_an_end(model)
+    features, outputs = model.encode_text(tokens, return_tokens=True)
+    assert outputs.shape == (4, 16, 96)
+    row = [15] * 4 if family == "siglip" else [15, 9, 5, 12]
+    assert_close(outputs[range(4), row], features)
+    assert_close(features, model.encode_text(tokens))
+    assert_close(model.encode_text(tokens, True, True)[0], F.normalize(features, dim=-1))
+    for i in range(4):      # a row at a time, through timm's own blocks
+        x = model.text.token_embedding(tokens[i:i + 1]) + model.text.pos_embed
+        mask = None if family == "siglip" else torch.full((16, 16), -torch.inf, dtype=torch.float64).triu(1)
+        for block in model.text.blocks:
+            x = block(x, mask)
+        assert_close(outputs[i:i + 1], model.text.head(model.text.norm(x)))
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_spans_against_a_loop(family, siglip_tokenizer):
+    model = nano_of(family, siglip_tokenizer)
+    tokens, images = captions_with_an_end(model), torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    spans = torch.tensor([[[0, 3], [2, 9], [4, 5]], [[1, 2], [0, 0], [0, 0]], [[0, 0]] * 3, [[3, 7], [0, 12], [0, 0]]])
+    passes, encode = [], model.encode_text
+    model.encode_text = lambda *args: passes.append(args) or encode(*args)
+    out = model(images, tokens, spans=spans)
+    assert len(passes) == 1         # captions and concepts in one
+    plain = model(images, tokens)
+    assert_close(out["text_features"], plain["text_features"])
+    assert "concept_features" not in plain and out["concept_features"].shape == (12, 96)
+    outputs = encode(tokens, return_tokens=True)[1]
+    for i in range(4):
+        for j in range(3):
+            first, end = spans[i, j].tolist()
+            found = out["concept_features"][3 * i + j]
+            if end:
+                expected = sum(outputs[i, k] for k in range(first, end)) / (end - first)
+                assert_close(found, expected / expected.norm())
+            else:
+                assert found.isfinite().all()
+    # gradients: those of padding are zero, not nan
+    padding = (spans[..., 1] == 0).flatten()
+    out["concept_features"][padding].sum().backward(retain_graph=True)
+    grads = [p.grad for p in model.text.parameters() if p.grad is not None]
+    assert grads and all((g == 0).all() for g in grads)
+    (out["concept_features"].sin().sum() + out["text_features"].cos().sum()).backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.text.blocks.parameters())
+
+
+@torch.no_grad()
+def test_negatives(siglip_tokenizer):
+    model = nano_of("clip", siglip_tokenizer)
+    tokens, images = captions_with_an_end(model), torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    negatives = torch.stack([tokens.flip(0), tokens.roll(1, 0)], 1)[:, :, :]         # (B, 2, L)
+    out = model(images[:4], tokens, negative_tokens=negatives, negative_images=images[4:])
+    assert out["negative_features"].shape == (4, 2, 96)
+    for i in range(4):
+        for k in range(2):
+            assert_close(out["negative_features"][i, k], model.encode_text(negatives[i, k][None], True)[0])
+    assert_close(out["negative_image_features"], model.encode_image(images[4:], True))
+    assert not {"concept_features", "patch_tokens"} & out.keys()
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_spans_compile_without_a_break(family, siglip_tokenizer):
+    model = nano_of(family, siglip_tokenizer)
+    tokens, images = captions_with_an_end(model), torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    spans = torch.tensor([[[0, 3], [0, 0]]] * 4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images, tokens, spans=spans)
+    for key, value in model(images, tokens, spans=spans).items():
+        assert value is None or difference(compiled[key], value) < 1e-12, key
+
+
+def test_token_positions_of_phrases(clip_tokenizer, siglip_tokenizer):
+    """The tokens of a span, decoded, are the phrase; also beside a word that holds it, and for byte-level BPE."""
+    from data import train_tokenizer
+    text = "A woman, a red-haired MAN and the man's  dogs near an Ünïcödé 🙂 sign &amp; it"
+    phrases = ["A woman", "MAN", "the man's  dogs", "Ünïcödé", "🙂 sign", "a red-haired MAN", "it", "near an"]
+    own, size, _ = train_tokenizer(CAPTIONS)
+    for config in (replace(MODELS["ViT-B-32"], tokenizer=clip_tokenizer[0]),
+                   replace(MODELS["nano"], tokenizer=own, vocab_size=size, context_length=77),
+                   replace(MODELS["ViT-B-16-SigLIP"], tokenizer=siglip_tokenizer)):
+        tokenize = M.Tokenizer(config)
+        ids = tokenize([text])[0].tolist()
+        for phrase, (first, end) in zip(phrases, tokenize.spans(text, phrases)):
+            alone = [i for e in tokenize.encode([phrase]) for i, s in zip(e.ids, e.special_tokens_mask) if not s]
+            if config.name == "ViT-B-16-SigLIP":    # unigram may cut a phrase otherwise, and knows no emoji
+                alone, cleaned = None, clean_text(phrase, config.text_clean)
+                found = "".join(tokenize.encode([text])[0].tokens[first:end]).replace("\u2581", "")
+                assert found == cleaned.replace(" ", ""), (phrase, found)
+            elif alone[0] == tokenize.backend.token_to_id("Ġ"):     # a lone space is no character of the phrase
+                alone = alone[1:]
+            assert alone is None or ids[first:end] == alone, (config.name, phrase, first, end)
+        specials = tokenize.encode([text])[0].special_tokens_mask
+        whole = (specials.index(0), len(specials) - specials[::-1].index(0))
+        for phrase in ("a cat", "oman", "", "!?"):      # not there, at least not as words
+            assert tokenize.spans(text, [phrase]) == [whole], phrase
+        assert all(0 <= first < end for first, end in tokenize.spans("", ["a cat"]))
+        assert tokenize.spans(text, []) == []
+
+
+def test_phrases_behind_the_context_length(clip_tokenizer):
+    tokenize = M.Tokenizer(replace(MODELS["ViT-B-32"], tokenizer=clip_tokenizer[0], context_length=6))
+    text = "a red ring and a blue cross"        # start a red ring and end
+    assert tokenize.spans(text, ["a red ring", "a blue cross", "ring and a", "and"]) == [(1, 4), (1, 5), (1, 5), (4, 5)]
 
 
 def test_gradient_checkpointing_changes_nothing(siglip_tokenizer):

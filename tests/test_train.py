@@ -1,6 +1,8 @@
 """The scripts as a user runs them: training, torchrun, resuming, evaluation, mistakes."""
 import json
 import os
+import random
+import resource
 import signal
 import subprocess
 import sys
@@ -48,7 +50,7 @@ def weights(folder):
 def test_main_command_writes_what_it_says(whole):
     folder, stdout = whole
     for text in ("np_binding", "swap_att", "replace_att", "replace_obj", "i2t_r1", "t2i_r1", "chance", "95 % interval",
-                 "next: python train.py --npc-weight 0 --xac-weight 0"):
+                 "next: python train.py --method siglip"):
         assert text in stdout
     losses = curve(folder)
     assert len(losses) == 12 and losses[-1] < losses[0]
@@ -60,9 +62,11 @@ def test_checkpoint_alone_gives_the_same_table(whole, tmp_path):
     folder, stdout = whole
     again = run("evaluate.py", "--checkpoint", folder / "last.pt", "--bench", "scenes", "--json", tmp_path / "r.json")
     table = [line for line in stdout.splitlines() if ".." in line]
-    assert len(table) == 6 and all(line in again.stdout for line in table)
+    names = ["np_binding", "swap_att", "replace_att", "replace_obj", "swap_obj", "add", "i2t_r1", "t2i_r1",
+             "seen_np_binding", "single", "single_colour", "single_shape"]
+    assert len(table) == len(names) and all(line in again.stdout for line in table)
     results = json.load(open(tmp_path / "r.json"))["results"]["scenes"]
-    assert list(results) == ["np_binding", "swap_att", "replace_att", "replace_obj", "i2t_r1", "t2i_r1"]
+    assert sorted(results) == sorted(names)
     for r in results.values():
         assert r["n"] == 1000 == len(r["correct"]) and r["accuracy"] == sum(r["correct"]) / 1000
         assert 0 <= r["low"] <= r["accuracy"] <= r["high"] <= 1
@@ -120,10 +124,204 @@ def test_interrupted_and_resumed_is_bit_equal(whole, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_bfloat16_stays_near_float32(whole, tmp_path):
-    run("train.py", *SMALL, "--dtype", "bfloat16", "--out-dir", tmp_path)
-    assert curve(tmp_path) == pytest.approx(curve(whole[0]), rel=0.05)
+def test_bfloat16_stays_near_float32(tmp_path):
+    """Over 50 steps every loss within 5 %, and the average difference below 1 %."""
+    run("train.py", *SMALL, "--steps", 50, "--out-dir", tmp_path / "full")
+    run("train.py", *SMALL, "--steps", 50, "--dtype", "bfloat16", "--out-dir", tmp_path)
+    full, half = curve(tmp_path / "full"), curve(tmp_path)
+    assert len(full) == 50 and half == pytest.approx(full, rel=0.05)
+    assert sum(abs(a / b - 1) for a, b in zip(half, full)) / 50 < 0.01
     assert all(p.dtype == torch.float32 for p in CLIP.load(tmp_path / "last.pt").parameters())
+
+
+# ------------------------------------------------------------------------------------------------- every method
+
+METHOD_RUNS = [("ce_clip",), ("degla", "--loss", "clip"), ("con_clip", "--relations", "1"),
+               ("triplet_clip", "--loss", "clip"), ("c2lip", "--concept-features", "span", "--distill-weight", "0.1")]
+
+
+@pytest.mark.parametrize("method", METHOD_RUNS, ids=" ".join)
+def test_methods_do_not_depend_on_processes_and_parts(exact, tmp_path, method):
+    extra = ("--method", *method)
+    run("train.py", *SMALL, *EXACT, *extra, "--accum", 2, "--out-dir", tmp_path, processes=2)
+    whole = [r for r in map(json.loads, open(exact(*extra) / "log.jsonl")) if "loss" in r]
+    parts = [r for r in map(json.loads, open(tmp_path / "log.jsonl")) if "loss" in r]
+    assert len(whole) == len(parts) == 6
+    terms = {"ce_clip": 3, "degla": 4, "con_clip": 1, "triplet_clip": 1, "c2lip": 4}[method[0]]
+    names = [k for k in list(whole[0]) if k in ("contrastive", "npc", "xac", "cmr", "imc", "tgc", "igc", "distill")]
+    assert len(names) == terms
+    for a, b in zip(whole, parts):
+        for name in [*names, "loss", "grad_norm"]:
+            assert a[name] == pytest.approx(b[name], rel=1e-8, abs=1e-12), name
+    ours, theirs = weights(tmp_path), weights(exact(*extra))
+    assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-7) for name in ours)
+
+
+def test_method_weights_are_the_published_ones(exact):
+    def arguments(*extra):
+        return json.loads(open(exact("--method", *extra) / "log.jsonl").readline())["args"]
+    assert {k: arguments("ce_clip")[k] for k in ("cmr_weight", "imc_weight", "negatives")} == {
+        "cmr_weight": 0.2, "imc_weight": 0.3, "negatives": "typed"}
+    degla = arguments("degla", "--loss", "clip")
+    assert [degla[k] for k in ("tgc_weight", "igc_weight", "distill_weight", "ema")] == [0.1, 0.1, 0.005, 0.9996]
+    assert arguments("con_clip", "--relations", "1")["freeze"] == "visual"
+
+
+# ------------------------------------------------------------------------------------------------- kills and failures
+
+def start(*args, **keywords):
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL, **keywords)
+
+
+def test_killed_at_any_moment_and_resumed_is_bit_equal(whole, tmp_path):
+    """kill -9 at random times, and once while a checkpoint is being written; save-every 1, so that writes are many."""
+    rng, args = random.Random(time.time()), ["train.py", *SMALL, "--save-every", 1, "--keep", 2, "--out-dir", tmp_path,
+                                             "--resume", "auto"]
+    kills = 0
+    for kind in ["write", *["any"] * 5]:
+        done = curve(tmp_path) if (tmp_path / "log.jsonl").exists() else []
+        process = start(*args)
+        if kind == "write":
+            while not (tmp_path / "last.pt.tmp").exists() and process.poll() is None:
+                time.sleep(0.0005)
+        else:   # a random time after the first step that this run adds
+            while process.poll() is None and (not (tmp_path / "last.pt").exists() or curve(tmp_path) == done):
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.15))
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills >= 3
+    run(*args)
+    assert curve(tmp_path) == curve(whole[0]) and curve(tmp_path, "grad_norm") == curve(whole[0], "grad_norm")
+    a, b = weights(whole[0]), weights(tmp_path)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    kept = ["best.pt", "last.pt", "step_00000011.pt", "step_00000012.pt"]
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == kept
+
+
+def test_resume_auto_passes_over_a_damaged_checkpoint(tmp_path):
+    run("train.py", *SMALL, "--steps", 3, "--save-every", 1, "--keep", 3, "--out-dir", tmp_path)
+    whole = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(whole[:len(whole) // 2])
+    done = run("train.py", *SMALL, "--steps", 3, "--resume", "auto", "--out-dir", tmp_path)
+    assert "passes over" in done.stdout + done.stderr
+    assert curve(tmp_path, "step")[-1] == 3
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    run("train.py", *SMALL, "--steps", 2, "--out-dir", tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))       # no file above 1 MiB
+    process = subprocess.run([sys.executable, "train.py", *SMALL, "--resume", "auto", "--out-dir", str(tmp_path)],
+                             cwd=ROOT, env=ENV, capture_output=True, text=True, preexec_fn=limit)
+    assert process.returncode == 1 and "cannot write" in process.stderr and "Traceback" not in process.stderr
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_resumed_on_another_number_of_processes(exact, tmp_path):
+    process = start("train.py", *SMALL, *EXACT, "--save-every", 1, "--out-dir", tmp_path)
+    while not (tmp_path / "last.pt").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    run("train.py", *SMALL, *EXACT, "--resume", "auto", "--out-dir", tmp_path, processes=2)
+    assert curve(tmp_path) == pytest.approx(curve(exact()), rel=1e-9)
+
+
+def test_torchrun_restarts_what_died(tmp_path):
+    """A worker is killed; torchrun starts all again, and --resume auto goes on to the end."""
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--max-restarts", 1,
+                    "train.py", *SMALL, "--steps", 30, "--save-every", 2, "--out-dir", tmp_path, "--resume", "auto")
+    while not (tmp_path / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert process.wait(timeout=180) == 0
+    assert curve(tmp_path, "step")[-1] == 30 and len(curve(tmp_path)) == 30
+
+
+def test_one_dead_process_ends_all(tmp_path):
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train.py", *SMALL,
+                    "--steps", 500, "--out-dir", tmp_path)
+    while not (tmp_path / "log.jsonl").exists() or not curve(tmp_path):
+        assert process.poll() is None
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+
+
+def test_steps_that_are_not_finite_are_left_out(tmp_path):
+    """One broken image after another: a learning rate that diverges at once stops after --max-skips steps."""
+    done = run("train.py", *SMALL, "--lr", "1e12", "--warmup", 1, "--max-skips", 2, "--out-dir", tmp_path, check=False)
+    left_out = curve(tmp_path, "left_out")
+    assert done.returncode == 1 and left_out == [1, 2, 3] and "as 3 steps in a row (--max-skips 2)" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- switches
+
+def test_frozen_weights_stay(tmp_path):
+    run("train.py", *SMALL, "--steps", 2, "--out-dir", tmp_path / "a")
+    init = ["--preset", "nano", "--init", tmp_path / "a" / "last.pt", "--steps", 2]
+    before = weights(tmp_path / "a")
+    run("train.py", *SMALL, *init, "--freeze", "visual", "--out-dir", tmp_path / "b")
+    after = weights(tmp_path / "b")
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved and not any(k.startswith("visual") for k in moved) and "text.norm.weight" in moved
+    run("train.py", *SMALL, *init, "--freeze-blocks", 2, "--layer-decay", 0.5, "--out-dir", tmp_path / "c")
+    after = weights(tmp_path / "c")
+    still = {k for k in before if torch.equal(before[k], after[k])}
+    first = [k for k in before if any(part in k for part in (".blocks.0.", ".blocks.1.", "embed", "cls_token"))]
+    assert still.issuperset(first) and not any(".blocks.2." in k and "weight" in k for k in still)
+
+
+def test_layer_decay_scales_the_step(tmp_path):
+    """One step of AdamW moves each weight by about lr times its layer's factor."""
+    one = ["--steps", 1, "--warmup", 0, "--weight-decay", 0, "--lr", "1e-3", "--dtype", "float64", "--preset", "nano"]
+    run("train.py", *SMALL, "--steps", 1, "--dtype", "float64", "--out-dir", tmp_path / "a")
+    run("train.py", *SMALL, *one, "--init", tmp_path / "a" / "last.pt", "--layer-decay", 0.1,
+        "--out-dir", tmp_path / "b")
+    before, after = weights(tmp_path / "a"), weights(tmp_path / "b")
+    factors = {"text.head.weight": 1, "text.blocks.2.mlp.fc1.weight": 0.1, "text.blocks.1.mlp.fc1.weight": 0.01,
+               "visual.blocks.0.mlp.fc1.weight": 1e-3, "visual.patch_embed.proj.weight": 1e-4}
+    for name, factor in factors.items():
+        move = (after[name] - before[name]).abs().max().item()
+        assert move == pytest.approx(1e-3 * factor, rel=0.05), name
+
+
+def test_average_of_the_weights(tmp_path):
+    """--ema: each step the average moves by 1 - decay towards the weights, and it is evaluated beside them."""
+    base = [*SMALL, "--dtype", "float64", "--warmup", 1]
+    run("train.py", *base, "--steps", 2, "--ema", 0.75, "--save-every", 1, "--keep", 3, "--out-dir", tmp_path / "a")
+    w2, ema = weights(tmp_path / "a"), torch.load(tmp_path / "a" / "ema.pt")["model"]
+    first = torch.load(tmp_path / "a" / "step_00000001.pt")["teacher"]
+    for name in w2:
+        torch.testing.assert_close(ema[name], 0.75 * first[name] + 0.25 * w2[name])
+    assert any(not torch.equal(first[name], ema[name]) for name in w2)
+    rows = [r for r in map(json.loads, open(tmp_path / "a" / "log.jsonl")) if "eval" in r]
+    assert list(rows[-1]["eval"]) == ["scenes", "ema scenes"]
+
+
+def test_gradient_checkpointing_changes_nothing(exact, tmp_path):
+    run("train.py", *SMALL, *EXACT, "--grad-checkpointing", "--out-dir", tmp_path)
+    assert curve(tmp_path) == pytest.approx(curve(exact()), rel=1e-12)
+
+
+def test_a_dry_run_trains_nothing(tmp_path):
+    done = run("train.py", *SMALL, "--dry-run", "--out-dir", tmp_path)
+    assert "dry run: 32 rows read, 0 bad" in done.stdout and "Nothing was trained" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_log_says_what_ran(whole):
+    rows = [json.loads(line) for line in open(whole[0] / "log.jsonl")]
+    assert {"args", "config", "commit", "versions", "world_size"} <= rows[0].keys()
+    assert {"loss", "grad_norm", "lr", "logit_scale", "logit_bias", "images_per_second", "waiting", "peak_mib"} <= next(
+        r for r in rows if "loss" in r).keys()
+    assert (whole[0] / "best.pt").exists()
 
 
 # ------------------------------------------------------------------------------------------------- real pairs
@@ -160,15 +358,15 @@ def test_too_many_bad_rows_end_training(tmp_path):
 # ------------------------------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("script, args, status, says", [
-    ("train.py", ["--model", "ViT-B-31"], 2, "no model 'ViT-B-31': expected one of nano, ViT-B-32"),
+    ("train.py", ["--model", "ViT-B-31"], 2, "invalid choice: 'ViT-B-31' (choose from"),
     ("train.py", ["--batch-size", "0"], 2, "--batch-size 0: expected more than 0"),
     ("train.py", ["--data", "none.csv"], 1, "no file none.csv"),
     ("train.py", ["--data", "README.md"], 1, "expected a .csv, .tsv or .jsonl"),
     ("train.py", ["--resume", "none.pt"], 1, "no checkpoint at none.pt"),
     ("train.py", ["--tokenizer", "none.json"], 1, "none.json"),
     ("train.py", ["--steps", "40", "--lr", "1e12", "--warmup", "1"], 1, "last good checkpoint"),
-    ("evaluate.py", [], 2, "give what to evaluate"),
-    ("evaluate.py", ["--checkpoint", "x.pt", "--bench", "sugarcrape"], 2, "no bench 'sugarcrape': expected one of"),
+    ("evaluate.py", [], 1, "give what to evaluate"),
+    ("evaluate.py", ["--checkpoint", "x.pt", "--bench", "sugarcrape"], 1, "no bench 'sugarcrape': expected all"),
     ("evaluate.py", ["--checkpoint", "README.md"], 1, "README.md holds no readable weights"),
 ])
 def test_mistakes_get_one_line(tmp_path, script, args, status, says):

@@ -1,0 +1,299 @@
+"""compare, plot, show and interpolate against plain computations, and what they say to wrong inputs."""
+import json
+import math
+import random
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from data import Scenes, train_tokenizer
+import evaluate
+import pictures
+from evaluate import interpolate, paired
+from model import CLIP, MODELS
+
+
+def command(argv):
+    module = pictures if argv[0] in ("plot", "show") else evaluate
+    args = module.parser().parse_args(argv)
+    module.COMMANDS[args.command](args)
+
+
+def nano(seed, **changes):
+    torch.manual_seed(seed)
+    text, vocabulary, _ = train_tokenizer([Scenes(50)[i]["caption"] for i in range(50)])
+    small = dict(tokenizer=text, vocab_size=vocabulary, vision=(96, 1, 3, 384), text=(96, 1, 3, 384))
+    return CLIP(replace(MODELS["nano"], **small, **changes))
+
+
+# ------------------------------------------------------------------------------------------------- compare
+
+def plain_p(a, b):
+    """Two-sided exact binomial: the probability, by fair coins, of a split at least as uneven as the one seen."""
+    gained, lost = sum(x < y for x, y in zip(a, b)), sum(x > y for x, y in zip(a, b))
+    n = gained + lost
+    uneven = sum(math.comb(n, k) for k in range(n + 1) if abs(2 * k - n) >= abs(gained - lost))
+    return float(Fraction(uneven, 2 ** n))
+
+
+@pytest.mark.parametrize("n, right_a, right_b", [(1, 0, 0), (1, 0, 1), (12, 0.5, 0.9), (300, 0.6, 0.62),
+                                                 (3000, 0.2, 0.4)])
+def test_paired_equals_plain_computation(n, right_a, right_b):
+    rng = random.Random(n)
+    a, b = [int(rng.random() < right_a) for _ in range(n)], [int(rng.random() < right_b) for _ in range(n)]
+    difference, low, high, p, gained, lost = paired(a, b, range(n))
+    assert gained == sum(y > x for x, y in zip(a, b)) and lost == sum(y < x for x, y in zip(a, b))
+    assert difference == pytest.approx(100 * (sum(b) - sum(a)) / n)
+    assert p == pytest.approx(plain_p(a, b), rel=1e-12) and low <= difference <= high
+    if n == 3000:       # the bootstrap of a mean of many items is the normal interval
+        half = 196 * math.sqrt(sum((y - x - difference / 100) ** 2 for x, y in zip(a, b))) / n
+        assert low == pytest.approx(difference - half, rel=0.03) and high == pytest.approx(difference + half, rel=0.03)
+
+
+def test_bootstrap_draws_whole_groups_and_is_a_function_of_its_seed():
+    rng = random.Random(0)
+    a, b = [rng.randint(0, 1) for _ in range(60)], [rng.randint(0, 1) for _ in range(60)]
+    single = paired(a, b, range(60))
+    assert single == paired(a, b, range(60)) != paired(a, b, range(60), seed=1)
+    fourfold = paired(a * 4, b * 4, [i % 60 for i in range(240)])   # the same 60 images, each item four times
+    assert fourfold[:3] == pytest.approx(single[:3])                # tells nothing new about images ...
+    assert fourfold[3] < single[3] and fourfold[4] == 4 * single[4]     # ... which McNemar's test cannot see
+    independent = paired(a * 4, b * 4, range(240))
+    assert independent[2] - independent[1] < 0.7 * (single[2] - single[1])
+
+    groups = [rng.choice("vwxyz") for _ in range(60)]               # of unequal size, by a naive loop
+    names, draws, generator = sorted(set(groups)), [], np.random.default_rng(3)
+    for _ in range(200):
+        drawn = [names[i] for i in generator.integers(len(names), size=len(names))]
+        items = [i for name in drawn for i in range(60) if groups[i] == name]
+        draws.append(100 * sum(b[i] - a[i] for i in items) / len(items))
+    assert paired(a, b, groups, 200, 3)[1:3] == pytest.approx(np.quantile(draws, (0.025, 0.975)))
+
+
+def subset(correct, **more):
+    return {"accuracy": sum(correct) / len(correct), "n": len(correct), "low": 0, "high": 1, "chance": 0.5, "ties": 0,
+            "correct": correct, "image": list(range(len(correct))), **more}
+
+
+def results(path, results, **more):
+    path.write_text(json.dumps({"checkpoint": "x.pt", "protocol": 1, "data_sha256": dict.fromkeys(results, "h"),
+                                "results": results, **more}))
+    return str(path)
+
+
+def test_compare_prints_counts_intervals_items_and_what_it_skips(tmp_path, capsys):
+    a = results(tmp_path / "a.json", {
+        "crepe": {"swap": subset([1, 1, 0, 0, 0, 0, 1, 0]), "old": subset([1])},
+        "means": {"score": {"accuracy": 0.3, "n": 4}, "r1": {"accuracy": 0.3}},
+        "gone": {"x": subset([1, 0])}})
+    b = results(tmp_path / "b.json", {
+        "crepe": {"swap": subset([1, 0, 1, 1, 1, 1, 1, 0])},
+        "means": {"score": {"accuracy": 0.3, "n": 4}, "r1": {"accuracy": 0.3}},
+        "new": {"x": subset([1, 0])}})
+    command(["compare", a, b, "--items"])
+    out = capsys.readouterr().out
+    row = [line for line in out.splitlines() if line.startswith("crepe swap")][0].split()
+    low, high = paired([1, 1, 0, 0, 0, 0, 1, 0], [1, 0, 1, 1, 1, 1, 1, 0], range(8))[1:3]
+    assert row[2:] == ["8", "37.5", "75.0", "+37.5", f"{low:+.1f}", "..", f"{high:+.1f}", "0.38", "4", "1"]
+    found = [line.strip() for line in out.splitlines() if line.startswith(("    gained", "    lost"))]
+    assert found == ["gained: [2, 3, 4, 5]", "lost: [1]"]
+    skipped = [line for line in out.splitlines() if line.startswith("in one file only")][0]
+    assert all(name in skipped for name in ("crepe old", "gone x", "new x"))
+    assert "swap" not in skipped
+    assert "bootstrap over images" in out and "exact McNemar" in out
+
+
+@pytest.mark.parametrize("correct, more, file", [
+    ([1, 0], {"image": [0, 1]}, {}), ([1, 0, 1], {"image": [0, 0, 1]}, {}),
+    ([1, 0, 1], {}, {"data_sha256": {"crepe": "other"}}), ([1, 0, 1], {}, {"protocol": 2})])
+def test_compare_of_different_items_names_the_subset(tmp_path, correct, more, file):
+    base = {"image": [0, 1, 2]}
+    a = results(tmp_path / "a.json", {"crepe": {"same": subset([1]), "swap": subset([1, 1, 1], **base)}})
+    changed = subset(correct, **{**base, **more})
+    b = results(tmp_path / "b.json", {"crepe": {"same": subset([1]), "swap": changed}}, **file)
+    with pytest.raises(ValueError, match="crepe sw|crepe same" if file else r"crepe swap: A \(3 items\)"):
+        command(["compare", a, b])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"results": 3}', '{"results": {"a": 1}}',
+                                  '{"results": {"a": {"b": 1}}}'])
+def test_compare_of_something_else(tmp_path, text):
+    (tmp_path / "bad.json").write_text(text)
+    good = results(tmp_path / "a.json", {"crepe": {"swap": subset([1])}})
+    for other in (tmp_path / "bad.json", tmp_path / "none.json"):
+        with pytest.raises(ValueError, match="expected two files of --json"):
+            command(["compare", good, str(other)])
+
+
+# ------------------------------------------------------------------------------------------------- plot
+
+def log_file(folder, rows):
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return str(folder / "log.jsonl")
+
+
+def run_log(folder, slope):
+    rows = [{"args": {}, "config": {}}] + [{"step": i, "loss": 9.0 / i, "logit_bias": None} for i in range(1, 101)]
+    rows += [{"step": i, "eval": {"scenes": {"swap": {"accuracy": slope(i)}}}} for i in range(20, 101, 20)]
+    return log_file(folder, rows)
+
+
+def coloured(image, colour):
+    """(x, y) of the pixels close to a colour."""
+    away = np.abs(np.asarray(image.convert("RGB")).astype(int) - colour).sum(-1)
+    return np.argwhere(away < 30)[:, ::-1]
+
+
+def test_plot_draws_each_run_where_its_values_are(tmp_path):
+    up, down = run_log(tmp_path / "up", lambda i: i / 100), run_log(tmp_path / "down", lambda i: 1 - i / 100)
+    command(["plot", up, down, "--output", str(tmp_path / "c.png")])
+    image = Image.open(tmp_path / "c.png")
+    assert image.format == "PNG" and image.size == (720, 60 + 240)      # two panels beside each other, under the legend
+    command(["plot", up, down, "--keys", "scenes.swap", "--output", str(tmp_path / "c.png")])
+    image = Image.open(tmp_path / "c.png")
+    assert image.size == (360, 300)
+    for colour, rises in ((0, 114, 178), True), ((213, 94, 0), False):
+        found = coloured(image, colour)
+        curve = found[found[:, 1] > 70]                                 # below the legend
+        left, right = curve[curve[:, 0].argmin()], curve[curve[:, 0].argmax()]
+        assert len(found) > len(curve) and abs(left[0] - 116) <= 4 and abs(right[0] - 340) <= 4     # steps 20 and 100
+        low, high = (left, right) if rises else (right, left)
+        assert high[1] < low[1] - 100
+        assert abs(high[1] - (85 if rises else 120)) <= 4               # of 0 .. 100 %, 80 % is a fifth below the top
+
+
+def test_plot_counts_torn_lines_and_takes_the_later_of_two(tmp_path, capsys):
+    rows = [{"step": 1, "loss": 5.0}, '{"step": 2, "lo\n', "7\n", {"step": 2, "loss": float("nan")},
+            {"step": 3, "loss": 9.0}, {"step": 3, "loss": 2.0}]
+    assert pictures.read_log(log_file(tmp_path / "read", rows)) == {"step": {1: 1, 2: 2, 3: 3}, "loss": {1: 5.0, 3: 2.0}}
+    assert capsys.readouterr().out.count("a line skipped") == 2
+    command(["plot", log_file(tmp_path / "torn", rows), "--output", str(tmp_path / "c.png")])
+    assert capsys.readouterr().out.count("a line skipped") == 2 and Image.open(tmp_path / "c.png").size == (360, 280)
+    run, other = run_log(tmp_path / "run", lambda i: 0.5), tmp_path / "other" / "log.jsonl"
+    log_file(tmp_path / "other", [{"step": 4, "eval": {"retrieval": {"i2t_r1": {"accuracy": 0.5}}}}])
+    command(["plot", run, str(other), "--output", str(tmp_path / "c.png")])     # curves that only one of them has
+    assert Image.open(tmp_path / "c.png").size == (3 * 360, 300)
+    constant = log_file(tmp_path / "flat", [{"step": 0, "loss": 0.0}])      # one point, no range on either axis
+    command(["plot", constant, "--output", str(tmp_path / "c.png")])
+
+
+def test_plot_mistakes(tmp_path):
+    good, empty = run_log(tmp_path / "good", lambda i: 0.5), log_file(tmp_path / "empty", [{"args": {}}])
+    bare = log_file(tmp_path / "bare", [{"step": 1}])       # neither loss nor evaluation
+    for argv in ([bare], [empty], [good, empty], [good, "--keys", "lss"], [good] * 8):
+        with pytest.raises(ValueError, match="plot takes up to 7 logs, none empty, and --keys from"):
+            command(["plot", *argv, "--output", str(tmp_path / "c.png")])
+    with pytest.raises(FileNotFoundError, match="none.jsonl"):
+        command(["plot", str(tmp_path / "none.jsonl")])
+    assert not (tmp_path / "c.png").exists()
+
+
+# ------------------------------------------------------------------------------------------------- show
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for seed in (0, 1):
+        model = nano(seed, patch_size=8 if seed else 16)
+        torch.save(model.checkpoint(), folder / f"{seed}.pt")
+    return [str(folder / "0.pt"), str(folder / "1.pt")]
+
+
+def test_show_draws_the_attention_and_writes_its_scores(checkpoints, tmp_path, monkeypatch):
+    texts, text = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *args: (texts.append(args[2]), text(*args)))
+    command(["show", "--checkpoint", ",".join(checkpoints), "--scene", "5", "--output", str(tmp_path / "a.png")])
+    picture, scene = Image.open(tmp_path / "a.png"), Scenes(9, "val", 1)[5]
+    assert picture.format == "PNG" and picture.size == (3 * 240, 2 * 280) and len(texts) == 6
+    assert [t.split("\n")[0] for t in texts[1:3]] == scene["concepts"]
+    for row, path in enumerate(checkpoints):
+        model = CLIP.load(path).eval()
+        with torch.no_grad():
+            v = model.encode_image(model.transform(scene["image"])[None], True, True)[1][0].double()     # (T, D)
+            p = model.encode_text(model.tokenize(scene["concepts"]), True).double()                      # (2, D)
+        weights = []
+        for n in range(2):      # the definition, a patch at a time
+            e = [math.exp(sum(x * y for x, y in zip(t, p[n].tolist()))) for t in v.tolist()]
+            weights.append([x / sum(e) for x in e])
+            pooled = sum(w * t for w, t in zip(weights[n], v))
+            cosine = (pooled @ p[n] / pooled.norm() / p[n].norm()).item()
+            assert texts[3 * row + 1 + n].endswith(f"cosine {cosine:.2f}")
+        largest, side = max(map(max, weights)), math.isqrt(len(v))
+        assert f"maximum {largest:.3f}, mean {1 / side ** 2:.3f}" in texts[3 * row]
+        seen = picture.crop((8, 280 * row + 8, 232, 280 * row + 232))
+        assert np.abs(np.asarray(seen.resize((32, 32), 0), int) - np.asarray(scene["image"], int)).mean() < 12
+        seen = seen.convert("L")
+        for n in range(2):
+            for t in range(side ** 2):
+                x, y = (int((i + 0.5) * 224 / side) for i in (t % side, t // side))
+                share, grey = weights[n][t] / largest, seen.getpixel((x, y))
+                # green of the colour scale: 0 for none, 55 in the middle, 255 for the row's largest
+                green = 0.8 * (110 * share if share < 0.5 else 55 + 400 * (share - 0.5)) + 0.2 * grey
+                assert abs(picture.getpixel((240 * (n + 1) + 8 + x, 280 * row + 8 + y))[1] - green) < 5
+
+
+def test_show_of_an_image_file_with_a_caption_or_concepts(checkpoints, tmp_path):
+    Image.effect_noise((50, 70), 90).save(tmp_path / "i.jpg")
+    show = ["show", "--checkpoint", checkpoints[1], "--image", str(tmp_path / "i.jpg"),
+            "--output", str(tmp_path / "a.png")]
+    command([*show, "--caption", "A cat sits on a mat beside the old dog."])
+    assert Image.open(tmp_path / "a.png").size == (4 * 240, 280)
+    command([*show, "--concepts", "a red couch"])
+    assert Image.open(tmp_path / "a.png").size == (2 * 240, 280)
+    for extra in ([], ["--caption", " "]):
+        with pytest.raises(ValueError, match="give --concepts, or a --caption"):
+            command([*show, *extra])
+    with pytest.raises(ValueError, match="no checkpoint at none.pt"):
+        command(["show", "--checkpoint", "none.pt"])
+    with pytest.raises(FileNotFoundError, match="none.jpg"):
+        command(["show", "--checkpoint", checkpoints[1], "--image", "none.jpg"])
+
+
+# ------------------------------------------------------------------------------------------------- interpolate
+
+def copy(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("weight", [0, 0.3, 0.5, 0.8, 1])
+def test_interpolate_by_hand(weight):
+    initial, tuned = nano(0), nano(1)
+    start, end = copy(initial), copy(tuned)
+    assert interpolate(tuned, initial, weight) is tuned
+    for key, value in tuned.state_dict().items():
+        if weight in (0, 1):
+            assert torch.equal(value, (start, end)[weight][key])
+        else:
+            expected = (1 - weight) * start[key].double() + weight * end[key].double()
+            torch.testing.assert_close(value.double(), expected, atol=1e-6, rtol=0)
+    assert all(torch.equal(value, start[key]) for key, value in initial.state_dict().items())
+    assert any(not torch.equal(start[key], end[key]) for key in start)
+
+
+def test_interpolate_of_models_that_do_not_fit():
+    tuned = nano(0)
+    before = copy(tuned)
+    for initial, what in ((nano(1, patch_size=16), "patch_size"), (nano(1, vision_act="quick_gelu"), "vision_act"),
+                          (nano(1, mean=(0, 0, 0)), "mean")):
+        with pytest.raises(ValueError, match=f"what differs: {what}$"):
+            interpolate(tuned, initial, 0.5)
+    other = nano(1)
+    other.config.tokenizer = other.config.tokenizer + " "
+    with pytest.raises(ValueError, match="what differs: tokenizer$"):
+        interpolate(tuned, other, 0.5)
+    for weight in (-0.1, 1.5):
+        with pytest.raises(ValueError, match=rf"--interpolate {weight:g}: expected 0 \(--init\) to 1 \(--checkpoint\)"):
+            interpolate(tuned, nano(1), weight)
+    assert all(torch.equal(value, before[key]) for key, value in tuned.state_dict().items())
+
+    other.config.tokenizer = ""                                 # a bare file of weights has none
+    softmax = nano(2, logit_bias=None)                          # tuned from it with --loss siglip: the bias stays
+    interpolate(tuned, other, 0.5)
+    interpolate(tuned, softmax, 0)
+    assert torch.equal(tuned.logit_bias, (before["logit_bias"] + other.logit_bias) / 2)
+    assert torch.equal(tuned.visual.blocks[0].attn.qkv.weight, softmax.visual.blocks[0].attn.qkv.weight)
