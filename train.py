@@ -42,7 +42,7 @@ from pooling import concept_similarity
 # ---- arguments -------------------------------------------------------------
 PRESETS = {
     # from scratch on the scenes; a batch of 128 holds a few that differ in their binding alone, for either method
-    "nano": dict(model="nano", steps=900, batch_size=128, lr=3e-3, weight_decay=0.1, beta2=0.95, warmup=50,
+    "nano": dict(model="nano", steps=900, batch_size=128, lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=50,
                  dtype="float32", workers=0, eval_every=150),
     # the paper's recipe for SigLIP ViT-B/16 on CC3M, on 8 GPUs of 96 images
     "c2lip": dict(model="ViT-B-16-SigLIP", epochs=5, batch_size=768, lr=1e-5, weight_decay=0.1, beta2=0.98, warmup=50,

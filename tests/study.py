@@ -46,7 +46,8 @@ parser.add_argument("--tune-steps", type=int, default=150, help="of fine-tuning 
 parser.add_argument("--tune-lr", type=float, default=5e-4, help="of fine-tuning (5e-4; from scratch 3e-3)")
 parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, a thread each (cores)")
 args = parser.parse_args()
-SHARED = ["--preset", "nano", "--relations", "0.1", "--save-every", "150", "--eval-every", "150", "--resume", "auto"]
+SHARED = ["--preset", "nano", "--lr", "3e-3", "--relations", "0.1", "--save-every", "150", "--eval-every", "150",
+          "--resume", "auto"]
 TUNE = ["--lr", str(args.tune_lr)]
 PARTS = {"scratch": (SCRATCH, args.steps), "tuned": (METHODS, args.tune_steps)}
 
