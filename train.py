@@ -103,7 +103,7 @@ flag("--freeze-blocks", type=int, default=0, help="embeddings and first blocks o
 flag("--layer-decay", type=float, default=1.0, help="factor of the learning rate for each block below the last (1)")
 flag("--seed", type=int, default=0, help="of weights, data order and augmentation (0)")
 # running
-flag("--out-dir", help="where last.pt and log.jsonl go; default: out/MODEL, or out/MODEL-baseline without concepts")
+flag("--out-dir", help="where last.pt and log.jsonl go; default: out/MODEL-METHOD, for c2lip out/MODEL")
 flag("--resume", metavar="FILE", help="continue from it; auto: from the newest whole checkpoint in --out-dir, if any")
 flag("--save-every", type=int, default=1000, help="steps between checkpoints (1000)")
 flag("--keep", type=int, default=1, help="how many of the newest checkpoints to keep as step_*.pt; 1: only last.pt (1)")
