@@ -18,7 +18,7 @@ import zlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import ByteLevelBPETokenizer, processors
 from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
 from tqdm import tqdm
@@ -170,11 +170,6 @@ class CaptionFile(Dataset):
 
     def sample(self, index):
         return json.loads(self.lines[self.ends[index]:self.ends[index + 1]])
-
-    @property
-    def rows(self):
-        """[(image path, caption, concepts)] of tables."""
-        return [(row["image"], row["captions"][0], row.get("concepts")) for row in map(self.sample, range(len(self)))]
 
     def __getitem__(self, index):
         row = self.sample(index)
@@ -430,12 +425,8 @@ def train_tokenizer(captions, vocab_size=1024):
     <pad> is 0; <eos> ends every text and has the highest id, by which CLIP's text tower finds it.
     """
     captions = [clean_text(c, "canonicalize") for c in captions]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, special_tokens=["<pad>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe = ByteLevelBPETokenizer(add_prefix_space=True)
+    bpe.train_from_iterator(captions, vocab_size - 1, min_frequency=0, special_tokens=["<pad>"], show_progress=False)
     bpe.add_special_tokens(["<eos>"])
     bpe.post_processor = processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", bpe.token_to_id("<eos>"))])
     return bpe.to_str(), bpe.get_vocab_size(), max(len(e.ids) for e in bpe.encode_batch(captions))

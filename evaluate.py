@@ -18,7 +18,6 @@ import sys
 import time
 from collections import Counter, namedtuple
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # threads that spin while they wait starve other processes
@@ -32,14 +31,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from concepts import ConceptExtractor
+from concepts import default_extractor
 from data import COLOURS, SHAPES, CaptionFile, Scenes, load_image
 from model import CLIP, set_tokenizer
 
 PROTOCOL = 3    # raised whenever a change here or in assets/benchmarks.json may change a figure
 ASSETS = Path(__file__).resolve().parent / "assets"
 TABLE = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
-extractor = lru_cache(ConceptExtractor)
 GET = "python evaluate.py download"
 
 
@@ -49,12 +47,17 @@ def dot(a, b):
     return (a * b).sum(-1)      # equal rows give equal sums, and so tie, which a matmul does not promise
 
 
+def choice(i, t):       # each of I images strictly prefers the first of its K / I texts
+    scores = dot(i[:, :, None], t.unflatten(1, (i.shape[1], -1)))                       # (N, I, K / I)
+    return (scores[..., 0] - scores[..., 1:].amax(-1)).amin(1)
+
+
 def pairing(a, b):      # each of two a strictly prefers its own b
     return torch.minimum(dot(a[:, 0], b[:, 0]) - dot(a[:, 0], b[:, 1]), dot(a[:, 1], b[:, 1]) - dot(a[:, 1], b[:, 0]))
 
 
 RULES = {   # normalised images (N, I, D), texts (N, K, D) -> margins (N,), positive if correct, 0 if a tie; and chance
-    "choice": (lambda i, t: dot(i, t[:, :1])[:, 0] - dot(i, t[:, 1:]).amax(1), None),       # 1 / K
+    "choice": (choice, None),       # (I / K) ** I
     "itt": (lambda i, t: dot(i, t[:, :2]).amin(1) - dot(i, t[:, 2:])[:, 0], 1 / 3),
     "tot": (lambda i, t: dot(t[:, 0], t[:, 1]) - dot(t[:, :2], t[:, 2:]).amax(1), 1 / 3),
     "text": (pairing, 1 / 4),
@@ -71,13 +74,14 @@ Ranking = namedtuple("Ranking", "images texts positive recalls")
 
 def judge(task, image, text):
     """image, text: functions from lists of n rows to features (n, width, D). Yields (subset, margins (N,), NaN without
-    the image, chance, N names of what the bootstrap draws, N labels or None)."""
+    the image, chance, N names of what the bootstrap draws, N items in words, N labels or None)."""
     names = ["|".join(x[1] for x in row) for row in task.images]
     if isinstance(task, Choices):
         parts = [slice(i, i + 2000) for i in range(0, len(names), 2000)]
         for subset, (rule, chance) in ((subset, RULES[rule]) for subset, rule in task.rules.items()):
             margins = torch.cat([rule(image(task.images[part]), text(task.texts[part])) for part in parts])
-            yield subset, margins, chance or 1 / len(task.texts[0]), names, task.labels
+            I, K, items = len(task.images[0]), len(task.texts[0]), map(" | ".join, zip(names, *zip(*task.texts)))
+            yield subset, margins, chance or (I / K) ** I, names, list(items), task.labels
         return
     images, texts = image(task.images)[:, 0], text(task.texts)                          # (N, D), (M, prompts, D)
     texts = F.normalize(texts.mean(1), dim=-1) if texts.shape[1] > 1 else texts[:, 0]
@@ -86,7 +90,8 @@ def judge(task, image, text):
         pair, mask = ((images, texts), task.positive) if way == "i2t" else ((texts, images), task.positive.T)
         n, tries = mask.shape[1], torch.arange(min(k, mask.shape[1]))[:, None]
         misses = ((n - tries - mask.sum(1)).double() / (n - tries)).clamp(0).prod(0)           # by k blind draws
-        yield subset, rank(*pair, mask, k), 1 - misses.mean().item(), names if way == "i2t" else of, None
+        items = names if way == "i2t" else [row[0] for row in task.texts]
+        yield subset, rank(*pair, mask, k), 1 - misses.mean().item(), names if way == "i2t" else of, items, None
 
 
 def rank(queries, targets, positive, k):
@@ -188,7 +193,7 @@ def summarize(outcomes, means, samples=2000):
     Intervals are 95 %, by percentiles; where all items agree, Wilson's of as many as there are images. "micro" is the
     mean over items."""
     results, columns, number = {}, {}, {}
-    for subset, margins, chance, names, labels in outcomes:
+    for subset, margins, chance, names, items, labels in outcomes:
         kept = (~margins.isnan()).nonzero()[:, 0].tolist()
         if len(kept) < len(margins):
             print0(f"{subset}: {len(margins) - len(kept)} of {len(margins)} items skipped, without their image")
@@ -197,7 +202,8 @@ def summarize(outcomes, means, samples=2000):
         right = (margins[kept] > 0).numpy().astype(int)
         images = np.array([number.setdefault(names[i], len(number)) for i in kept])
         results[subset] = {"right": right.sum().item(), "n": len(kept), "ties": int((margins == 0).sum()),
-                           "chance": chance, "correct": right.tolist(), "image": images.tolist()}
+                           "chance": chance, "correct": right.tolist(), "image": images.tolist(),
+                           "items": [items[i] for i in kept]}
         columns[subset] = images, right, np.ones(len(kept))
         if labels:
             count = Counter(labels[i] for i in kept)
@@ -258,6 +264,10 @@ def picture(path, *box):
     return image.crop((x, y, x + width, y + height)) if box else image
 
 
+def member(key, *place):    # of a tar shard
+    return load_image([*place])
+
+
 def rows_of(bench, subset, args):
     """The rows of one of a bench's files, and all that is known of it. Raises ValueError if it is not the true file."""
     spec = {**TABLE[bench], **TABLE[bench]["files"][subset]}
@@ -301,14 +311,22 @@ def choices(bench, subset, model, args):
     labels = [str(row[spec["macro"]]) for row, _, _ in items] if "macro" in spec else []
     count, out = Counter(labels), spec.get("left_out", ())
     labels = [None if x in out or count[x] < spec.get("least", 1) else x for x in labels]
-    yield Choices({name.format(subset): rule for name, rule in spec.get("rules", {"{}": "choice"}).items()},
-                  [tuple(next(found) for _ in names) for _, names, _ in items], [tuple(t) for _, _, t in items], labels)
+    images, texts = [tuple(next(found) for _ in names) for _, names, _ in items], [tuple(t) for _, _, t in items]
+    rules = {name.format(subset): rule for name, rule in spec.get("rules", {"{}": "choice"}).items()}
+    yield Choices(rules, images, texts, labels)
+    for name in spec.get("sets", ()):       # pair, set: of the same objects, and all of it must be correct
+        sets = {}
+        for (_, names, _), image, text in zip(items, images, texts):
+            first, relation, *_, last = os.path.basename(names[0]).split("_")       # mug_left_of_plate.jpeg
+            key = first, last, name == "pair" and relation in ("left", "right")
+            sets[key] = [x + y for x, y in zip(sets.get(key, [(), ()]), (image, text))]
+        yield Choices({f"{subset}_{name}": "choice"}, *zip(*sets.values()))
 
 
 def orders(caption):
     """A caption and ARO's four shuffles: nouns, and adjectives; all others; the words of each three; the threes.
     Cut to 30 words and cleaned as there. The shuffles are random, seeded by the caption; tags are of concepts.py."""
-    words, rng = extractor().words(caption), random.Random(caption)
+    words, rng = default_extractor().words(caption), random.Random(caption)
     places = range(len(words))
     nouns = [i for i in places if words[i][2] in ("NN", "NNS", "NNP", "NNPS", "QN")]
     adjectives = [i for i in places if words[i][2] in ("JJ", "JJR", "JJS", "ORG")]
@@ -324,8 +342,10 @@ def orders(caption):
 
 def retrieval(bench, subset, model, args):
     if subset == "data":
-        rows = CaptionFile(args.data, args.image_root, args.image_key, args.caption_key).rows
-        pairs = [((picture, os.path.join(args.image_root, name)), c, c) for name, c, *_ in rows if c.strip()]
+        data = CaptionFile(args.data, args.image_root, args.image_key, args.caption_key)
+        pairs = [((member, row["key"], *row["image"]) if isinstance(row["image"], list) else
+                  (picture, os.path.join(args.image_root, row["image"])), row["captions"][0], row["captions"][0])
+                 for row in map(data.sample, range(len(data)))]
     else:
         rows = [(row["image"], caption) for row in rows_of(bench, subset, args)[0] for caption in row["caption"]]
         pairs = [(image, i, rows[i][1]) for i, image in enumerate(find(bench, args, [(name,) for name, _ in rows]))]
@@ -468,7 +488,7 @@ def paired(a, b, images, samples=2000, seed=0):
 
 
 def compare(args):
-    """compare A.json B.json: B - A in percent, items gained (right in B only) and lost (--items: their numbers).
+    """compare A.json B.json: B - A in percent, items gained (right in B only) and lost (--items: each of them).
     Interval: 95 %, paired bootstrap over images; p: exact McNemar test, of items taken as independent."""
     try:
         files = [json.loads(Path(path).read_text("utf-8")) for path in args.files]
@@ -484,7 +504,8 @@ def compare(args):
         print(f"{key:32s}{x['n']:6d} {100 * x['accuracy']:6.1f} {100 * y['accuracy']:6.1f}  {difference:+6.1f}  "
               f"{low:+6.1f} .. {high:+6.1f}  {p:7.2g}  {gained:6d}{lost:6d}")
         for items, sign in (("gained", 1), ("lost", -1)) if args.items else ():
-            print(f"    {items}: {np.flatnonzero(np.subtract(y['correct'], x['correct']) == sign).tolist()}")
+            changed = np.flatnonzero(np.subtract(y["correct"], x["correct"]) == sign)
+            print("".join(f"    {items}: {x['items'][i]}\n" for i in changed), end="")
     print("in one file only: " + (", ".join(a.keys() ^ b.keys()) or "none"))
 
 

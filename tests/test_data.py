@@ -177,7 +177,7 @@ def test_bad_rows_are_named_not_lost(folder):
     data = CaptionFile(path, str(folder))
     rows = [data[i] for i in range(len(data))]
     assert data.skipped == [("a.png (row 1)", "no caption"), ("(no image) (row 5)", "no image")]
-    assert ["error" in r for r in rows] == [True] * 3 + [False] and data.rows[3] == ("a.png", "a cat", None)
+    assert ["error" in r for r in rows] == [True] * 3 + [False] and data.sample(3)["image"] == "a.png"
     assert "none.png" in rows[0]["key"] and "row 2" in rows[0]["key"] and "No such file" in rows[0]["error"]
     config = nano()
     rows = [Seeded(data, 0)[(0, i)] for i in range(len(data))]

@@ -386,11 +386,13 @@ def test_whatsup(nano, official, tmp_path):
                 name = f"data/{folder}/{objects[0]}_{side}_{objects[1]}.jpeg"
                 picture(f"{tmp_path}/whatsup/data/{folder}/{os.path.basename(name)}", rng)
                 options = [f"A {objects[0]} {s.replace('_', ' ')} a {objects[1]}" for s in sides]
-                options.sort(key=lambda o: side.replace("_", " ") not in o)
+                path = f"{tmp_path}/whatsup/data/{folder}/{os.path.basename(name)}"
+                # some sets whole, some halves: what this model likes best comes first
+                liked = number == 0 or number == 1 and side in sides[:2]
+                options.sort(key=lambda o: -plain.cos(path, o) if liked else side.replace("_", " ") not in o)
                 if number == 3 and side == "right_of":
                     options[2] = options[0]     # a tie
                 rows.append({"image_path": name, "caption_options": options})
-                path = f"{tmp_path}/whatsup/data/{folder}/{os.path.basename(name)}"
                 scores = [plain.cos(path, o) for o in options]
                 correct.append(int(all(scores[0] > s for s in scores[1:])))
         official(tmp_path, "whatsup", subset, rows)
@@ -407,6 +409,12 @@ def test_whatsup(nano, official, tmp_path):
     results = run(["whatsup"], nano, arguments(data_dir=str(tmp_path)))["whatsup"]
     assert {s: results[s]["correct"] for s in expected} == expected
     assert results["A"]["chance"] == 1 / 4 and results["coco_one"]["chance"] == 1 / 2
+    for subset in "AB":         # four items a set: left, right and the other two
+        halves = [min(expected[subset][i:i + 2]) for i in range(0, 16, 2)]
+        assert results[f"{subset}_pair"]["correct"] == halves and results[f"{subset}_pair"]["chance"] == 1 / 16
+        fours = [min(expected[subset][i:i + 4]) for i in range(0, 16, 4)]
+        assert results[f"{subset}_set"]["correct"] == fours and results[f"{subset}_set"]["chance"] == 1 / 256
+        assert 0 < sum(fours) < 4 and sum(halves) > 2 * sum(fours)
     means = [np.mean(expected[s]) for s in TABLE["whatsup"]["files"]]
     assert results["macro_6"]["accuracy"] == pytest.approx(np.mean(means))
 
@@ -574,8 +582,8 @@ def test_intervals_are_the_bootstrap_over_images():
     easy = {n: rng.random() for n in sorted(set(names))}                # items of an image agree often
     correct = [rng.random() < easy[n] ** 3 for n in names]
     other = [rng.random() < 0.3 for n in names]
-    outcomes = [("a", torch.tensor(correct).float() - 0.5, 0.5, names, None),
-                ("b", torch.tensor(other).float() - 0.5, 0.25, names[::-1], None)]
+    outcomes = [("a", torch.tensor(correct).float() - 0.5, 0.5, names, names, None),
+                ("b", torch.tensor(other).float() - 0.5, 0.25, names[::-1], names, None)]
     results = summarize(outcomes, {
         "mean": ["a", "b"], "nested": ["a", "mean"], "micro": ["a", "b"], "gone": ["a", "c"]}, 4000)
     assert results.keys() == {"a", "b", "mean", "nested", "micro"}
@@ -591,7 +599,7 @@ def test_intervals_are_the_bootstrap_over_images():
         low, high = np.quantile(x, (0.025, 0.975))
         assert results[name]["low"] == pytest.approx(low, abs=0.012)
         assert results[name]["high"] == pytest.approx(high, abs=0.012)
-    alone = summarize([("a", outcomes[0][1], 0.5, [str(i) for i in range(300)], None)], {})["a"]
+    alone = summarize([("a", outcomes[0][1], 0.5, [str(i) for i in range(300)], names, None)], {})["a"]
     assert results["a"]["high"] - results["a"]["low"] > 1.2 * (alone["high"] - alone["low"])
     assert results["mean"]["accuracy"] == pytest.approx((np.mean(correct) + np.mean(other)) / 2)
     assert results["mean"]["chance"] == pytest.approx(0.375)
@@ -600,9 +608,10 @@ def test_intervals_are_the_bootstrap_over_images():
 
 
 def test_interval_where_all_agree():
-    r = summarize([("a", torch.ones(40), 0.5, [str(i // 2) for i in range(40)], None)], {})["a"]
+    names = ["an item"] * 40
+    r = summarize([("a", torch.ones(40), 0.5, [str(i // 2) for i in range(40)], names, None)], {})["a"]
     assert r["high"] == 1 and r["low"] == pytest.approx(20 / 23.84)        # Wilson's, of 20 images
-    r = summarize([("a", -torch.ones(40), 0.5, [str(i) for i in range(40)], None)], {})["a"]
+    r = summarize([("a", -torch.ones(40), 0.5, [str(i) for i in range(40)], names, None)], {})["a"]
     assert r["low"] == 0 and r["high"] == pytest.approx(3.84 / 43.84)
 
 

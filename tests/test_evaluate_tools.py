@@ -76,7 +76,8 @@ def test_bootstrap_draws_whole_groups_and_is_a_function_of_its_seed():
 
 def subset(correct, **more):
     return {"accuracy": sum(correct) / len(correct), "n": len(correct), "low": 0, "high": 1, "chance": 0.5, "ties": 0,
-            "correct": correct, "image": list(range(len(correct))), **more}
+            "correct": correct, "image": list(range(len(correct))), "items": [f"item {i}" for i in range(len(correct))],
+            **more}
 
 
 def results(path, results, **more):
@@ -100,7 +101,7 @@ def test_compare_prints_counts_intervals_items_and_what_it_skips(tmp_path, capsy
     low, high = paired([1, 1, 0, 0, 0, 0, 1, 0], [1, 0, 1, 1, 1, 1, 1, 0], range(8))[1:3]
     assert row[2:] == ["8", "37.5", "75.0", "+37.5", f"{low:+.1f}", "..", f"{high:+.1f}", "0.38", "4", "1"]
     found = [line.strip() for line in out.splitlines() if line.startswith(("    gained", "    lost"))]
-    assert found == ["gained: [2, 3, 4, 5]", "lost: [1]"]
+    assert found == ["gained: item 2", "gained: item 3", "gained: item 4", "gained: item 5", "lost: item 1"]
     skipped = [line for line in out.splitlines() if line.startswith("in one file only")][0]
     assert all(name in skipped for name in ("crepe old", "gone x", "new x"))
     assert "swap" not in skipped
