@@ -362,12 +362,9 @@ def evaluate(args):
           f"recall {100 * right / expected:.1f} F1 {200 * right / (found + expected):.1f}")
 
 
-def main(argv):
-    if len(argv) == 1 and argv[0] not in ("-h", "--help", "extract", "eval", "train"):
-        if not argv[0].endswith((*FORMATS,)):
-            return print("\n".join(extract(argv[0])))
-        argv = ["extract", *argv]
-    parser = argparse.ArgumentParser(description="Short forms: concepts.py 'A cat on a mat'; concepts.py captions.csv")
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # emoji where the terminal has no UTF-8
+    parser = argparse.ArgumentParser(description="Short forms: concepts.py 'A cat on a mat', concepts.py a.csv")
     commands = parser.add_subparsers(required=True)
     for name, run in (("extract", extract_files), ("eval", evaluate), ("train", train)):
         commands.add_parser(name, help=run.__doc__, description=run.__doc__).set_defaults(run=run)
@@ -382,13 +379,13 @@ def main(argv):
     add = commands.choices["train"].add_argument
     add("--corpus", nargs="+", required=True, help="word_TAG lines; a zip of .txt counts once, text thrice")
     add("--output", default=WEIGHTS, help="gzipped json (default assets/tagger.json.gz)")
-    args = parser.parse_args(argv)
-    args.run(args)
-
-
-if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # emoji where the terminal has no UTF-8
+    argv = sys.argv[1:]
+    short = len(argv) == 1 and argv[0] not in ("-h", "--help", *commands.choices)
     try:
-        main(sys.argv[1:])
+        if short and not argv[0].endswith((*FORMATS,)):
+            print("\n".join(extract(argv[0])))
+        else:
+            args = parser.parse_args(["extract"] * short + argv)
+            args.run(args)
     except (OSError, ValueError, LookupError, KeyboardInterrupt) as e:
         sys.exit(f"error: {str(e) or 'interrupted; the same command goes on'}")

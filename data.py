@@ -3,7 +3,6 @@
 A row is a dict: image (PIL), caption, key (its name in reports), and optional: concepts, negatives (lists of str, "" in
 place of one that there is not), negative_image, neighbour (a row). What cannot be read is {"key", "error"}, not lost.
 """
-import contextlib
 import csv
 import hashlib
 import io
@@ -253,10 +252,11 @@ def read_shard(path):
 
 def parse_json(text):
     """The object in a json text, {} if there is none."""
-    row = None
-    with contextlib.suppress(ValueError, RecursionError):
+    try:
         row = json.loads(text)
-    return row if isinstance(row, dict) else {}
+        return row if isinstance(row, dict) else {}
+    except (ValueError, RecursionError):
+        return {}
 
 
 def parse_list(value, separator="|", empty=False):
@@ -364,11 +364,9 @@ class Collate:
 
     def augment(self, image, seed):
         """The transform, its randomness a function of the row's own seed: the same in any worker, after any resume."""
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed)
-        image = self.transform(image)
-        torch.set_rng_state(state)
-        return image
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.transform(image)
 
 
 def string_id(text):

@@ -39,6 +39,8 @@ PROTOCOL = 3    # raised whenever a change here or in assets/benchmarks.json may
 ASSETS = Path(__file__).resolve().parent / "assets"
 TABLE = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
 GET = "python evaluate.py download"
+Missing = type("Missing", (ValueError,), {})        # data that is not there; the message says how to get it
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # of torchrun
 
 
 # what is compared: an image is (function, name, ...), as (picture, path); equal images and equal texts are encoded once
@@ -107,12 +109,8 @@ def rank(queries, targets, positive, k):
     return torch.cat(margins)
 
 
-def world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def print0(*text):
-    if world()[0] == 0:
+    if RANK == 0:
         print(*text)
 
 
@@ -128,21 +126,21 @@ def encode(model, inputs, args):
                 if not args.allow_missing:      # else features of NaN, and no item with this image
                     raise ValueError(f"cannot read {name} ({error}): check --image-root, or --allow-missing") from None
         return torch.tensor(numbers), x.to(model.logit_scale.dtype)
-    (first, step), order = world(), torch.arange(len(inputs))
+    order = torch.arange(len(inputs))
     if isinstance(inputs, torch.Tensor):
         # in batches by length; in causal models nothing is seen behind the end-of-text token: cut it off
         lengths = inputs.argmax(1) + 1 if model.config.family == "clip" else order * 0 + inputs.shape[1]
-        batches = [(i, inputs[i, :lengths[i].max()]) for i in lengths.argsort().split(args.batch_size)[first::step]]
+        batches = [(i, inputs[i, :lengths[i].max()]) for i in lengths.argsort().split(args.batch_size)[RANK::WORLD]]
     else:
-        batches = [i.tolist() for i in order.split(args.batch_size)[first::step]]
+        batches = [i.tolist() for i in order.split(args.batch_size)[RANK::WORLD]]
         batches = DataLoader(range(len(inputs)), batch_sampler=batches, collate_fn=load, num_workers=args.workers,
                              multiprocessing_context="fork" if args.workers else None)
     features = torch.zeros(len(inputs), model.config.embed_dim, device=args.device)
-    for i, x in tqdm(batches, "encoding", leave=False, disable=len(inputs) < 2000 or first > 0):
+    for i, x in tqdm(batches, "encoding", leave=False, disable=len(inputs) < 2000 or RANK > 0):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             x = (model.encode_image if x.ndim == 4 else model.encode_text)(x.to(args.device))
         features[i.to(args.device)] = F.normalize(x.float(), dim=-1)
-    if step > 1:
+    if WORLD > 1:
         dist.all_reduce(features)       # a row is zero on all processes but one
     if bad := features.isnan().any(1).nonzero()[:, 0].tolist():
         print0(f"skipped {len(bad)} of {len(inputs)} images, which cannot be read; the first: {inputs[bad[0]][1]}")
@@ -166,11 +164,11 @@ def cached(model, inputs, args):
             os.path.getsize(name), os.stat(name).st_mtime_ns)) for _, name, *rest in inputs]
     key = hashlib.sha256(repr((PROTOCOL, fingerprint(model), args.dtype, key)).encode()).hexdigest()
     path = Path(args.cache, f"{key}.pt")
-    found = [torch.load(path, weights_only=True) if path.is_file() and world()[0] == 0 else None]
-    if world()[1] > 1:
+    found = [torch.load(path, weights_only=True) if path.is_file() and RANK == 0 else None]
+    if WORLD > 1:
         dist.broadcast_object_list(found)       # processes may not share a disk
     features = encode(model, inputs, args) if found[0] is None else found[0]
-    if found[0] is None and world()[0] == 0 and not features.isnan().any():
+    if found[0] is None and RANK == 0 and not features.isnan().any():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(features, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
@@ -255,17 +253,9 @@ def print_table(bench, results, published=None):
                "".join(f"  {x.get(name, ''):>{len(method) + 11}}" for method, x in published.items()))
 
 
-class Missing(ValueError):
-    """Data that is not there; the message says how to get it."""
-
-
 def picture(path, *box):
     image, (x, y, width, height) = load_image(path), box or [0] * 4
     return image.crop((x, y, x + width, y + height)) if box else image
-
-
-def member(key, *place):    # of a tar shard
-    return load_image([*place])
 
 
 def rows_of(bench, subset, args):
@@ -343,9 +333,9 @@ def orders(caption):
 def retrieval(bench, subset, model, args):
     if subset == "data":
         data = CaptionFile(args.data, args.image_root, args.image_key, args.caption_key)
-        pairs = [((member, row["key"], *row["image"]) if isinstance(row["image"], list) else
-                  (picture, os.path.join(args.image_root, row["image"])), row["captions"][0], row["captions"][0])
-                 for row in map(data.sample, range(len(data)))]
+        pairs = [((lambda _, *place: load_image([*place]), row["key"], *row["image"])       # a member of a tar shard
+                  if isinstance(row["image"], list) else (picture, os.path.join(args.image_root, row["image"])),
+                  row["captions"][0], row["captions"][0]) for row in map(data.sample, range(len(data)))]
     else:
         rows = [(row["image"], caption) for row in rows_of(bench, subset, args)[0] for caption in row["caption"]]
         pairs = [(image, i, rows[i][1]) for i, image in enumerate(find(bench, args, [(name,) for name, _ in rows]))]
@@ -419,7 +409,7 @@ BENCHES |= {"scenes": scenes, "retrieval": retrieval}
 
 
 def read(benches, model, args):
-    """-> {bench: [Choices or Ranking, ...]}, and what is not there; ValueError unless that is allowed."""
+    """-> {bench: [Choices or Ranking, ...]}, and what is not there (an error, unless that is allowed)."""
     tasks, missing, every = {}, [], benches == ["all"]
     for bench in BENCHES if every else benches:
         subsets = TABLE.get(bench, {}).get("files", [bench])
@@ -517,7 +507,7 @@ def evaluate(args):
     if bool(args.checkpoint) + bool(start) != 1 + bool(args.interpolate):
         raise ValueError("give what to evaluate: --checkpoint FILE, or --init SOURCE (or --model NAME for its default "
                          "weights), or both with --interpolate A")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if WORLD > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
@@ -528,13 +518,13 @@ def evaluate(args):
     started, (tasks, missing) = time.time(), read(benches, model.to(args.device).eval(), args)
     results = run(benches, model, args, tasks=tasks)
     print0(f"\n{time.time() - started:.1f} s" + "".join(f"\nnot there: {line}" for line in missing))
-    if args.json and world()[0] == 0:
+    if args.json and RANK == 0:
         data = {bench: repr([([Path(x[1]).name for row in task.images for x in row], task.texts) for task in parts])
                 for bench, parts in tasks.items()}      # the names of image files, and all texts
         Path(args.json).write_text(json.dumps({
             "checkpoint": args.checkpoint or start, "sha256": fingerprint(model), "protocol": PROTOCOL,
             "data_sha256": {bench: hashlib.sha256(x.encode()).hexdigest() for bench, x in data.items()},
-            "settings": {**vars(args), "torch": torch.__version__, "processes": world()[1]},
+            "settings": {**vars(args), "torch": torch.__version__, "processes": WORLD},
             "missing": missing, "results": results}))
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -562,7 +552,7 @@ def main(argv):
     try:
         COMMANDS[args.command](args)
     except (ValueError, OSError) as error:      # what a user can mend; anything else is ours, and keeps its trace
-        if int(os.environ.get("RANK", 0)):
+        if RANK:
             time.sleep(3)       # process 0 says it
             sys.exit(1)
         sys.exit(f"evaluate.py: {str(error).strip().splitlines()[-1]}")

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import glob
+import importlib
 import json
 import math
 import os
@@ -59,6 +60,7 @@ METHODS = {
     "con_clip": dict(negatives="negate", negative_images=True, freeze="visual"),
     "triplet_clip": dict(negatives="swap", negative_images=True),
 }
+PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "4090": 165}    # TFLOP/s, dense bfloat16
 TERMS = ("npc", "xac", "cmr", "imc", "tgc", "igc", "distill")     # flags --NAME-weight; losses.py says what they are
 
 shown = [f"{name}: {', '.join(f'{k} {x}' for k, x in d.items())}" for d in (PRESETS, METHODS) for name, d in d.items()]
@@ -112,6 +114,7 @@ flag("--bench", help="benches of evaluate.py to run as well, joined by commas (s
 flag("--data-dir", default="data", help="where the benches' files are (data)")
 flag("--eval-every", type=int, help="steps between evaluations, of which best.pt keeps the best; 0: only at the end")
 flag("--log-every", type=int, default=10, help="steps between lines of log.jsonl (10)")
+flag("--tensorboard", action="store_true", help="write these numbers for TensorBoard, too (pip install tensorboard)")
 flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 flag("--dtype", choices=("float32", "bfloat16", "float64"), help="of the towers; bfloat16 is autocast")
 flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the towers; default: on GPUs")
@@ -152,20 +155,17 @@ gpu = args.device == "cuda"
 use_compile = gpu if args.compile is None else args.compile
 print0 = tqdm.write if rank == 0 else lambda text: None
 
-
 def stop(message, status=1):
     """End with one line for the user; under torchrun the other processes are ended with this one."""
     print(f"train.py: {message}", file=sys.stderr, flush=True)
     os._exit(status) if world_size > 1 else sys.exit(status)
 
-
 def guard(function, *arguments, **keywords):
     """Call it; a ValueError is a mistake that the user can mend, and its text says how (an OSError, which file)."""
     try:
         return function(*arguments, **keywords)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         stop(error)
-
 
 interrupted = []    # the second signal ends at once
 for number in (signal.SIGTERM, signal.SIGINT):
@@ -273,7 +273,6 @@ batches = ({k: x.to(args.device, non_blocking=True) if torch.is_tensor(x) else x
 HARD_LOSSES = {"negclip": negclip_loss, "con_clip": con_clip_loss, "triplet_clip": triplet_clip_loss}
 INPUTS = ("images", "tokens", "concept_tokens", "spans", "negative_tokens", "negative_images")
 
-
 def losses(out, batch, taught):
     """This process's share of each loss term: its own images against the captions and concepts of all processes."""
     global thresholds
@@ -308,11 +307,9 @@ def losses(out, batch, taught):
     terms = {name: term for name, term in terms.items() if weights[name]}
     return {**terms, "loss": sum(weights[name] * term for name, term in terms.items())}
 
-
 def forward(network, inputs):
     with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         return network(**inputs, return_tokens=weights["xac"] > 0)
-
 
 @torch.no_grad()
 def teach(parts):
@@ -320,7 +317,6 @@ def teach(parts):
     known = ("image_features", "text_features", "negative_features") if weights["distill"] or weights["tgc"] else ()
     outs = [forward(teacher, part) for part in parts if known]
     return {name: torch.cat([out[name] for out in outs]) for name in known if name in outs[0]}
-
 
 def backward(batch):
     """Leaves the gradient of the whole batch in the parameters and returns this process's loss terms.
@@ -357,17 +353,14 @@ def backward(batch):
                 if is_last or name not in shared).backward()
     return terms
 
-
 def peak_mib():     # of this process
-    ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return torch.cuda.max_memory_allocated() / 2**20 if gpu else ram
-
+    kib = torch.cuda.max_memory_allocated() / 2**10 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**10
 
 def summed(x):
     if world_size > 1:
         dist.all_reduce(x)
     return x
-
 
 # ---- evaluation, checkpoints, log ------------------------------------------
 benches = args.bench.split(",") if args.bench else [] if args.data else ["scenes"]
@@ -377,7 +370,6 @@ if unknown := set(benches) - set(evaluate.BENCHES):
 eval_args = evaluate.parser().parse_args([])
 eval_args.__dict__.update(device=args.device, data=args.val_data, data_dir=args.data_dir, image_root=args.image_root,
                           image_key=args.image_key, caption_key=args.caption_key, allow_missing=True)
-
 
 def evaluation(step):
     """One line now, the table at the end; best.pt if the mean of all figures is the best so far."""
@@ -399,7 +391,6 @@ def evaluation(step):
     best = max(best, mean)
     return results
 
-
 def write(state, name):
     """Under another name first, and through to the disk: what has the name is a whole checkpoint, always."""
     path = os.path.join(args.out_dir, name)
@@ -412,7 +403,6 @@ def write(state, name):
     except (OSError, RuntimeError) as error:
         stop(f"cannot write {path}: {error}. What was there is untouched: make room, and give --resume auto")
 
-
 def save(step):
     state = {**model.checkpoint(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
              "thresholds": thresholds, "initial_scale": initial_scale, "args": vars(args)}
@@ -424,14 +414,18 @@ def save(step):
             for old in sorted(glob.glob(os.path.join(args.out_dir, "step_*.pt")))[:-args.keep]:
                 os.remove(old)
 
-
 def log(row):
     if rank == 0:
         with open(log_path, "a") as f:
             f.write(json.dumps(row) + "\n")
-
+        subsets = [(f"{bench}/{name}", r["accuracy"]) for bench, results in row.get("eval", {}).items()
+                   for name, r in results.items()]
+        for name, x in (*row.items(), *subsets) if board and "step" in row else ():
+            board.add_scalar(name, x, row["step"]) if isinstance(x, float) else None
 
 guard(os.makedirs, args.out_dir, exist_ok=True)
+board = args.tensorboard and rank == 0 and guard(importlib.import_module, "torch.utils.tensorboard").SummaryWriter(
+    args.out_dir, purge_step=first_step + 1)
 if rank == 0 and not args.dry_run:
     lines = open(log_path).readlines() if args.resume and os.path.exists(log_path) else []
     with guard(open, log_path, "w") as f:       # without what is younger than the checkpoint, or was torn by a kill
@@ -462,7 +456,11 @@ log({"args": vars(args), "config": {**asdict(model.config), "tokenizer": len(mod
      "world_size": world_size, "versions": {m.__name__: m.__version__ for m in (torch, timm, tokenizers)}})
 
 # ---- the loop --------------------------------------------------------------
-seen, bad, fallback, skips, waited, worked, results = 0, 0, 0, 0, 0.0, 0.0, {}
+seen, bad, fallback, skips, waited, worked, computed, results = 0, 0, 0, 0, 0.0, 0.0, 0.0, {}
+# weights of the blocks that each number of the input meets, 6 operations each; attention's own products are left out
+dense = {"spans": 0, "tokens": sum(p.numel() for p in model.text.blocks.parameters()),
+         "images": sum(p.numel() for p in model.visual.blocks.parameters()) / (3 * model.config.patch_size ** 2)}
+chip = torch.cuda.get_device_name() if gpu else ""
 bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=rank != 0, dynamic_ncols=True)
 started = idle = time.time()
 for step, batch in enumerate(batches, first_step):
@@ -502,6 +500,7 @@ for step, batch in enumerate(batches, first_step):
         if args.ema not in (None, 1.0):
             torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - args.ema)
     done, worked = step + 1, worked + time.time() - idle
+    computed += 6 * sum(batch[name].numel() * dense[name.split("_")[-1]] for name in INPUTS if name in batch)
     if done % args.log_every == 0 or done == args.steps:
         values = dict(zip(terms, summed(torch.stack([t.detach() for t in terms.values()])).tolist()))
         rate = seen * world_size / worked
@@ -510,7 +509,8 @@ for step, batch in enumerate(batches, first_step):
                "logit_scale": model.logit_scale.exp().item(),
                "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
                "images_per_second": rate, "waiting": waited / worked, "peak_mib": peak_mib(),
-               "skipped": bad, "own_concept": fallback}
+               "tflops": computed / worked / 1e12, "skipped": bad, "own_concept": fallback}
+        row |= {"mfu": row["tflops"] / peak for name, peak in PEAKS.items() if name in chip}
         if use_compile:
             compiled = torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", [])
             row.update(compiles=len(compiled), compile_seconds=round(sum(compiled), 1))

@@ -11,8 +11,10 @@ import time
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
 
-from model import CLIP
+from model import CLIP, CLIPConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -218,6 +220,30 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
                              cwd=ROOT, env=ENV, capture_output=True, text=True, preexec_fn=limit)
     assert process.returncode == 1 and "cannot write" in process.stderr and "Traceback" not in process.stderr
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_tensorboard_gets_what_the_log_has(tmp_path):
+    run("train.py", *SMALL, "--steps", 3, "--tensorboard", "--out-dir", tmp_path)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(curve(tmp_path))
+    figure = curve(tmp_path, "eval")[-1]["scenes"]["np_binding"]["accuracy"]
+    assert events.Scalars("scenes/np_binding")[-1].value == pytest.approx(figure)
+
+
+@pytest.mark.parametrize("family, patch", [("siglip", 8), ("clip", 4)])
+def test_operations_are_those_that_are_counted(family, patch, tmp_path, monkeypatch):
+    """The formula behind tflops and mfu, against PyTorch's own counter; attention, heads, embeddings are left out.
+    The counter finds less, as the last blocks are evaluated only where they are read (here one of twelve)."""
+    model = CLIP(CLIPConfig(family=family, patch_size=patch, vision=(96, 12, 3, 384), text=(192, 12, 3, 768)))
+    images, tokens = torch.randn(4, 3, 32, 32), torch.randint(1024, (12, 16))
+    with FlopCounterMode(display=False) as counter:
+        image, text = model.encode_image(images), model.encode_text(tokens)
+        (image.sum() + text.sum()).backward()
+    names = {"model": model, "__builtins__": __builtins__}
+    source = open(os.path.join(ROOT, "train.py")).read()
+    exec(source[source.index("dense = {"):source.index("chip = ")], names)
+    counted = 6 * (images.numel() * names["dense"]["images"] + tokens.numel() * names["dense"]["tokens"])
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
 def test_resumed_on_another_number_of_processes(exact, tmp_path):
