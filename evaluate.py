@@ -35,7 +35,7 @@ from concepts import default_extractor
 from data import COLOURS, SHAPES, CaptionFile, Scenes, load_image
 from model import CLIP, set_tokenizer
 
-PROTOCOL = 3    # raised whenever a change here or in assets/benchmarks.json may change a figure
+PROTOCOL = 4    # raised whenever a change here or in assets/benchmarks.json may change a figure
 ASSETS = Path(__file__).resolve().parent / "assets"
 TABLE = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
 GET = "python evaluate.py download"
@@ -350,7 +350,7 @@ def retrieval(bench, subset, model, args):
 
 def zero_shot(bench, subset, model, args):
     """A class is the normalised mean of its prompts' normalised features (Radford et al. 2021)."""
-    spec, known = TABLE[bench], {"templates": ["a photo of a {}."]}
+    spec, known = TABLE[bench], {"templates": [TABLE[bench].get("prompt", "a photo of a {}.")]}
     path = os.path.join(args.data_dir, spec["folder"]) if "folder" in spec else args.data or ""
     try:
         if "torchvision" in spec:
@@ -367,7 +367,7 @@ def zero_shot(bench, subset, model, args):
     classes, n = known.get("classes", data.classes), spec.get("n", len(images))
     if len(data.classes) != len(classes) or len(images) != n and not args.allow_missing:
         raise ValueError(f"{bench}: {len(data.classes)} classes, {len(images)} images instead of {len(classes)}, {n}")
-    labels = getattr(data, "targets", None) or data._labels
+    labels = next(getattr(data, name) for name in ("targets", "labels", "_labels") if hasattr(data, name))
     texts = [tuple(prompt.replace("{}", c.replace("_", " ")) for prompt in known["templates"]) for c in classes]
     yield Ranking([(image,) for image in images], texts, F.one_hot(torch.as_tensor(labels), len(classes)).bool(),
                   {"top1": ("i2t", 1), "top5": ("i2t", 5)})

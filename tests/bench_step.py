@@ -3,8 +3,9 @@
     python tests/bench_step.py --captions DIR_OF_SUGARCREPE_JSON [--model ViT-B-32 ViT-B-16-SigLIP] [--batch-size 16]
 
 Plain: every concept of every caption padded to the full context and encoded, equal or not; captions padded too; a
-loop over the concepts for the cross-attention term. Ours: train.py's way. Both: random weights, random images,
-float32, AdamW, the same captions (SugarCrepe's, so that phrases repeat as they do in real captions), process CPU time.
+loop over the concepts for the cross-attention term. Ours: train.py's way, and span: with --concept-features span, which
+needs no pass for the concepts. All: random weights, random images, float32, AdamW, the same captions (SugarCrepe's, so
+that phrases repeat as they do in real captions), process CPU time.
 """
 import argparse
 import glob
@@ -64,8 +65,19 @@ def main():
         ids = torch.tensor([string_id(phrase) for phrase in unique])
         pairs = torch.tensor([(i, unique.index(c.lower())) for i, found in enumerate(concepts) for c in found])
 
-        def step(ours):
-            times, mark = {}, CLOCK()
+        # spans: words are tokens here
+        width, places = max(map(len, concepts)), []
+        for caption, found in zip(captions, concepts):
+            starts = [len(caption[:caption.lower().index(c.lower())].split()) for c in found]
+            some = [(min(s, 50), min(s + len(c.split()), 51)) for s, c in zip(starts, found)]
+            places.append(some + [(0, 0)] * (width - len(some)))
+        spans = torch.tensor(places)                                                    # (B, M, 2)
+        strings = [c for found in concepts for c in found + [None] * (width - len(found))]
+        span_ids = torch.tensor([-1 if c is None else string_id(c) for c in strings])   # (B M,)
+        span_pairs = torch.tensor([(n // width, n) for n, c in enumerate(strings) if c is not None])
+
+        def step(kind):
+            times, mark, ours, span = {}, CLOCK(), kind != "plain", kind == "span"
 
             def lap(part):
                 nonlocal mark
@@ -73,17 +85,25 @@ def main():
 
             image_features, patch_tokens = model.encode_image(images, normalize=True, return_tokens=True)
             lap("image tower")
-            text_features = model.encode_text(encode_words(captions, model.config, ours), normalize=True)
+            tokens = encode_words(captions, model.config, ours)
+            text_features = model.encode_text(tokens, normalize=True, return_tokens=span)
+            if span:    # as in CLIP.forward
+                text_features, x = text_features
+                where = torch.arange(x.shape[1])
+                inside = (spans[..., :1] <= where) & (where < spans[..., 1:])
+                concept_features = F.normalize((inside.to(x.dtype) @ x).flatten(0, 1), dim=-1)
             lap("captions")
-            texts = unique if ours else phrases
-            concept_features = model.encode_text(encode_words(texts, model.config, ours), normalize=True)
+            if not span:
+                texts = unique if ours else phrases
+                concept_features = model.encode_text(encode_words(texts, model.config, ours), normalize=True)
             lap("concepts")
             scale, bias = model.logit_scale.exp(), model.logit_bias
             outputs = (image_features, patch_tokens, text_features, concept_features)
             leaves = i, v, t, c = [x.detach().requires_grad_() for x in outputs]
             loss = clip_loss(i, t, scale) if bias is None else siglip_loss(i, t, scale, bias)
             if ours:
-                columns, labels = concept_columns(c, ids, pairs, len(i))
+                columns, labels = concept_columns(c, *((span_ids, span_pairs) if span else (ids, pairs)), len(i),
+                                                  merge=not span)
                 similarity = concept_similarity(v, columns)
             else:
                 columns, labels = concept_columns(c, torch.arange(len(c)), torch.stack([pairs[:, 0], torch.arange(
@@ -96,25 +116,32 @@ def main():
             lap("losses")
             torch.autograd.backward([image_features, patch_tokens], [leaves[0].grad, leaves[1].grad])
             lap("image tower")
-            text_features.backward(leaves[2].grad)
+            if span:
+                torch.autograd.backward([text_features, concept_features], [leaves[2].grad, leaves[3].grad])
+            else:
+                text_features.backward(leaves[2].grad)
             lap("captions")
-            concept_features.backward(leaves[3].grad)
+            if not span:
+                concept_features.backward(leaves[3].grad)
             lap("concepts")
             optimizer.step()
             optimizer.zero_grad()
             lap("optimizer")
             return times
 
-        step(True), step(False)
-        runs = [(step(True), step(False)) for _ in range(args.rounds)]
-        middle = [{part: sorted(run[k][part] for run in runs)[args.rounds // 2] for part in runs[0][k]} for k in (0, 1)]
-        total = [sum(m.values()) for m in middle]
+        kinds = ("ours", "span", "plain")
+        runs = [{kind: step(kind) for kind in kinds} for _ in range(args.rounds + 1)][1:]
+        middle = {kind: {part: sorted(run[kind][part] for run in runs)[args.rounds // 2] for part in runs[0][kind]}
+                  for kind in kinds}
+        total = {kind: sum(m.values()) for kind, m in middle.items()}
         print(f"{name}: CPU seconds a step, median of {args.rounds}\n\n"
-              "| part | ours | plain | plain / ours |\n|---|---|---|---|")
-        for part in middle[0]:
-            print(f"| {part} | {middle[0][part]:.2f} ({middle[0][part] / total[0]:.0%}) | {middle[1][part]:.2f} "
-                  f"({middle[1][part] / total[1]:.0%}) | {middle[1][part] / max(middle[0][part], 1e-9):.1f} |")
-        print(f"| **step** | **{total[0]:.2f}** | **{total[1]:.2f}** | **{total[1] / total[0]:.2f}** |\n")
+              "| part | ours | span | plain | plain / ours | plain / span |\n|---|---|---|---|---|---|")
+        for part in middle["ours"]:
+            cells = [f"{middle[kind][part]:.2f} ({middle[kind][part] / total[kind]:.0%})" for kind in kinds]
+            ratios = [f"{middle['plain'][part] / max(middle[kind][part], 1e-2):.1f}" for kind in kinds[:2]]
+            print(f"| {' | '.join([part, *cells, *ratios])} |")
+        cells = [f"{total[kind]:.2f}" for kind in kinds] + [f"{total['plain'] / total[kind]:.2f}" for kind in kinds[:2]]
+        print(f"| {' | '.join(['**step**', *cells])} |\n")
 
 
 if __name__ == "__main__":

@@ -492,10 +492,19 @@ def test_zero_shot(nano, official, tmp_path, monkeypatch):
         def __getitem__(self, i):
             return load_image(files[i][0]), files[i][1]
 
+    class FakePets(FakeCIFAR):
+        _labels = FakeCIFAR.targets
+        targets = property()    # has none
+
+        def __init__(self, root, split, download):
+            assert root == str(tmp_path / "pets") and split == "test"
+
     monkeypatch.setattr(evaluate.torchvision.datasets, "CIFAR10", FakeCIFAR)
+    monkeypatch.setattr(evaluate.torchvision.datasets, "OxfordIIITPet", FakePets)
     args = arguments(data_dir=str(tmp_path), data=f"{tmp_path}/imagenet/val", classes=str(tmp_path / "names.txt"))
-    results = run(["imagenet", "folder", "cifar10"], nano, args)
-    for bench, prompts in ("imagenet", templates), ("folder", ["a photo of a {}."]), ("cifar10", ["a photo of a {}."]):
+    results = run(["imagenet", "folder", "cifar10", "pets"], nano, args)
+    for bench, prompts in ("imagenet", templates), ("folder", ["a photo of a {}."]), ("cifar10", ["a photo of a {}."]), (
+            "pets", ["a photo of a {}, a type of pet."]):
         means = [torch.stack([plain.text(p.format(c)) for p in prompts]).mean(0) for c in classes]
         scores = [[(plain.image(path) @ m / m.norm()).item() for m in means] for path, _ in files]
         for k in (1, 5):
@@ -508,6 +517,13 @@ def test_zero_shot(nano, official, tmp_path, monkeypatch):
     (tmp_path / "names.txt").write_text("one\ntwo")
     with pytest.raises(ValueError, match="7 classes, .* instead of 2,"):
         read(["folder"], nano, args)
+
+
+@pytest.mark.parametrize("bench", [bench for bench, spec in TABLE.items() if "torchvision" in spec])
+def test_torchvision_has_it(bench, tmp_path):
+    """Its class takes our arguments, and says itself that the data is not there."""
+    with pytest.raises(ValueError, match=f"{bench}: .*not found.*evaluate.py download {bench}"):
+        read([bench], None, arguments(data_dir=str(tmp_path)))
 
 
 def test_imagenet_names_and_prompts_equal_the_peers():
