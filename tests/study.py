@@ -102,7 +102,8 @@ def table(rows):
                               for row, runs in found.items() if runs])
 
 
-with tqdm(total=args.seeds * sum(len(arms) for arms, _ in PARTS.values()), unit="run") as bar, ThreadPoolExecutor(args.jobs) as pool:
+runs = args.seeds * sum(len(arms) for arms, _ in PARTS.values())
+with tqdm(total=runs, unit="run") as bar, ThreadPoolExecutor(args.jobs) as pool:
     for seed, (part, (arms, _)) in itertools.product(range(args.seeds), PARTS.items()):     # seed by seed
         for run in as_completed([pool.submit(train, part, arm, seed) for arm in arms]):
             bar.set_postfix_str(run.result())

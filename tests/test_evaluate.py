@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+import tarfile
 import threading
 import zipfile
 from dataclasses import replace
@@ -464,6 +465,26 @@ def test_retrieval_on_a_table(nano, tmp_path):
         assert results[f"i2t_r{k}"]["correct"] == recall(scores, of, k)
         of = [{names.index(m) for m, c in rows if c == t} for t in texts]
         assert results[f"t2i_r{k}"]["correct"] == recall(np.array(scores).T.tolist(), of, k)
+
+
+def test_retrieval_on_tar_shards(nano, tmp_path):
+    """The figures of a table with the same pairs, also from --cache."""
+    rng, rows = random.Random(8), []
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for i in range(6):
+                name = f"{shard}{i}.png"
+                picture(f"{tmp_path}/{name}", rng)
+                rows.append((name, caption(rng)))
+                (tmp_path / "x.txt").write_text(rows[-1][1])
+                tar.add(tmp_path / name, name)
+                tar.add(tmp_path / "x.txt", name.replace("png", "txt"))
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *map(",".join, rows)]))
+    whole = run(["retrieval"], nano, arguments(data=f"{tmp_path}/pairs.csv", image_root=str(tmp_path)))["retrieval"]
+    for _ in range(2):
+        shards = run(["retrieval"], nano, arguments(data=f"{tmp_path}/{{0..1}}.tar", cache=f"{tmp_path}/c"))["retrieval"]
+        assert {k: {**r, "items": 0} for k, r in shards.items()} == {k: {**r, "items": 0} for k, r in whole.items()}
+    assert 0 < sum(whole["i2t_r5"]["correct"]) < 12
 
 
 def test_zero_shot(nano, official, tmp_path, monkeypatch):
