@@ -424,8 +424,8 @@ def log(row):
             board.add_scalar(name, x, row["step"]) if isinstance(x, float) else None
 
 guard(os.makedirs, args.out_dir, exist_ok=True)
-board = args.tensorboard and rank == 0 and guard(importlib.import_module, "torch.utils.tensorboard").SummaryWriter(
-    args.out_dir, purge_step=first_step + 1)
+board = args.tensorboard and rank == 0 and not args.dry_run and guard(
+    importlib.import_module, "torch.utils.tensorboard").SummaryWriter(args.out_dir, purge_step=first_step + 1)
 if rank == 0 and not args.dry_run:
     lines = open(log_path).readlines() if args.resume and os.path.exists(log_path) else []
     with guard(open, log_path, "w") as f:       # without what is younger than the checkpoint, or was torn by a kill
@@ -460,7 +460,6 @@ seen, bad, fallback, skips, waited, worked, computed, results = 0, 0, 0, 0, 0.0,
 # weights of the blocks that each number of the input meets, 6 operations each; attention's own products are left out
 dense = {"spans": 0, "tokens": sum(p.numel() for p in model.text.blocks.parameters()),
          "images": sum(p.numel() for p in model.visual.blocks.parameters()) / (3 * model.config.patch_size ** 2)}
-chip = torch.cuda.get_device_name() if gpu else ""
 bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=rank != 0, dynamic_ncols=True)
 started = idle = time.time()
 for step, batch in enumerate(batches, first_step):
@@ -510,7 +509,7 @@ for step, batch in enumerate(batches, first_step):
                "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
                "images_per_second": rate, "waiting": waited / worked, "peak_mib": peak_mib(),
                "tflops": computed / worked / 1e12, "skipped": bad, "own_concept": fallback}
-        row |= {"mfu": row["tflops"] / peak for name, peak in PEAKS.items() if name in chip}
+        row |= {"mfu": row["tflops"] / x for name, x in PEAKS.items() if gpu and name in torch.cuda.get_device_name()}
         if use_compile:
             compiled = torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", [])
             row.update(compiles=len(compiled), compile_seconds=round(sum(compiled), 1))
@@ -539,6 +538,7 @@ else:
            (f"; {fallback} captions, without another noun phrase in them, were their own concept" if fallback else ""))
     print0("next: python train.py --method siglip     # the baseline, to compare" if with_concepts else
            f"next: python evaluate.py --checkpoint {last} --bench {','.join(benches) or 'scenes'}")
+board and board.close()
 if world_size > 1:
     dist.destroy_process_group()
     sys.stdout.flush()
