@@ -41,10 +41,7 @@ def concept_similarity(patch_tokens, concepts, mask=None, memory_budget=None):
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     v, q = patch_tokens.to(dtype), concepts.to(dtype)
-    keep = 0  # how many images' S and G are kept for the backward: what half the budget holds
-    if torch.is_grad_enabled() and (v.requires_grad or q.requires_grad):
-        size = (8 if dtype == torch.float64 else 4) * v.shape[1] * (v.shape[1] + q.shape[0])
-        keep = torch.sym_min(v.shape[0], memory_budget // 2 // torch.sym_max(size, 1))
+    keep = torch.is_grad_enabled() and (v.requires_grad or q.requires_grad)  # something for the backward
     return _Similarity.apply(v, q, mask, memory_budget // 2, keep)
 
 
@@ -83,8 +80,11 @@ def _attend(s, gram, mask):
 
 
 def _outputs(v, q, mask, budget, keep):
+    """The similarity, and S and G of as many images as half the budget holds: these are kept for the backward."""
     (B, T, _), N, dtype = v.shape, q.shape[0], torch.promote_types(v.dtype, torch.float32)
-    return tuple(v.new_empty(shape, dtype=dtype) for shape in [(B, N), (keep, T, N), (keep, T, T)])
+    size = (8 if dtype == torch.float64 else 4) * T * (T + N)
+    kept = torch.sym_min(B, budget // torch.sym_max(size, 1)) if keep else 0
+    return tuple(v.new_empty(shape, dtype=dtype) for shape in [(B, N), (kept, T, N), (kept, T, T)])
 
 
 def _forward(v, q, mask, budget, keep):
@@ -125,7 +125,7 @@ def _backward(grad, v, q, mask, kept_s, kept_gram, budget):
 # an operator imports the whole compiler.
 _forward_op = torch.library.custom_op(
     "c2lip::concept_similarity", _forward, mutates_args=(),
-    schema="(Tensor v, Tensor q, Tensor? mask, SymInt budget, SymInt keep) -> (Tensor, Tensor, Tensor)")
+    schema="(Tensor v, Tensor q, Tensor? mask, SymInt budget, bool keep) -> (Tensor, Tensor, Tensor)")
 _backward_op = torch.library.custom_op(
     "c2lip::concept_similarity_backward", _backward, mutates_args=(),
     schema="(Tensor grad, Tensor v, Tensor q, Tensor? mask, Tensor kept_s, Tensor kept_gram, SymInt budget)"
