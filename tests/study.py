@@ -84,22 +84,27 @@ def train(part, arm, seed):
     return f"{part} {arm}, seed {seed}"
 
 
-def cell(values):
+def cell(values, sign=""):
     """Mean and half width of the 95 % interval, in percent; of one or two seeds each value."""
     n, mean = len(values), sum(values) / len(values)
     if n < 3:
-        return " / ".join(f"{100 * x:.1f}" for x in values)
+        return " / ".join(f"{100 * x:{sign}.1f}" for x in values)
     deviation = (sum((x - mean) ** 2 for x in values) / (n - 1)) ** 0.5
-    return f"{100 * mean:.1f} ± {100 * T_975.get(n, 1.96) * deviation / n ** 0.5:.1f}"
+    return f"{100 * mean:{sign}.1f} ± {100 * T_975.get(n, 1.96) * deviation / n ** 0.5:.1f}"
 
 
-def table(rows):
-    """Markdown of {row: (part, arm)}, the mean over the seeds that are complete."""
+def table(rows, before=None):
+    """Markdown of {row: (part, arm)}, the mean over the seeds that are complete; with before, a row, what changed from
+    it on, seed by seed."""
     found = {row: [r for seed in range(args.seeds) if (r := figures(*run, seed))] for row, run in rows.items()}
+    start = found.get(before)
+    changed = {row: [{name: x - old[name] for name, x in run.items()} for run, old in zip(runs, start)]
+               for row, runs in found.items() if start and row != before}
     subsets = list(next(runs[0] for runs in found.values() if runs))
     lines = ["| | " + " | ".join(name.replace("_", " ") for name in subsets) + " |", "|---" * (len(subsets) + 1) + "|"]
-    return "\n".join(lines + [f"| {row} | " + " | ".join(cell([run[name] for run in runs]) for name in subsets) + " |"
-                              for row, runs in found.items() if runs])
+    return "\n".join(lines + [f"| {row} | " + " | ".join(cell([run[name] for run in runs], "+" * (row in changed))
+                                                         for name in subsets) + " |"
+                              for row, runs in (found | changed).items() if runs])
 
 
 runs = args.seeds * sum(len(arms) for arms, _ in PARTS.values())
@@ -109,13 +114,14 @@ with tqdm(total=runs, unit="run") as bar, ThreadPoolExecutor(args.jobs) as pool:
             bar.set_postfix_str(run.result())
             bar.update()
 
+tuned = f"and what {args.tune_steps} steps at lr {args.tune_lr:g} change, in points"
 text = f"""From scratch, {args.steps} steps:
 
 {table({arm: ("scratch", arm) for arm in SCRATCH})}
 
-A plain SigLIP ("before", {args.base_steps} steps of 32) fine-tuned, {args.tune_steps} steps at lr {args.tune_lr:g}:
+A plain SigLIP ("before", {args.base_steps} steps of 32), and what {args.tune_steps} steps at lr {args.tune_lr:g} change, in points:
 
-{table({"before": ("base", "before"), **{arm: ("tuned", arm) for arm in METHODS}})}
+{table({"before": ("base", "before"), **{arm: ("tuned", arm) for arm in METHODS}}, "before")}
 
 Mean over {args.seeds} seeds ± half of the 95 % interval, in percent; of one or two seeds each value.
 """
