@@ -119,7 +119,7 @@ text = f"""From scratch, {args.steps} steps:
 
 {table({arm: ("scratch", arm) for arm in SCRATCH})}
 
-A plain SigLIP ("before", {args.base_steps} steps of 32), and what {args.tune_steps} steps at lr {args.tune_lr:g} change, in points:
+A plain SigLIP ("before", {args.base_steps} steps of 32), {tuned}:
 
 {table({"before": ("base", "before"), **{arm: ("tuned", arm) for arm in METHODS}}, "before")}
 
