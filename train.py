@@ -154,11 +154,12 @@ torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 gpu = args.device == "cuda"
 use_compile = gpu if args.compile is None else args.compile
 print0 = tqdm.write if rank == 0 else lambda text: None
+sys.stdout.reconfigure(line_buffering=True)     # a log file has each line at once, also if os._exit follows
 
 def stop(message, status=1):
-    """End with one line for the user; under torchrun the other processes are ended with this one."""
+    """End at once, with one line for the user; torchrun ends the other processes with this one."""
     print(f"train.py: {message}", file=sys.stderr, flush=True)
-    os._exit(status) if world_size > 1 else sys.exit(status)
+    os._exit(status)
 
 def guard(function, *arguments, **keywords):
     """Call it; a ValueError is a mistake that the user can mend, and its text says how (an OSError, which file)."""
@@ -541,5 +542,4 @@ else:
 board and board.close()
 if world_size > 1:
     dist.destroy_process_group()
-    sys.stdout.flush()
     os._exit(0)     # the interpreter's own end aborts now and then, with gloo's threads
