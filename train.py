@@ -145,7 +145,7 @@ rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 if world_size > 1:
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # torchrun keeps one store over --max-restarts, with the addresses of the dead in it: own keys for each attempt
+    # torchrun's store keeps dead workers' addresses over --max-restarts: own keys for each attempt; nodes count apart
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if os.environ.get("GROUP_WORLD_SIZE") == "1" else ""
     store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://"))[0])
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
