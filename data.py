@@ -13,6 +13,7 @@ import re
 import tarfile
 import warnings
 import zlib
+from array import array
 
 import numpy as np
 import torch
@@ -121,17 +122,18 @@ class CaptionFile(Dataset):
     """
     def __init__(self, sources, image_root="", image_key=None, caption_key=None, captions=None):
         self.root, given = image_root, caption_key.split(",") if caption_key else []
-        self.skipped, joined, used, seen, lines, bare = [], {}, set(), set(), [], []
+        self.skipped, self.neighbours, joined, used, seen, bare = [], {}, {}, set(), set(), []
+        wanted, lines, ends = {*(given or CAPTION_KEYS), "concepts", "negatives"}, io.BytesIO(), array("q", [0])
         for row in read_rows(captions) if captions else ():
             join_column = next((key for key in JOIN_KEYS if key in row), "")
             seen.update(row)
-            joined.setdefault(str(row.get(join_column) or ""), []).append(row)
+            about = {name: value for name, value in row.items() if name in wanted}      # not all of a wide table
+            joined.setdefault(str(row.get(join_column) or ""), []).append(about)
         paths = [path for source in sources.split("::") for path in expand(source)]
         for path in tqdm(paths, "reading", unit="file", delay=1, disable=os.environ.get("RANK", "0") != "0"):
-            tar, samples = path.endswith(".tar"), {}        # of the rows that are kept, by number
-            rows = read_shard(path) if tar else read_rows(path)
-            image_column = "image" if tar else image_key or next((key for key in IMAGE_KEYS if key in rows[0]), "")
-            for number, row in enumerate(rows):
+            tar, first, numbers, near = path.endswith(".tar"), len(ends) - 1, array("q"), {}
+            for number, row in enumerate(read_shard(path) if tar else read_rows(path)):
+                image_column = "image" if tar else image_key or next((key for key in IMAGE_KEYS if key in row), "")
                 image = row.get(image_column)
                 key = f"{path} {row['key']}" if tar else f"{image or '(no image)'} (row {number + 1})"
                 names = [name for name in map(str, (row.get("key"), row.get("url"), image)) if name in joined][:1]
@@ -142,33 +144,36 @@ class CaptionFile(Dataset):
                         texts += parse_list(some.get(column), None)
                 used.update(names)
                 seen.update(row)
-                if image and texts:
-                    samples[str(number)] = {
-                        "key": key, "image": [path, *image] if tar else str(image), "captions": texts,
-                        "concepts": about[0].get("concepts"), "negatives": about[0].get("negatives"),
-                        "negative_image": row.get("negative_image"), "neighbours": row.get("neighbours")}
-                else:
+                if not image or not texts:
                     self.skipped.append((key, "no caption" if image else "no image"))
-            places = {number: len(lines) + i for i, number in enumerate(samples)}
-            for sample in samples.values():
-                sample["neighbours"] = [places[i] for i in parse_list(sample["neighbours"]) if i in places]
-                lines.append(json.dumps({name: value for name, value in sample.items() if value}).encode())
-            bare += [] if samples or tar else [path]
+                    continue
+                sample = {"key": key, "image": [path, *image] if tar else str(image), "captions": texts,
+                          "concepts": about[0].get("concepts"), "negatives": about[0].get("negatives"),
+                          "negative_image": row.get("negative_image")}
+                lines.write(json.dumps({name: value for name, value in sample.items() if value}).encode())
+                ends.append(lines.tell())
+                numbers.append(number)
+                if some := parse_list(row.get("neighbours")):
+                    near[str(number)] = some
+            places = dict(zip(map(str, numbers), range(first, len(ends)))) if near else {}      # of the rows kept
+            self.neighbours |= {places[n]: [places[i] for i in some if i in places] for n, some in near.items()}
+            bare += [] if numbers or tar else [path]
         lost = [name for name in joined if name not in used]
         if lost:
             self.skipped.insert(0, (captions, f"{len(lost):,} {join_column} fit no image, the first is {lost[0]!r}"))
-        if bare or not lines or set(given) - seen:
+        if bare or len(ends) == 1 or set(given) - seen:
             raise ValueError(f"{', '.join(bare) or sources}: no images with captions in its columns or keys "
                              f"{', '.join(sorted(map(str, seen))[:30])} (split at commas in .csv, tabs in .tsv); name "
                              f"them with --image-key, --caption-key; skipped {self.skipped[:1]}")
-        self.captions = [text for line in lines[:200_000] for text in json.loads(line)["captions"]]
-        self.lines, self.ends = b"".join(lines), np.cumsum([0] + [len(line) for line in lines])     # no object a row
+        self.lines, self.ends = lines.getvalue(), np.array(ends)    # no object a row
+        self.captions = [text for i in range(min(len(self), 200_000)) for text in self.sample(i)["captions"]]
 
     def __len__(self):
         return len(self.ends) - 1
 
     def sample(self, index):
-        return json.loads(self.lines[self.ends[index]:self.ends[index + 1]])
+        row = json.loads(self.lines[self.ends[index]:self.ends[index + 1]])
+        return row | ({"neighbours": self.neighbours[index]} if index in self.neighbours else {})
 
     def __getitem__(self, index):
         row = self.sample(index)
@@ -195,19 +200,20 @@ def expand(source):
 
 
 def read_rows(path):
-    """All rows of a .csv, .tsv or .jsonl file as dicts; ValueError for a file that cannot be used at all."""
-    kind, rows = os.path.splitext(path)[1].lower(), []
+    """Yield the rows of a .csv, .tsv or .jsonl file as dicts; ValueError for a file that cannot be used at all."""
+    kind, row = os.path.splitext(path)[1].lower(), None
     if kind not in (".csv", ".tsv", ".jsonl"):
         raise ValueError(f"{path}: expected a .csv, .tsv or .jsonl file, or .tar, got {kind or 'no ending'!r}")
     csv.field_size_limit(2**31 - 1)     # long captions are no mistake
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
-        if kind == ".jsonl":
-            rows = [parse_json(line) for line in f if line.strip()]
-        else:
-            rows = list(csv.DictReader(f, delimiter="\t" if kind == ".tsv" else ","))
-    if not rows or {} in rows:
-        raise ValueError(f"{path}: " + (f"row {rows.index({}) + 1} is not an object in json" if rows else "no rows"))
-    return rows
+        rows = csv.DictReader(f, delimiter="\t" if kind == ".tsv" else ",") if kind != ".jsonl" else (
+            parse_json(line) for line in f if line.strip())
+        for number, row in enumerate(rows, 1):
+            if not row:
+                raise ValueError(f"{path}: row {number} is not an object in json")
+            yield row
+    if row is None:
+        raise ValueError(f"{path}: no rows")
 
 
 def read_shard(path):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import tarfile
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 
@@ -431,6 +432,27 @@ def test_sources_that_are_not_there(shards, tmp_path, source, says, monkeypatch)
     with pytest.raises(ValueError, match=says) as error:
         CaptionFile(source)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "captions"])
+def test_large_tables_are_read_row_by_row(tmp_path, kind):
+    """Every process reads them, so no more than what is kept may be in memory: here 200 of 2,200 bytes a row."""
+    n, rows = 5000, ({"image": f"{i:09}.jpg", "caption": f"a wall {i} " + "x" * 100, "raw": "y" * 2000}
+                     for i in range(5000))
+    path, images = tmp_path / ("t.jsonl" if kind == "jsonl" else "t.csv"), tmp_path / "images.csv"
+    with open(path, "w", newline="") as f:
+        table = csv.DictWriter(f, ("image", "caption", "raw"))
+        if kind != "jsonl":
+            table.writeheader()
+        for row in rows:
+            f.write(json.dumps(row) + "\n") if kind == "jsonl" else table.writerow(row)
+    images.write_text("image\n" + "".join(f"{i:09}.jpg\n" for i in range(n)))
+    tracemalloc.start()
+    data = CaptionFile(str(images), captions=str(path)) if kind == "captions" else CaptionFile(str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(data) == n and data.sample(n - 1)["captions"][0].startswith("a wall 4999 ")
+    assert peak < 8e6, peak     # all rows at once: 19e6
 
 
 # ------------------------------------------------------------------------------------------------- joined captions
