@@ -42,21 +42,17 @@ GET = "python evaluate.py download"
 Missing = type("Missing", (ValueError,), {})        # data that is not there; the message says how to get it
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # of torchrun
 
-
 # what is compared: an image is (function, name, ...), as (picture, path); equal images and equal texts are encoded once
 
 def dot(a, b):
     return (a * b).sum(-1)      # equal rows give equal sums, and so tie, which a matmul does not promise
 
-
 def choice(i, t):       # each of I images strictly prefers the first of its K / I texts
     scores = dot(i[:, :, None], t.unflatten(1, (i.shape[1], -1)))                       # (N, I, K / I)
     return (scores[..., 0] - scores[..., 1:].amax(-1)).amin(1)
 
-
 def pairing(a, b):      # each of two a strictly prefers its own b
     return torch.minimum(dot(a[:, 0], b[:, 0]) - dot(a[:, 0], b[:, 1]), dot(a[:, 1], b[:, 1]) - dot(a[:, 1], b[:, 0]))
-
 
 RULES = {   # normalised images (N, I, D), texts (N, K, D) -> margins (N,), positive if correct, 0 if a tie; and chance
     "choice": (choice, None),       # (I / K) ** I
@@ -66,13 +62,11 @@ RULES = {   # normalised images (N, I, D), texts (N, K, D) -> margins (N,), posi
     "image": (lambda i, t: pairing(t, i), 1 / 4),
     "group": (lambda i, t: torch.minimum(pairing(i, t), pairing(t, i)), 1 / 6)}
 
-
 # N items of I images and K texts each; rules {subset: one of RULES}; labels: SUBSET_macro is the mean of theirs
 Choices = namedtuple("Choices", "rules images texts labels", defaults=[None])
 # N tuples of one image, M of str (features are averaged), positive (N, M) bool, recalls {subset: (way, k)}:
 # whether the best positive of a query ("i2t": an image) is among its k best, which is R@k, or top k
 Ranking = namedtuple("Ranking", "images texts positive recalls")
-
 
 def judge(task, image, text):
     """image, text: functions from lists of n rows to features (n, width, D). Yields (subset, margins (N,), NaN without
@@ -95,7 +89,6 @@ def judge(task, image, text):
         items = names if way == "i2t" else [row[0] for row in task.texts]
         yield subset, rank(*pair, mask, k), 1 - misses.mean().item(), names if way == "i2t" else of, items, None
 
-
 def rank(queries, targets, positive, k):
     """(Q, D), (M, D), (Q, M) bool -> margins (Q,): the best positive minus the k-th best of the others. NaN where the
     query or all of its positives are NaN; other targets of NaN are never found."""
@@ -108,11 +101,9 @@ def rank(queries, targets, positive, k):
         margins.append(best.masked_fill(best == -2, float("nan")) - others[:, -1])
     return torch.cat(margins)
 
-
 def print0(*text):
     if RANK == 0:
         print(*text)
-
 
 @torch.inference_mode()
 def encode(model, inputs, args):
@@ -146,14 +137,12 @@ def encode(model, inputs, args):
         print0(f"skipped {len(bad)} of {len(inputs)} images, which cannot be read; the first: {inputs[bad[0]][1]}")
     return features.cpu()
 
-
 def fingerprint(model):
     """sha256 of the weights and of everything in CLIPConfig."""
     digest = hashlib.sha256(repr(model.config).encode())
     for name, x in sorted(model.state_dict().items()):
         digest.update(name.encode() + x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
 
 def cached(model, inputs, args):
     """encode, or what --cache holds of it for the same weights, precision and inputs: of images path, size and time."""
@@ -174,7 +163,6 @@ def cached(model, inputs, args):
         os.replace(f"{path}.tmp", path)
     return features
 
-
 def bootstrap(columns, samples=2000, seed=0):
     """[(images (n,) of 0, 1, ..., values (n,), weights (n,)), ...] -> weighted means (1 + samples, columns): first of
     all, then of as many images as there are, drawn with all their items; the same draws for all columns."""
@@ -184,7 +172,6 @@ def bootstrap(columns, samples=2000, seed=0):
     draws = (np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(samples))
     shares = [count @ value / np.maximum(count @ total, 1e-9) for count in draws]
     return np.stack([value.sum(0) / total.sum(0), *shares])
-
 
 def summarize(outcomes, means, samples=2000):
     """What judge yields, and {mean: subsets or earlier means} -> {subset or mean: accuracy, low, high, n, ...}.
@@ -220,7 +207,6 @@ def summarize(outcomes, means, samples=2000):
         r |= {"accuracy": p, "low": min(p, low) - edge * (p == 1), "high": max(p, high) + edge * (p == 0)}
     return results
 
-
 def run(benches, model, args, quiet=False, tasks=None):
     """Benches (or read's tasks) on a model in eval mode -> {bench: {subset or mean: results}}. On all processes."""
     tasks = tasks or read(benches, model, args)[0]
@@ -240,7 +226,6 @@ def run(benches, model, args, quiet=False, tasks=None):
             print_table(bench, results[bench], spec.get("published") if args.reference else None)
     return results
 
-
 def print_table(bench, results, published=None):
     """A line a subset or mean, in percent; beside it published ones, {method: {subset: percent}}."""
     width, published = max(map(len, (bench, *results))), published or {}
@@ -252,11 +237,9 @@ def print_table(bench, results, published=None):
                f"    {100 * r['low']:5.1f} .. {100 * r['high']:5.1f}" +
                "".join(f"  {x.get(name, ''):>{len(method) + 11}}" for method, x in published.items()))
 
-
 def picture(path, *box):
     image, (x, y, width, height) = load_image(path), box or [0] * 4
     return image.crop((x, y, x + width, y + height)) if box else image
-
 
 def rows_of(bench, subset, args):
     """The rows of one of a bench's files, and all that is known of it. Raises ValueError if it is not the true file."""
@@ -275,7 +258,6 @@ def rows_of(bench, subset, args):
         raise ValueError(f"{path} is not the official file of {spec['n']} rows ({error}): {GET} {bench}") from None
     return rows, spec
 
-
 def find(bench, args, images):
     """(name, *box) of images -> (picture, path, *box): in --image-root, or the first of the bench's folders with it."""
     places = [args.image_root] * bool(args.image_root) + [Path(args.data_dir, f) for f in TABLE[bench]["folders"]]
@@ -286,7 +268,6 @@ def find(bench, args, images):
         raise Missing(f"{bench}: {len(missing)} of {len(paths)} images are missing, the first is {missing[0]}. Give "
                       f"--image-root DIR, or get them: {GET} {bench}; --allow-missing skips some, but not all")
     return [(picture, paths[name], *box) for name, *box in images]
-
 
 def choices(bench, subset, model, args):
     """A bench (from here on: bench, one of its files, model, args): items as assets/benchmarks.json says."""
@@ -312,7 +293,6 @@ def choices(bench, subset, model, args):
             sets[key] = [x + y for x, y in zip(sets.get(key, [(), ()]), (image, text))]
         yield Choices({f"{subset}_{name}": "choice"}, *zip(*sets.values()))
 
-
 def orders(caption):
     """A caption and ARO's four shuffles: nouns, and adjectives; all others; the words of each three; the threes.
     Cut to 30 words and cleaned as there. The shuffles are random, seeded by the caption; tags are of concepts.py."""
@@ -328,7 +308,6 @@ def orders(caption):
     shuffles.append([i for three in rng.sample(threes, len(threes)) for i in three])
     texts = [caption] + [" ".join(caption[slice(*words[i][:2])] for i in order) for order in shuffles]
     return [" ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:30]) for text in texts]
-
 
 def retrieval(bench, subset, model, args):
     if subset == "data":
@@ -346,7 +325,6 @@ def retrieval(bench, subset, model, args):
     prefix = "" if subset == "data" else f"{subset}_"
     yield Ranking([(image,) for image in row], [(text,) for text in texts.values()], positive,
                   {f"{prefix}{way}_r{k}": (way, k) for way in ("i2t", "t2i") for k in (1, 5, 10)})
-
 
 def zero_shot(bench, subset, model, args):
     """A class is the normalised mean of its prompts' normalised features (Radford et al. 2021)."""
@@ -371,7 +349,6 @@ def zero_shot(bench, subset, model, args):
     texts = [tuple(prompt.replace("{}", c.replace("_", " ")) for prompt in known["templates"]) for c in classes]
     yield Ranking([(image,) for image in images], texts, F.one_hot(torch.as_tensor(labels), len(classes)).bool(),
                   {"top1": ("i2t", 1), "top5": ("i2t", 5)})
-
 
 def scenes(bench, subset, model, args, n=1000, seed=1):
     """Held-out built-in scenes: two objects that training never showed together, in captions it never saw."""
@@ -403,10 +380,8 @@ def scenes(bench, subset, model, args, n=1000, seed=1):
         fits = torch.tensor([[objects[i % 48][part] == o[part] for o in objects] for i in range(n)])
         yield Ranking(alone, [(f"a {c} {s}",) for c, s in objects], fits, {name: ("i2t", 1)})
 
-
 BENCHES = {bench: choices if "files" in spec else zero_shot for bench, spec in TABLE.items()}
 BENCHES |= {"scenes": scenes, "retrieval": retrieval}
-
 
 def read(benches, model, args):
     """-> {bench: [Choices or Ranking, ...]}, and what is not there (an error, unless that is allowed)."""
@@ -422,7 +397,6 @@ def read(benches, model, args):
                     raise
     return {bench: parts for bench, parts in tasks.items() if parts}, missing
 
-
 def fetch(url, path, sha256=None):
     """Make sure that this file lies at path: curl resumes what an earlier call broke off. Raises ValueError."""
     by_hand, part = f"try again to resume, or fetch {url} by hand and put it at {path}", path + ".part"
@@ -434,7 +408,6 @@ def fetch(url, path, sha256=None):
         os.replace(part, path)
     if sha256 and hashlib.sha256(Path(path).read_bytes()).hexdigest() != sha256:
         raise ValueError(f"{path} is not the official file, of sha256 {sha256[:12]}...: delete it and {by_hand}")
-
 
 def download(args):
     """download BENCH ... --data-dir DIR: what may be fetched of them; of the rest, how to get it."""
@@ -453,7 +426,6 @@ def download(args):
                 os.remove(path)     # not before it is unpacked as a whole
         print(f"{bench}, by hand: {spec['by_hand'].replace('DATA', args.data_dir)}" if "by_hand" in spec else bench)
 
-
 @torch.no_grad()
 def interpolate(model, initial, weight):
     """WiSE-FT (Wortsman et al. 2022): model's weights become (1 - weight) * initial's + weight * its own."""
@@ -467,7 +439,6 @@ def interpolate(model, initial, weight):
         value.lerp_(start.get(key, value), 1 - weight)      # a logit_bias that only the tuned model has stays
     return model
 
-
 def paired(a, b, images, samples=2000, seed=0):
     """n items right (1) or wrong (0) by A and B -> B - A in percent, low, high (95 %), McNemar's p, gained, lost."""
     change, images = np.subtract(b, a), np.unique(images, return_inverse=True)[1]
@@ -475,7 +446,6 @@ def paired(a, b, images, samples=2000, seed=0):
     gained, lost = int((change > 0).sum()), int((change < 0).sum())
     tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
     return draws[0], *np.quantile(draws[1:], (0.025, 0.975)), min(1.0, 2 * tail / 2 ** (gained + lost)), gained, lost
-
 
 def compare(args):
     """compare A.json B.json: B - A in percent, items gained (right in B only) and lost (--items: each of them).
@@ -497,7 +467,6 @@ def compare(args):
             changed = np.flatnonzero(np.subtract(y["correct"], x["correct"]) == sign)
             print("".join(f"    {items}: {x['items'][i]}\n" for i in changed), end="")
     print("in one file only: " + (", ".join(a.keys() ^ b.keys()) or "none"))
-
 
 def evaluate(args):
     """Without a command: what --checkpoint or --init scores on the benches."""
@@ -529,9 +498,7 @@ def evaluate(args):
     if dist.is_initialized():
         dist.destroy_process_group()
 
-
 COMMANDS = {f.__name__: f for f in (evaluate, download, compare)}
-
 
 def parser():
     p = argparse.ArgumentParser(
@@ -544,7 +511,6 @@ def parser():
     p.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
     return p
 
-
 def main(argv):
     if argv[:1] in (["plot"], ["show"]):    # drawn by a script of its own
         return runpy.run_path(str(ASSETS.parent / "tests" / "pictures.py"))["main"](argv)
@@ -556,7 +522,6 @@ def main(argv):
             time.sleep(3)       # process 0 says it
             sys.exit(1)
         sys.exit(f"evaluate.py: {str(error).strip().splitlines()[-1]}")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])
