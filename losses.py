@@ -95,10 +95,33 @@ def _column_logsumexp(logits):
 
 
 # ---- concepts as columns ---------------------------------------------------
-def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=True, merge=True):
+def _strings(ids):
+    """(M,) -> the S different ids, sorted; of each of the M its place there; where each of the S first occurs."""
+    unique, string = ids.unique(return_inverse=True)
+    first = torch.full_like(unique, len(ids))
+    return unique, string, first.scatter_reduce_(0, string, torch.arange(len(ids), device=ids.device), "amin")
+
+
+def share_concepts(concept_tokens, concept_ids, pad_id=0):
+    """This process's equal share of all processes' different concepts, so that each is encoded once, and once only.
+
+    concept_tokens (U, L) and concept_ids (U,) of this process, as below -> tokens (U', L') and ids (U',), to encode and
+    to give to concept_columns as concept_features and feature_ids. L may differ between processes: pad_id fills up.
+    """
+    length = max(row_counts(concept_tokens.shape[1], concept_tokens.device))
+    tokens = gather_features(F.pad(concept_tokens, (0, length - concept_tokens.shape[1]), value=pad_id))  # (M, L')
+    ids = gather_features(concept_ids)  # (M,)
+    unique, _, first = _strings(ids)
+    world_size, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
+    mine = first[unique >= 0].tensor_split(world_size)[rank]
+    return tokens[mine], ids[mine]
+
+
+def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=True, merge=True, feature_ids=None):
     """Global columns and this process's labels, from each process's own list of concepts.
 
-    concept_features (U, D): one row for each unique concept string of this process (merge=False: for each occurrence).
+    concept_features (U, D): one row for each unique concept string of this process (merge=False: for each occurrence),
+        or for each string of feature_ids, where share_concepts chose others for this process to encode.
     concept_ids (U,) int64: equal for equal strings on all processes (a hash >= 0); negative marks padding.
     pairs (P, 2) int64: (image row, row of concept_features) for each concept of each of this process's b = batch_size
         images; a negative image row marks padding, and so does a padded concept.
@@ -117,11 +140,14 @@ def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=Tru
     counts = row_counts(len(concept_features), concept_features.device)
     features = gather_features(concept_features, counts)  # (M, D), M the sum of U
     index = torch.arange(len(features), device=features.device)
-    ids = gather_features(concept_ids, counts) if dedupe else index  # (M,)
-    unique, string = ids.unique(return_inverse=True)  # (S,), (M,)
+    if dedupe:
+        ids = gather_features(concept_ids if feature_ids is None else feature_ids, counts)  # (M,)
+        held = concept_ids[concept]  # (P,)
+    else:
+        ids, held = index, _start(counts) + concept
+    unique, string, first = _strings(ids)  # (S,), (M,), (S,)
     holds = torch.zeros(batch_size, len(unique), dtype=torch.bool, device=features.device)  # (b, S)
-    holds[image, string[_start(counts) + concept]] = True
-    first = torch.full_like(unique, len(ids)).scatter_reduce_(0, string, index, "amin")  # (S,)
+    holds[image, torch.searchsorted(unique, held)] = True
     is_column = (ids >= 0) & (first[string] == index if merge else True)  # (M,)
     return features[is_column], holds[:, string[is_column]]  # (N, D), (b, N)
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import evaluate
 from data import CaptionFile, Collate, Epochs, Scenes, Seeded, train_tokenizer, train_transform
 from losses import (ce_clip_loss, clip_loss, con_clip_loss, concept_columns, degla_loss, first_row, gather_features,
-                    negclip_loss, npc_loss, siglip_loss, triplet_clip_loss, xac_loss)
+                    negclip_loss, npc_loss, share_concepts, siglip_loss, triplet_clip_loss, xac_loss)
 from model import CLIP, MODELS, read_tokenizer, set_tokenizer
 from pooling import concept_similarity
 
@@ -299,8 +299,9 @@ def losses(out, batch, taught):
     if weights["distill"] and args.method != "degla":
         terms["distill"] = sum((out[name] - x).square().sum() for name, x in taught.items())
     if with_concepts:
-        concepts, labels = concept_columns(out["concept_features"], batch["concept_ids"], batch["pairs"],
-                                           len(image_features), args.dedupe, merge=args.concept_features == "phrase")
+        concepts, labels = concept_columns(
+            out["concept_features"], batch["concept_ids"], batch["pairs"], len(image_features), args.dedupe,
+            merge=args.concept_features == "phrase", feature_ids=batch.get("feature_ids"))
         if weights["npc"]:
             terms["npc"] = npc_loss(image_features, concepts, labels, scale, bias)
         if weights["xac"]:
@@ -326,6 +327,9 @@ def backward(batch):
     et al. 2021), exact: the features of all parts without a graph, the loss of the whole batch and its gradient with
     respect to them, then each part once more with its piece of that gradient.
     """
+    if "concept_tokens" in batch and args.dedupe and world_size > 1:    # each phrase is encoded by one process
+        batch["concept_tokens"], batch["feature_ids"] = share_concepts(batch["concept_tokens"], batch["concept_ids"],
+                                                                       model.config.pad_id)
     inputs = {name: batch[name].to(model.logit_scale.dtype) if "images" in name else batch[name]
               for name in INPUTS if name in batch}
     pieces = {name: x.tensor_split(args.accum) for name, x in inputs.items()}

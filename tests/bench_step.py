@@ -51,7 +51,14 @@ def main():
     torch.set_num_threads(args.threads)
     captions = [item["caption"] for path in sorted(glob.glob(os.path.join(args.captions, "*.json")))
                 for item in json.load(open(path, encoding="utf-8")).values()]
-    captions = random.Random(0).sample(sorted(set(captions)), args.batch_size)
+    every = sorted(set(captions))
+    for processes, size in ((2, 96), (8, 96), (16, 96)):    # train.py shares the different ones out equally
+        found = extract_batch(random.Random(0).sample(every, processes * size))
+        own = [{c.lower() for some in found[i * size:][:size] for c in some} for i in range(processes)]
+        shared = -(-len(set().union(*own)) // processes)
+        print(f"{processes} x {size} captions: a process has {sum(map(len, found)) / processes:.0f} concepts, up to "
+              f"{max(map(len, own))} different ones, and encodes {shared}")
+    captions = random.Random(0).sample(every, args.batch_size)
     concepts = extract_batch(captions)
     phrases = [phrase for found in concepts for phrase in found]
     unique = list(dict.fromkeys(phrase.lower() for phrase in phrases))

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from losses import (ce_clip_loss, clip_loss, con_clip_loss, concept_columns, degla_loss, first_row,  # noqa: E402
-                    gather_features, negclip_loss, npc_loss, row_counts, siglip_loss, triplet_clip_loss, xac_loss)
+                    gather_features, negclip_loss, npc_loss, row_counts, share_concepts, siglip_loss,
+                    triplet_clip_loss, xac_loss)
 from pooling import concept_similarity  # noqa: E402
 
 
@@ -423,7 +424,8 @@ BATCHES = {"repeats": SETS, "a process without concepts": [[], []] + SETS[2:5] +
            "no concept": [[]] * 9}
 CASES = [(batch, kind, dedupe, term) for batch in BATCHES for kind in ("sigmoid", "softmax")
          for dedupe in (True, False) for term in ("contrastive", "npc", "xac", "total")]
-CASES += [(batch, kind, "span", "total") for batch in BATCHES for kind in ("sigmoid", "softmax")]
+CASES += [(batch, kind, how, "total") for batch in BATCHES for kind in ("sigmoid", "softmax")
+          for how in ("span", "shared")]
 METHODS = ("negclip", "ce_clip", "degla", "con_clip", "triplet_clip")
 CASES += [(masks, kind, K, method) for masks, K in [("some", 3), ("some", 1), ("none", 2), ("none", 0)]
           for kind in ("sigmoid", "softmax") for method in METHODS]
@@ -554,8 +556,17 @@ def step(model, split, batch, kind, dedupe, term):
         unique, pairs = [unique[u] for _, u in pairs], [(m, n) for n, (m, _) in enumerate(pairs)]
     ids = torch.tensor([1000 - u for u in unique] + [-1] * pad, dtype=torch.int64)
     pairs = torch.tensor(pairs + [(-1, -1)] * pad, dtype=torch.int64).view(-1, 2)
-    I, V, T, s, bias = model(images, torch.cat([captions, texts, strings[[0] * pad]]))
-    columns, labels = concept_columns(T[b:], ids, pairs, b, bool(dedupe), merge=dedupe != "span")
+    texts, feature_ids = torch.cat([texts, strings[[0] * pad]]), None
+    if dedupe == "shared":  # texts of different length; each string is encoded by one process, as many by each
+        tokens = torch.tensor(unique + [0] * pad).view(-1, 1).expand(-1, rank + 1).long()
+        tokens, feature_ids = share_concepts(tokens, ids, pad_id=7)
+        assert tokens.shape[1] == world and (tokens[:, 1:] == tokens[:, :1]).logical_or(tokens[:, 1:] == 7).all()
+        assert (1000 - tokens[:, 0] == feature_ids).all()
+        counts, strings_of_all = row_counts(len(tokens)), {s for strings_ in BATCHES[batch] for s in strings_}
+        assert sum(counts) == len(strings_of_all) and max(counts) - min(counts) <= 1
+        texts = strings[tokens[:, 0]]
+    I, V, T, s, bias = model(images, torch.cat([captions, texts]))
+    columns, labels = concept_columns(T[b:], ids, pairs, b, bool(dedupe), dedupe != "span", feature_ids)
     texts, offset = gather_features(T[:b]), first_row(b)
     assert offset == start and len(texts) == 9
     assert len(columns) == len(labels_from(BATCHES[batch], dedupe)[0])
