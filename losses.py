@@ -108,9 +108,9 @@ def share_concepts(concept_tokens, concept_ids, pad_id=0):
     concept_tokens (U, L) and concept_ids (U,) of this process, as below -> tokens (U', L') and ids (U',), to encode and
     to give to concept_columns as concept_features and feature_ids. L may differ between processes: pad_id fills up.
     """
-    length = max(row_counts(concept_tokens.shape[1], concept_tokens.device))
-    tokens = gather_features(F.pad(concept_tokens, (0, length - concept_tokens.shape[1]), value=pad_id))  # (M, L')
-    ids = gather_features(concept_ids)  # (M,)
+    counts, lengths = (row_counts(n, concept_tokens.device) for n in concept_tokens.shape)
+    padded = F.pad(concept_tokens, (0, max(lengths) - concept_tokens.shape[1]), value=pad_id)  # (U, L')
+    tokens, ids = gather_features(padded, counts), gather_features(concept_ids, counts)  # (M, L'), (M,)
     unique, _, first = _strings(ids)
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
     mine = first[unique >= 0].tensor_split(world_size)[rank]
