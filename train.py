@@ -430,7 +430,8 @@ def log(row):
 
 guard(os.makedirs, args.out_dir, exist_ok=True)
 board = args.tensorboard and rank == 0 and not args.dry_run and guard(
-    importlib.import_module, "torch.utils.tensorboard").SummaryWriter(args.out_dir, purge_step=first_step + 1)
+    importlib.import_module, "torch.utils.tensorboard").SummaryWriter(
+        args.out_dir, purge_step=first_step + 1, flush_secs=5)
 if rank == 0 and not args.dry_run:
     lines = open(log_path).readlines() if args.resume and os.path.exists(log_path) else []
     with guard(open, log_path, "w") as f:       # without what is younger than the checkpoint, or was torn by a kill
