@@ -40,7 +40,7 @@ SCRATCH = METHODS | {
 T_975 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}     # by the number of seeds
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--output", default="out/study", help="folder of the runs, table.md and curves.png (out/study)")
+parser.add_argument("--output", default="out/study", help="folder of the runs and of table.md (out/study)")
 parser.add_argument("--seeds", type=int, default=3, help="runs an arm, with seeds 0, 1, ... (3)")
 parser.add_argument("--steps", type=int, default=600, help="from scratch (600)")
 parser.add_argument("--base-steps", type=int, default=2400, help="of \"before\", with batches of 32, then 128 (2400)")
