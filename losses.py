@@ -17,6 +17,9 @@ Features are L2-normalised, in any float dtype; logits and all that follows are 
 The hard-negative methods take K negatives of each caption, gathered like the captions: negative_features (B, K, D)
 and mask (B, K) bool. Where mask is false there is none: whatever finite feature is there, it is in no sum or count.
 """
+from dataclasses import dataclass, field
+from typing import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -305,14 +308,17 @@ def degla_loss(image_features, text_features, negative_features, mask, teacher, 
     """
     own, count = slice(offset, offset + len(image_features)), len(text_features)
     texts, negatives, valid = text_features[own], negative_features[own], mask[own]
+    igc = _choices(image_features, texts, negatives, valid, logit_scale)  # (b, 1 + K)
+    contrastive = negclip_loss(image_features, text_features, negative_features, mask, logit_scale, logit_bias, offset)
+    terms = {"contrastive": contrastive, "igc": _choice_share(igc, logit_bias, count)}
+    if teacher is None:
+        return terms
     teacher_texts = teacher["text_features"][own]
     tgc = _choices(texts, teacher_texts, negatives, valid, 10)  # (b, 1 + K)
-    igc = _choices(image_features, texts, negatives, valid, logit_scale)
     student = torch.cat([image_features, texts, negatives[valid]])
     target = torch.cat([teacher["image_features"], teacher_texts, teacher["negative_features"][own][valid]])
-    contrastive = negclip_loss(image_features, text_features, negative_features, mask, logit_scale, logit_bias, offset)
     return {"contrastive": contrastive, "tgc": _choice_share(tgc, None, count),
-            "igc": _choice_share(igc, logit_bias, count), "distill": (_float(student) - _float(target)).square().sum()}
+            "igc": terms["igc"], "distill": (_float(student) - _float(target)).square().sum()}
 
 
 def _with_negative_images(image_features, text_features, negative_features, mask, negative_image_features,
@@ -356,3 +362,142 @@ def triplet_clip_loss(image_features, text_features, negative_features, mask, ne
     b = len(image_features)
     return (_contrast_share(logits[:b], labels[:b], logit_bias, len(text_features))
             + _contrast_share(logits[b:], labels[b:], logit_bias, _global_sum(labels[b:].sum())))
+
+
+# ---- the methods: a function each, all of one signature ---------------------
+@dataclass
+class Features:
+    """What the loss of a method may read. What the method does not want is None.
+
+    B rows and N concepts are those of all processes, b rows are this process's own. Features are normalised.
+    """
+    image_features: torch.Tensor                             # (b, D)
+    text_features: torch.Tensor                              # (B, D), with gradient
+    logit_scale: torch.Tensor                                # the multiplier itself
+    logit_bias: torch.Tensor | None = None                   # None: the softmax form of every loss
+    offset: int = 0                                          # the column of this process's first row
+    concept_features: torch.Tensor | None = None             # (N, D), with gradient
+    concept_labels: torch.Tensor | None = None               # (b, N) bool
+    concept_similarity: torch.Tensor | None = None           # (b, N), from pooling.concept_similarity
+    negative_features: torch.Tensor | None = None            # (B, K, D), with gradient
+    negative_mask: torch.Tensor | None = None                # (B, K) bool
+    negative_image_features: torch.Tensor | None = None      # (b, D)
+    negative_image_mask: torch.Tensor | None = None          # (b,) bool
+    teacher: dict | None = None     # image_features (b, D), text_features (B, D), negative_features (B, K, D)
+    thresholds: torch.Tensor | None = None                   # (K,), of ce_clip, from the step before
+
+
+def _negatives(features):
+    return (features.image_features, features.text_features, features.negative_features, features.negative_mask)
+
+
+def _negative_images(features):
+    return (*_negatives(features), features.negative_image_features, features.negative_image_mask)
+
+
+def _form(features):
+    return (features.logit_scale, features.logit_bias, features.offset)
+
+
+def _image_text_loss(features):
+    images, texts = features.image_features, features.text_features
+    if features.logit_bias is None:
+        return clip_loss(images, texts, features.logit_scale, features.offset)
+    return siglip_loss(images, texts, *_form(features))
+
+
+def extra_terms(features, weights):
+    """The terms that can be added to any method: npc, xac and distill.
+
+    weights: {term: weight}, without those terms that the method gives itself. Returns {term: share} of the terms
+    whose weight is not 0 and whose inputs are there.
+    """
+    terms = {}
+    if weights.get("npc") and features.concept_features is not None:
+        terms["npc"] = npc_loss(features.image_features, features.concept_features, features.concept_labels,
+                                features.logit_scale, features.logit_bias)
+    if weights.get("xac") and features.concept_similarity is not None:
+        terms["xac"] = xac_loss(features.concept_similarity, features.concept_labels,
+                                features.logit_scale, features.logit_bias)
+    if weights.get("distill") and features.teacher is not None:
+        terms["distill"] = _distance(features)
+    return terms
+
+
+def _distance(features):
+    """Squared distances of this process's features from the teacher's, summed."""
+    own = slice(features.offset, features.offset + len(features.image_features))
+    total = (_float(features.image_features) - _float(features.teacher["image_features"])).square().sum()
+    for name in ("text_features", "negative_features"):
+        if features.teacher.get(name) is not None:
+            student, teacher = getattr(features, name)[own], features.teacher[name][own]
+            total = total + (_float(student) - _float(teacher)).square().sum()
+    return total
+
+
+def c2lip(features):
+    terms = {"contrastive": _image_text_loss(features)}
+    return terms | extra_terms(features, {"npc": 1.0, "xac": 1.0})
+
+
+def siglip(features):
+    return {"contrastive": _image_text_loss(features)}
+
+
+def clip(features):
+    return {"contrastive": _image_text_loss(features)}
+
+
+def negclip(features):
+    return {"contrastive": negclip_loss(*_negatives(features), *_form(features))}
+
+
+def ce_clip(features):
+    return ce_clip_loss(*_negatives(features), features.thresholds, *_form(features))
+
+
+def degla(features):
+    return degla_loss(*_negatives(features), features.teacher, *_form(features))
+
+
+def con_clip(features):
+    return {"contrastive": con_clip_loss(*_negative_images(features), *_form(features))}
+
+
+def triplet_clip(features):
+    return {"contrastive": triplet_clip_loss(*_negative_images(features), *_form(features))}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of METHODS: a loss and what it needs."""
+    loss: Callable                  # Features -> {term: this process's share}; ce_clip also returns "thresholds"
+    weights: dict = field(default_factory=dict)     # {term: default weight}; contrastive is 1.0
+    negatives: str | None = None    # captions with something wrong: "swap", "typed" or "negate"
+    negative_images: bool = False   # images that go with the negative captions
+    neighbours: bool = False        # rows bring similar images, which become rows of the batch
+    teacher: bool = False           # features from the averaged weights
+    defaults: dict = field(default_factory=dict)    # of train.py's other flags
+
+
+METHODS = {
+    "c2lip": Method(c2lip, {"npc": 1.0, "xac": 0.01}),
+    "siglip": Method(siglip, defaults={"loss": "siglip"}),
+    "clip": Method(clip, defaults={"loss": "clip"}),
+    "negclip": Method(negclip, negatives="swap", neighbours=True),
+    "ce_clip": Method(ce_clip, {"cmr": 0.2, "imc": 0.3}, negatives="typed"),
+    "degla": Method(degla, {"tgc": 0.1, "igc": 0.1, "distill": 0.005}, negatives="typed", teacher=True,
+                    defaults={"ema": 0.9996}),
+    "con_clip": Method(con_clip, negatives="negate", negative_images=True, defaults={"freeze": "visual"}),
+    "triplet_clip": Method(triplet_clip, negatives="swap", negative_images=True),
+}
+
+TERMS = {
+    "npc": "Noun-phrase contrast of C2LIP: every image against every concept of the batch.",
+    "xac": "Cross-attention contrast of C2LIP: the same, with the image pooled by each concept's attention.",
+    "cmr": "Cross-modal ranking of CE-CLIP: an image is closer to its caption than to a negative, by a margin.",
+    "imc": "Intra-modal contrast of CE-CLIP: a caption's image against all negative captions.",
+    "tgc": "Text-grounded contrast of DeGLA: a caption's teacher feature against its own negative captions.",
+    "igc": "Image-grounded contrast of DeGLA: an image's caption against its own negative captions.",
+    "distill": "Self-distillation of DeGLA: squared distance of all features from those of averaged weights.",
+}
