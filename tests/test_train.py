@@ -1,13 +1,18 @@
 """The scripts as a user runs them: training, torchrun, resuming, evaluation, mistakes."""
 import ast
+import contextlib
 import json
 import os
 import random
 import resource
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 
 import pytest
 import torch
@@ -24,13 +29,129 @@ SMALL = ["--batch-size", "32", "--steps", "12", "--log-every", "1", "--eval-ever
 SCENES = ["--bench", "scenes"]      # evaluation takes longer than these few steps
 
 
-def run(script, *args, processes=1, check=True):
-    launcher = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run([*launcher, script, *map(str, args)], cwd=ROOT, env=ENV, capture_output=True, text=True,
-                          timeout=300)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+class Forked:
+    """A script that runs in a fork of this process, which has imported torch already: seconds are saved each time.
+
+    It has the part of subprocess.Popen's interface that is used here. It leads a process group of its own.
+    """
+    def __init__(self, script, *args, folder, environment=None):
+        self.returncode = None
+        self.files = [tempfile.mkstemp(dir=folder)[1] for _ in range(2)]
+        self.pid = os.fork()
+        if self.pid == 0:
+            self.become(script, [str(arg) for arg in args], {**ENV, **(environment or {})})
+
+    def become(self, script, args, environment):
+        """The child; never returns."""
+        status = 1
+        try:
+            os.setsid()
+            for number, path in ((1, self.files[0]), (2, self.files[1])):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+            sys.stdout = open(1, "w", closefd=False)
+            sys.stderr = open(2, "w", closefd=False)
+            os.environ.clear()
+            os.environ.update(environment)
+            sys.argv = [script, *args]
+            sys.path[0] = ROOT
+            os.chdir(ROOT)
+            runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
+            status = 0
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout=300):
+        end = time.time() + timeout
+        while self.poll() is None:
+            if time.time() > end:
+                self.kill()
+                raise AssertionError(f"still running after {timeout} s:\n{self.stdout}\n{self.stderr}")
+            time.sleep(0.01)
+        return self.returncode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    @property
+    def stdout(self):
+        return open(self.files[0]).read()
+
+    @property
+    def stderr(self):
+        return open(self.files[1]).read()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def outputs(tmp_path_factory):
+    global OUTPUTS
+    OUTPUTS = tmp_path_factory.mktemp("outputs")
+
+
+def start(script, *args, processes=1, **environment):
+    """A running script, or a list of one for each process, as torchrun would start them."""
+    if processes == 1:
+        return Forked(script, *args, folder=OUTPUTS, environment=environment)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = []
+    for rank in range(processes):
+        places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks.append(Forked(script, *args, folder=OUTPUTS, environment={**places, **environment}))
+    return ranks
+
+
+def finish(processes):
+    """Wait for all; one that died would leave the others waiting, so they are ended, as torchrun does."""
+    while any(process.poll() is None for process in processes):
+        if any(process.returncode for process in processes):
+            time.sleep(1)
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+        time.sleep(0.02)
+    return processes
+
+
+def run(script, *args, processes=1, check=True, **environment):
+    """Run it to its end. Of several processes the first is returned."""
+    if processes == 1:
+        done = start(script, *args, **environment)
+        done.wait()
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+    ranks = finish(start(script, *args, processes=processes, **environment))
+    for done in ranks:
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+    return ranks[0]
+
+
+def torchrun(*args):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", *map(str, args)],
+                            cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def children_of(pid):
+    return [int(x) for x in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()]
 
 
 def function_of_train(name):
@@ -123,14 +244,12 @@ def test_processes_and_accumulation_change_nothing(exact, tmp_path, processes, a
 
 
 def test_interrupted_and_resumed_is_bit_equal(whole, tmp_path):
-    process = subprocess.Popen([sys.executable, "train.py", *SMALL, "--out-dir", str(tmp_path)], cwd=ROOT, env=ENV,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start("train.py", *SMALL, "--out-dir", tmp_path)
     while not (tmp_path / "log.jsonl").exists() or not curve(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and "interrupted: saved step" in output
+    assert process.wait() == 0 and "interrupted: saved step" in process.stdout
     steps = len(curve(tmp_path))
     assert 1 <= steps < 12
     run("train.py", *SMALL, "--out-dir", tmp_path, "--resume", "auto")
@@ -184,11 +303,6 @@ def test_method_weights_are_the_published_ones(exact):
 
 # ------------------------------------------------------------------------------------------------- kills and failures
 
-def start(*args, **keywords):
-    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL, **keywords)
-
-
 def test_killed_at_any_moment_and_resumed_is_bit_equal(whole, tmp_path):
     """kill -9 at random times, and once while a checkpoint is being written; save-every 1, so that writes are many."""
     rng, args = random.Random(time.time()), ["train.py", *SMALL, "--save-every", 1, "--keep", 2, "--out-dir", tmp_path,
@@ -225,12 +339,21 @@ def test_resume_auto_passes_over_a_damaged_checkpoint(tmp_path):
     assert curve(tmp_path, "step")[-1] == 3
 
 
+@contextlib.contextmanager
+def no_file_above(size):
+    """Files that processes write, which are started in here, end at this size: as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     run("train.py", *SMALL, "--steps", 2, "--out-dir", tmp_path)
     before = (tmp_path / "last.pt").read_bytes()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))       # no file above 1 MiB
-    process = subprocess.run([sys.executable, "train.py", *SMALL, "--resume", "auto", "--out-dir", str(tmp_path)],
-                             cwd=ROOT, env=ENV, capture_output=True, text=True, preexec_fn=limit)
+    with no_file_above(1 << 20):
+        process = start("train.py", *SMALL, "--resume", "auto", "--out-dir", tmp_path)
+    process.wait()
     assert process.returncode == 1 and "cannot write" in process.stderr and "Traceback" not in process.stderr
     assert (tmp_path / "last.pt").read_bytes() == before
 
@@ -269,25 +392,23 @@ def test_resumed_on_another_number_of_processes(exact, tmp_path):
 
 def test_torchrun_restarts_what_died(tmp_path):
     """A worker is killed; torchrun starts all again, and --resume auto goes on to the end."""
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--max-restarts", 1,
+    process = torchrun("--nproc_per_node", 2, "--max-restarts", 1,
                     "train.py", *SMALL, "--steps", 30, "--save-every", 2, "--out-dir", tmp_path, "--resume", "auto")
     while not (tmp_path / "last.pt").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    os.kill(children_of(process.pid)[-1], signal.SIGKILL)
     assert process.wait(timeout=180) == 0
     assert curve(tmp_path, "step")[-1] == 30 and len(curve(tmp_path)) == 30
 
 
 def test_one_dead_process_ends_all(tmp_path):
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train.py", *SMALL,
+    process = torchrun("--nproc_per_node", 2, "train.py", *SMALL,
                     "--steps", 500, "--out-dir", tmp_path)
     while not (tmp_path / "log.jsonl").exists() or not curve(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    os.kill(children_of(process.pid)[-1], signal.SIGKILL)
     assert process.wait(timeout=60) != 0
 
 
