@@ -100,15 +100,15 @@ def build_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter))
 
     p = add_command("download", description=(
-        "Fetch what may be fetched of some benchmarks, and say how to get the rest. A download that "
-        "was broken off is continued, each file's sha256 is checked, and archives are unpacked."))
+        "Fetch what may be fetched of some benchmarks, and say how to get the rest. A download "
+        "that was broken off is continued, each file's sha256 is checked, archives are unpacked."))
     p.add_argument("benches", nargs="+", metavar="BENCH", help="names of benchmarks")
     p.add_argument("--data-dir", default="data", help="folder to put them in (default: data)")
 
     p = add_command("compare", description=(
         "Compare two results on the same items: B - A in percent with a 95 %% interval (paired "
-        "bootstrap over images), the items gained (right in B only) and lost (right in A only), and "
-        "p by the exact McNemar test, which takes items as independent."))
+        "bootstrap over images), the items gained (right in B only) and lost (right in A only), "
+        "and p by the exact McNemar test, which takes items as independent."))
     p.add_argument("files", nargs=2, metavar="JSON", help="A and B, two files written by --json")
     p.add_argument("--items", action="store_true", help="print each item gained and lost")
 
@@ -117,16 +117,16 @@ def build_parser():
     p.add_argument("--data-dir", default="data", help="folder of the files (default: data)")
 
     p = add_command("plot", description=(
-        "Draw the training curves of runs, each a log.jsonl that train.py wrote: the loss, and each "
-        "evaluated subset in percent."))
+        "Draw the training curves of runs, each a log.jsonl that train.py wrote: the loss, and "
+        "each evaluated subset in percent."))
     p.add_argument("files", nargs="+", metavar="LOG", help="log.jsonl files, up to 7")
     p.add_argument("--keys", metavar="A,B", help="only these curves, such as loss,scenes.swap_att")
     p.add_argument("--output", default="curves.png", metavar="FILE",
                    help=".png, .svg or .pdf file to write (default: curves.png)")
 
     p = add_command("show", description=(
-        "Draw where an image is similar to each phrase of its caption: for each patch the cosine of "
-        "its token and the phrase. One row a model; all maps share one scale."))
+        "Draw where an image is similar to each phrase of its caption: for each patch the cosine "
+        "of its token and the phrase. One row a model; all maps share one scale."))
     p.add_argument("--checkpoint", default="", metavar="A,B",
                    help="checkpoints of train.py, joined by commas: a row each")
     p.add_argument("--image", metavar="FILE", help="an image file; default: a built-in scene")
@@ -142,7 +142,7 @@ def build_parser():
 def add_evaluate_arguments(parser):
     p = parser.add_argument_group("the model")
     p.add_argument("--checkpoint", metavar="FILE",
-                   help="a checkpoint of train.py, such as out/nano/last.pt; it needs no other flag")
+                   help="a checkpoint of train.py, such as out/nano/last.pt")
     p.add_argument("--init", metavar="SOURCE",
                    help="public weights instead: a hub id, a folder or a file")
     p.add_argument("--model", metavar="NAME",
@@ -164,8 +164,8 @@ def add_evaluate_arguments(parser):
     p.add_argument("--allow-missing", action="store_true",
                    help="leave out items whose image is missing or damaged, and count them")
     p.add_argument("--data", metavar="PATH",
-                   help="your own data: for retrieval pairs in a .csv, .tsv, .jsonl or .tar file; for "
-                        "folder a folder of images for each class")
+                   help="your own data: for retrieval pairs in a .csv, .tsv, .jsonl or .tar file; "
+                        "for folder a folder of images for each class")
     p.add_argument("--image-key", metavar="COLUMN",
                    help="the column of --data with paths of images (default: image, filepath, ...)")
     p.add_argument("--caption-key", metavar="COLUMN",
@@ -220,6 +220,7 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 DATA = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
 TABLE = DATA["benches"]         # {bench: its source, files, folders, archives, published figures}
 ARCHIVES = DATA["archives"]     # {name: url, path to download to, folder that it makes}
+GET = "python evaluate.py download"
 MAX_MEMBERS = 2_000_000      # files in an archive; ImageNet has 1.4 million
 RANK = int(os.environ.get("RANK", 0))           # of this process, as torchrun says
 WORLD = int(os.environ.get("WORLD_SIZE", 1))    # number of processes
@@ -625,7 +626,7 @@ def add_means(results, draws, means):
 def add_interval(result, draws, image_count):
     accuracy = draws[0].item()
     low, high = np.quantile(draws[1:], (0.025, 0.975)).tolist()
-    edge = 3.84 / (image_count + 3.84)      # Wilson's bound for no or all of so many; 3.84 is 1.96^2
+    edge = 3.84 / (image_count + 3.84)      # Wilson's bound where none or all are right; 1.96^2
     result["accuracy"] = accuracy
     result["low"] = min(accuracy, low)
     result["high"] = max(accuracy, high)
@@ -640,7 +641,7 @@ def run(model, benches, **options):
 
     model: any object with
         encode_image(pixels (n, 3, S, S)) -> (n, D) and encode_text(tokens (n, L)) -> (n, D);
-        transform(RGB image of pillow) -> pixels (3, S, S) and tokenize(list of str) -> tokens (n, L).
+        transform(RGB image of pillow) -> pixels (3, S, S) and tokenize(list of str) -> tokens.
     options: the fields of Options. Under torchrun all processes call this, and share the work.
 
     Returns {bench: {subset or mean: {accuracy, low, high, n, chance, ...}}}, shares from 0 to 1;
@@ -652,6 +653,28 @@ def run(model, benches, **options):
         model.to(options.device)
     tasks, _ = read(benches, options, image_size(model))
     return score(model, tasks, options)
+
+
+def check(benches, **options):
+    """Raise whatever run would raise before it encodes anything, without a model: for unknown
+    benchmarks, files or columns that are missing, and where no image of a task can be opened."""
+    check_names(benches)
+    options = Options(**options)
+    tasks, _ = read(benches, options, image_size=32)
+    for parts in tasks.values():
+        for task in parts:
+            check_pictures(task, options)
+
+
+def check_pictures(task, options):
+    """Open pictures of a task until one can be read."""
+    for pictures, _ in task.needed():
+        for picture in pictures:
+            data = PictureData([picture], lambda image: image, options.allow_missing)
+            _, image = data[0]
+            if image is not None:
+                return
+    raise ValueError(f"no image of {type(task).__name__.lower()} {picture.name} can be read")
 
 
 def score(model, tasks, options):
@@ -686,7 +709,7 @@ def image_size(model):
 
 
 def print_table(bench, results, published=None):
-    """A line a subset or mean, in percent; beside it published ones, {method: {subset: percent}}."""
+    """A line for each subset and mean, in percent. published {method: {subset: percent}}."""
     width = max(len(name) for name in (bench, *results))
     published = published or {}
     head = f"{bench:{width}s}    chance  accuracy     right / n      ties    95 % interval"
@@ -724,7 +747,7 @@ class Source:
         file = self.spec["files"][self.subset]
         path = Path(self.options.data_dir, file["path"])
         if not path.is_file():
-            raise Missing(f"{self.bench}: no {path}; get it: python evaluate.py download {self.bench}")
+            raise Missing(f"{self.bench}: no {path}; get it: {GET} {self.bench}")
         try:
             content = path.read_bytes()
             rows = parse_rows(content, path.suffix)
@@ -734,8 +757,9 @@ class Source:
                 extent = "all" if whole else "not all"
                 raise ValueError(f"{len(rows)} rows, {extent} with {', '.join(map(str, keys))}")
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} is not the official file of {file['n']} rows ({error}): delete "
-                             f"it and get it: python evaluate.py download {self.bench}") from None
+            raise ValueError(f"{path} is not the official file of {file['n']} rows ({error}): "
+                             f"delete it and get it: {GET} {self.bench}"
+                             ) from None
         return rows
 
     def pictures(self, names, boxes=None):
@@ -751,8 +775,8 @@ class Source:
             first = next(path for name, path in paths.items() if name in missing)
             raise Missing(
                 f"{self.bench}: {len(missing)} of {len(paths)} images are missing, the first is "
-                f"{first}. Give --image-root DIR, or get them: python evaluate.py download "
-                f"{self.bench}; --allow-missing skips some, but not all")
+                f"{first}. Give --image-root DIR, or get them: {GET} {self.bench}; --allow-missing "
+                "skips some, but not all")
         pictures = []
         for i, name in enumerate(names):
             box = tuple(boxes[i]) if boxes else ()
@@ -935,8 +959,8 @@ SUGARCREPE_MEANS = {        # three averages are in use, which differ: macro_7, 
 def sugarcrepe(source):
     """A COCO image, its caption and one hard negative: the caption must score strictly higher.
 
-    7 subsets, 7,511 items on 1,560 images. Three averages are in use, which differ: macro_7 over the
-    subsets, macro_3 over the groups replace, swap and add, micro over the items.
+    7 subsets, 7,511 items on 1,560 images. Three averages are in use, which differ: macro_7 over
+    the subsets, macro_3 over the groups replace, swap and add, micro over the items.
 
         swap_obj.json  {"0": {"filename": "000000222455.jpg", "caption": "...",
                               "negative_caption": "..."}, "1": ...}
@@ -982,9 +1006,9 @@ def sugarcrepe_pp(source):
 
 
 def aro(source):
-    """vg_relation, vg_attribution: on a crop of Visual Genome the caption must score strictly higher
-    than the same with its objects, or attributes, exchanged. coco_order, flickr30k_order: the
-    caption against four shuffles of its words (see orders); an item is one caption.
+    """vg_relation, vg_attribution: on a crop of Visual Genome the caption must score strictly
+    higher than the same with its objects, or attributes, exchanged. coco_order, flickr30k_order:
+    the caption against four shuffles of its words (see orders); an item is one caption.
 
     Published are vg_relation_macro, the mean over relations without the symmetric ones and those
     that the original leaves out, and vg_attribution_macro, the mean over pairs of attributes with
@@ -1131,8 +1155,8 @@ WHATSUP_MEANS = {
 
 
 def whatsup(source):
-    """The caption with the true preposition must score strictly highest: of four on photographs made
-    for it (A: household objects, B: objects on a table), of two on COCO and Visual Genome.
+    """The caption with the true preposition must score strictly highest: of four on photographs
+    made for it (A: household objects, B: objects on a table), of two on COCO and Visual Genome.
 
     A_pair, B_pair: of the same two objects left and right, or the other two prepositions, are both
     right; A_set, B_set: all four are.
@@ -1192,12 +1216,12 @@ def file_name(url):
 
 
 def retrieval(source):
-    """Images find their captions (i2t) and captions their images (t2i), among all of Karpathy's test
-    split of COCO or Flickr30k, or of --data. R@k: the best positive is among the k best.
+    """Images find their captions (i2t) and captions their images (t2i), among all of Karpathy's
+    test split of COCO or Flickr30k, or of --data. R@k: the best positive is among the k best.
 
-    Each caption is a query of its own, as published. In --data an image's positives are all captions
-    that any row gives it, and equal captions are one, positive for all their images. Captions whose
-    image is missing stay candidates.
+    Each caption is a query of its own, as published. In --data an image's positives are all
+    captions that any row gives it, and equal captions are one, positive for all their images.
+    Captions whose image is missing stay candidates.
 
         coco_karpathy_test.json  [{"image": "val2014/COCO_val2014_000000391895.jpg",
                                    "caption": ["...", "...", "...", "...", "..."]}, ...]
@@ -1302,8 +1326,7 @@ def torchvision_set(source, download=False):
     try:
         data = getattr(torchvision.datasets, name)(path, download=download, **split)
     except (RuntimeError, OSError) as error:
-        raise Missing(f"{source.bench}: {error}; get it: python evaluate.py download "
-                      f"{source.bench}") from None
+        raise Missing(f"{source.bench}: {error}; get it: {GET} {source.bench}") from None
     yield classification(source, data, data.classes, [prompt])
 
 
@@ -1316,8 +1339,8 @@ def classification(source, data, classes, templates, count=None):
         names = [f"{path} {i}" for i in range(len(data))]
     wrong_count = count is not None and len(names) != count and not source.options.allow_missing
     if len(data.classes) != len(classes) or wrong_count:
-        raise ValueError(f"{source.bench}: {len(data.classes)} classes, {len(names)} images instead "
-                         f"of {len(classes)}, {count or len(names)}")
+        raise ValueError(f"{source.bench}: {len(data.classes)} classes, {len(names)} images "
+                         f"instead of {len(classes)}, {count or len(names)}")
 
     def load(name, i):
         return data[i][0]
@@ -1375,7 +1398,8 @@ def download(benches, data_dir):
             list(torchvision_set(source, download=True))
         for file in spec.get("files", {}).values():
             if "url" in file:
-                fetch(file["url"], os.path.join(data_dir, file["path"]), file.get("sha256"), data_dir)
+                path = os.path.join(data_dir, file["path"])
+                fetch(file["url"], path, file.get("sha256"), data_dir)
         for name in spec.get("archives", []):
             fetch_archive(ARCHIVES[name], data_dir)
         if "by_hand" in spec:
@@ -1415,8 +1439,8 @@ def fetch(url, path, sha256, data_dir):
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     expected = sha256 or first_digest(data_dir, path, digest)
     if digest != expected:
-        raise ValueError(f"{path} is not the official file, of sha256 {expected[:12]}...: delete it "
-                         f"and {by_hand}")
+        raise ValueError(f"{path} is not the official file, of sha256 {expected[:12]}...: delete "
+                         f"it and {by_hand}")
 
 
 def first_digest(data_dir, path, digest):
@@ -1427,8 +1451,8 @@ def first_digest(data_dir, path, digest):
     if os.path.isfile(record):
         known = json.loads(Path(record).read_text("utf-8"))
     if name not in known:
-        print(f"{path}: its true sha256 is not known; from now on it is that of this first download, "
-              f"{digest}")
+        print(f"{path}: its true sha256 is not known; from now on it is that of this first "
+              f"download, {digest}")
         known[name] = digest
         Path(record).write_text(json.dumps(known, indent=1), "utf-8")
     return known[name]
@@ -1491,7 +1515,7 @@ def remove_if_there(path):
 
 def unpack(archive, folder):
     """Unpack a zip or tar of plain files and folders. Raises ValueError for anything else in it:
-    names that lead out of the folder, links, or far more files or bytes than an archive of images."""
+    names that lead out of the folder, links, or far more files or bytes than images take."""
     limit = 4 * os.path.getsize(archive) + 2**30
     try:
         if zipfile.is_zipfile(archive):
@@ -1507,8 +1531,8 @@ def unpack(archive, folder):
                 raise ValueError(f"{special[0]!r} is neither a file nor a folder")
             tar.extractall(folder, filter="data")
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise ValueError(f"{archive} is damaged or not what it should be: {error}. Delete it and try "
-                         "again") from None
+        raise ValueError(f"{archive} is damaged or not what it should be: {error}. Delete it and "
+                         "try again") from None
 
 
 def check_members(members, folder, limit):
@@ -1543,7 +1567,7 @@ def describe(bench, data_dir):
     needed = list(spec.get("files", {}).values())
     needed += [ARCHIVES[name] for name in spec.get("archives", [])]
     if needed:
-        print(f"\npython evaluate.py download {bench} --data-dir {data_dir}   fetches:")
+        print(f"\n{GET} {bench} --data-dir {data_dir}   fetches:")
     for file in needed:
         path = os.path.join(data_dir, file.get("makes", file["path"]))
         size = f"{file['size'] / 1e6:,.1f} MB" if "size" in file else ""
@@ -1589,8 +1613,9 @@ def compare(files, items=False):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"compare {' '.join(files)}: expected two files of --json ({error!r})"
                          ) from None
-    print("B - A in percent. gained: items right in B only; lost: in A only. Interval: 95 %, paired "
-          "bootstrap over images.\np: exact McNemar test, which takes items as independent.\n")
+    print("B - A in percent. gained: items right in B only; lost: in A only. Interval: 95 %, "
+          "paired bootstrap over images.\np: exact McNemar test, which takes items as independent."
+          "\n")
     print(f"{'percent':32s}     n      A      B   B - A    95 % interval        p  gained  lost")
     for key in a:
         if key in b:
@@ -1736,15 +1761,15 @@ def show(checkpoint, image=None, scene=0, caption=None, concepts=None, output="a
         caption = caption or row["caption"]
     phrases = concepts or extract(caption or "")
     if not phrases:
-        raise ValueError("show has no phrases for --image: give --concepts, or a --caption with noun "
-                         "phrases")
+        raise ValueError("show has no phrases for --image: give --concepts, or a --caption with "
+                         "noun phrases")
     maps = [similarity_maps(model, picture, phrases) for model in models]
     boxes = [seen_box(model, picture) for model in models]
     save_figure(draw_maps(picture, phrases, names, maps, boxes), output)
 
 
 def draw_maps(picture, phrases, names, maps, boxes):
-    """A row for each model: the photograph, and over it the map (side, side) of each phrase -> Figure.
+    """A row for each model: the photograph, and over it the map (side, side) of each phrase.
 
     All maps have one scale, so that a nearly uniform map looks uniform. A cross marks the patch of
     the largest similarity; boxes say where the map lies on the photograph, see seen_box.
@@ -1757,16 +1782,18 @@ def draw_maps(picture, phrases, names, maps, boxes):
     panels = figure.subplots(len(names), 1 + len(phrases), squeeze=False)
     for row, name, model_maps, box in zip(panels, names, maps, boxes):
         for panel in row:
-            panel.imshow(picture if panel is row[0] else picture.convert("L"), cmap="gray")
+            photograph = picture if panel is row[0] else picture.convert("L")
+            panel.imshow(photograph, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
             panel.set_axis_off()
         row[0].set_title(name)
         for panel, phrase, values in zip(row[1:], phrases, model_maps):
             shown = panel.imshow(values, cmap="viridis", norm=scale, alpha=0.65,
                                  interpolation="bicubic", extent=box)
             x, y = peak_place(values, box)
-            panel.plot(x, y, "+", color="white", markersize=14, markeredgewidth=2.5)
-            panel.set_xlim(-0.5, width - 0.5)       # imshow of the map alone would crop to its box
-            panel.set_ylim(height - 0.5, -0.5)
+            panel.plot(x, y, "+", color="black", markersize=15, markeredgewidth=4)
+            panel.plot(x, y, "+", color="white", markersize=13, markeredgewidth=2)
+            panel.set_xlim(0, width)        # all of the photograph, where the model saw less
+            panel.set_ylim(height, 0)
             panel.set_title(phrase)
     figure.colorbar(shown, ax=panels, label="cosine of patch and phrase", shrink=0.8)
     return figure
@@ -1795,8 +1822,8 @@ def interpolate_weights(model, initial, weight):
         if value not in ("", ours[key]) and key not in ("name", "logit_scale", "logit_bias"):
             differ.append(key)
     if differ or not 0 <= weight <= 1:
-        raise ValueError(f"--interpolate {weight:g}: expected 0 (--init) to 1 (--checkpoint), and as "
-                         f"--init the weights that --checkpoint was tuned from; what differs: "
+        raise ValueError(f"--interpolate {weight:g}: expected 0 (--init) to 1 (--checkpoint), and "
+                         f"as --init the weights that --checkpoint was tuned from; what differs: "
                          f"{', '.join(differ) or 'nothing'}")
     start = initial.state_dict()
     for key, value in model.state_dict().items():
@@ -1808,8 +1835,8 @@ def interpolate_weights(model, initial, weight):
 def load_model(checkpoint, init, name, tokenizer, weight):
     """The model that the flags --checkpoint, --init, --model, --tokenizer, --interpolate mean."""
     if bool(checkpoint) + bool(init or name) != 1 + (weight is not None):
-        raise ValueError("give what to evaluate: --checkpoint FILE, or --init SOURCE (or --model NAME "
-                         "for its default weights), or both with --interpolate A")
+        raise ValueError("give what to evaluate: --checkpoint FILE, or --init SOURCE (or --model "
+                         "NAME for its default weights), or both with --interpolate A")
     model = CLIP.load(checkpoint) if checkpoint else CLIP.from_pretrained(init, name)
     if weight is not None:
         model = interpolate_weights(model, CLIP.from_pretrained(init, name), weight)
@@ -1821,8 +1848,8 @@ def load_model(checkpoint, init, name, tokenizer, weight):
 def pick_device(device):
     """cuda where there is one, unless another is asked for."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU with a driver here; leave it out, or give "
-                         "--device cpu")
+        raise ValueError("--device cuda: torch finds no GPU with a driver here; leave it out, or "
+                         "give --device cpu")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return device
@@ -1839,7 +1866,8 @@ def fingerprint(model):
 
 # ---- commands ----------------------------------------------------------------------------------
 
-def evaluate(checkpoint, init, model, tokenizer, interpolate, bench, json_path, reference, **settings):
+def evaluate(checkpoint, init, model, tokenizer, interpolate, bench, json_path, reference,
+             **settings):
     """Score a model on benchmarks, print a table of each, and write --json."""
     benches = bench.split(",")
     if benches != ["all"]:

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import subprocess
 import sys
 from dataclasses import replace
 from fractions import Fraction
@@ -259,7 +260,7 @@ def test_show_puts_the_map_where_the_model_looks(tmp_path, figures):
              "--concepts", "a dog", "--output", str(tmp_path / "a.svg")])
     panel = figures[0].axes[1]
     assert panel.get_images()[1].get_extent() == [20, 70, 50, 0]
-    assert panel.get_xlim() == (-0.5, 89.5) and panel.get_ylim() == (49.5, -0.5)     # the whole photograph stays
+    assert panel.get_xlim() == (0, 90) and panel.get_ylim() == (50, 0)     # the whole photograph stays
 
 
 def test_show_of_an_image_file_with_a_caption_or_concepts(checkpoints, tmp_path, figures):
@@ -322,3 +323,80 @@ def test_interpolate_of_models_that_do_not_fit():
     interpolate(tuned, softmax, 0)
     assert torch.equal(tuned.logit_bias, (before["logit_bias"] + other.logit_bias) / 2)
     assert torch.equal(tuned.visual.blocks[0].attn.qkv.weight, softmax.visual.blocks[0].attn.qkv.weight)
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+def evaluate_py(*args):
+    return subprocess.run([sys.executable, os.path.join(evaluate.ASSETS.parent, "evaluate.py"), *args],
+                          capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", ["", *evaluate.COMMANDS])
+def test_each_command_has_its_own_help_and_imports_nothing_for_it(command):
+    before = os.times()
+    done = evaluate_py(*command.split(), "--help")
+    seconds = sum(os.times()[2:4]) - sum(before[2:4])       # of processors, not of the clock
+    assert done.returncode == 0 and done.stdout.startswith("usage: evaluate.py") and seconds < 2
+    if command in ("", "evaluate"):
+        for name, text in {**evaluate.BENCHES, **evaluate.COMMANDS}.items():
+            assert f"  {name:14s} {text}\n" in done.stdout
+    else:
+        assert f"usage: evaluate.py {command}" in done.stdout and "--bench" not in done.stdout
+
+
+def test_a_wrong_flag_costs_two_lines():
+    done = evaluate_py("download", "sugarcrepe", "--date-dir", "x")
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        "evaluate.py: unrecognized arguments: --date-dir x", "see: evaluate.py --help"]
+    done = evaluate_py("compare", "a.json")
+    assert done.stderr.splitlines()[1] == "see: evaluate.py compare --help"
+
+
+@pytest.mark.parametrize("bench", evaluate.BENCHES)
+def test_describe_says_protocol_source_and_files(bench, capsys):
+    command(["describe", bench, "--data-dir", "here"])
+    out = capsys.readouterr().out
+    spec = evaluate.TABLE.get(bench, {})
+    assert out.startswith(f"{bench}: {evaluate.BENCHES[bench]}\n")
+    assert evaluate.READERS[bench].__doc__.split(".")[0].split("\n")[0] in out and len(out) > 300
+    assert spec.get("source", "") in out
+    for file in spec.get("files", {}).values():
+        assert f"here/{file['path']}" in out and file.get("url", "by hand") in out
+
+
+def test_tables_of_benchmarks_agree():
+    assert list(evaluate.READERS) == list(evaluate.BENCHES) and set(evaluate.TABLE) <= set(evaluate.BENCHES)
+    assert set(evaluate.MEANS) <= set(evaluate.BENCHES) and set(evaluate.FUNCTIONS) == set(evaluate.COMMANDS)
+    with pytest.raises(ValueError, match="no bench 'sugarcrape': expected some of scenes, "):
+        command(["describe", "sugarcrape"])
+
+
+class Plain:
+    """The four members that run needs, and nothing else."""
+
+    def __init__(self, model):
+        self.encode_image, self.encode_text = model.encode_image, model.encode_text
+        self.tokenize, self.transform = model.tokenize, model.transform
+
+
+def test_run_takes_any_object_with_four_members():
+    model = nano(0).eval()
+    results = evaluate.run(Plain(model), ["scenes"], quiet=True)
+    assert results == evaluate.run(model, ["scenes"], quiet=True)
+    with pytest.raises(TypeError, match="image_rot"):
+        evaluate.run(model, ["scenes"], image_rot="x")
+
+
+def test_check_finds_what_run_would_find(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
+    (tmp_path / "pairs.csv").write_text("image,caption\nnone.png,a dog\n1.png,a cat\n")
+    good = dict(data=str(tmp_path / "pairs.csv"), image_root=str(tmp_path), allow_missing=True)
+    evaluate.check(["scenes", "retrieval"], **good)
+    for benches, changes, says in (
+            (["scnes"], {}, "no bench 'scnes'"), (["sugarcrepe"], {"data_dir": str(tmp_path)}, "download sugarcrepe"),
+            (["retrieval"], {"image_root": "elsewhere"}, "no image .* can be read"),
+            (["retrieval"], {"allow_missing": False}, "cannot read .*none.png"),
+            (["retrieval"], {"image_key": "picture"}, "no images with captions")):
+        with pytest.raises(ValueError, match=says):
+            evaluate.check(benches, **{**good, **changes})
