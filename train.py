@@ -18,6 +18,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -345,12 +346,23 @@ else:
 # ---- which checkpoint to resume --------------------------------------------
 
 
+def kept_checkpoints():
+    """The step_*.pt in the folder, oldest first."""
+    return sorted(glob.glob(os.path.join(glob.escape(args.out_dir), "step_*.pt")))
+
+
+def checkpoints():
+    """All that a run can go on from, the newest last."""
+    found = kept_checkpoints()
+    if os.path.exists(last_path):
+        found.append(last_path)
+    return found
+
+
 def newest_checkpoint():
     """The path of the newest checkpoint in the folder that is whole, or None."""
     newest = None
-    for path in sorted(glob.glob(os.path.join(args.out_dir, "step_*.pt"))) + [last_path]:
-        if not os.path.exists(path):
-            continue
+    for path in checkpoints():
         try:
             torch.load(path, mmap=True, weights_only=True)
             newest = path
@@ -713,25 +725,35 @@ def results_for_log(results):
 
 
 # ---- checkpoints -----------------------------------------------------------
+def remove(path):
+    if os.path.exists(path):
+        os.remove(path)
+
+
 def write(checkpoint, name):
     """What has this name is a whole checkpoint, always.
 
-    It is written under another name, through to the disk, and then renamed.
+    It is written under another name, through to the disk, and then renamed. A kill may leave that
+    other name behind, and it may even be a second name of a checkpoint: it is removed, never
+    written into.
     """
     path = os.path.join(args.out_dir, name)
+    unfinished = path + ".tmp"
     try:
-        with open(path + ".tmp", "wb") as f:
+        remove(unfinished)
+        with open(unfinished, "xb") as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
+        os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:
+        remove(unfinished)      # a full disk has better uses for the space
         stop(f"cannot write {path}: {error}. What was there is untouched: make room, and give "
              "--resume auto")
 
 
 def save(step):
-    """last.pt, and step_*.pt of the newest --keep."""
+    """last.pt, and with --keep the newest ones as step_*.pt."""
     if rank != 0:
         return
     checkpoint = {
@@ -741,11 +763,25 @@ def save(step):
         checkpoint["teacher"] = teacher.state_dict()
     write(checkpoint, "last.pt")
     if args.keep > 1:
-        # a second name, which stays when the next checkpoint takes the first
-        os.link(last_path, last_path + ".tmp")
-        os.replace(last_path + ".tmp", os.path.join(args.out_dir, f"step_{step:08d}.pt"))
-        for old in sorted(glob.glob(os.path.join(args.out_dir, "step_*.pt")))[:-args.keep]:
+        keep_copy(os.path.join(args.out_dir, f"step_{step:08d}.pt"))
+        for old in kept_checkpoints()[:-args.keep]:
             os.remove(old)
+
+
+def keep_copy(path):
+    """A second name of last.pt, which stays when the next checkpoint takes the first."""
+    try:
+        remove(path)
+        os.link(last_path, path)
+        return
+    except OSError:
+        pass    # not every file system has second names
+    try:
+        shutil.copyfile(last_path, path + ".tmp")
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        remove(path + ".tmp")
+        print0(f"cannot keep {path} ({error.strerror}); {last_path} is whole")
 
 
 # ---- the log ---------------------------------------------------------------
@@ -753,12 +789,14 @@ def save(step):
 PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "4090": 165}
 
 
+torn_line = ""      # a line break, after a line of the log that was not written to its end
+
+
 def log(row):
     """A line of log.jsonl, and for TensorBoard its numbers."""
     if rank != 0:
         return
-    with open(log_path, "a") as f:
-        f.write(json.dumps(row) + "\n")
+    add_line(json.dumps(row) + "\n")
     if board is None or "step" not in row:
         return
     numbers = {name: x for name, x in row.items() if isinstance(x, float)}
@@ -769,16 +807,47 @@ def log(row):
         board.add_scalar(name, x, row["step"])
 
 
+def add_line(text):
+    """A disk may be full. That is said once and training goes on, as the log is not what counts."""
+    global torn_line
+    try:
+        with open(log_path, "a") as f:
+            f.write(torn_line + text)
+        torn_line = ""
+    except OSError as error:
+        if not torn_line:
+            print0(f"cannot write {log_path} ({error.strerror}): training goes on without it")
+        torn_line = "\n"
+
+
 def open_log():
-    """Begins log.jsonl. At a resume it keeps what is no younger than the checkpoint, nor torn."""
+    """Begins log.jsonl. At a resume it keeps the lines that are no younger than the checkpoint."""
     kept = []
+    unreadable = 0
     if args.resume and os.path.exists(log_path):
-        with open(log_path) as f:
+        with open(log_path, encoding="utf-8", errors="replace") as f:
             for line in f:
-                if line.endswith("\n") and json.loads(line).get("step", 0) <= first_step:
+                step = step_of(line)
+                if step is None:
+                    unreadable += 1
+                elif step <= first_step:
                     kept.append(line)
-    with open(log_path, "w") as f:
+    if unreadable:      # such as the last one, torn by a kill
+        print0(f"{log_path}: {unreadable} lines cannot be read and are left out")
+    with open(log_path + ".tmp", "w") as f:
         f.writelines(kept)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(log_path + ".tmp", log_path)     # a kill leaves the old log or the new one
+
+
+def step_of(line):
+    """The step of a line of the log, 0 for the first lines, None for one that is not whole."""
+    try:
+        step = json.loads(line).get("step", 0)
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return step if line.endswith("\n") and isinstance(step, int) else None
 
 
 def open_board():

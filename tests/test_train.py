@@ -358,6 +358,63 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
+def test_what_a_kill_left_behind_is_removed_not_written_into(tmp_path):
+    """A second name of last.pt under the name of the next unfinished file: writing into it would damage both."""
+    args = ["train.py", *SMALL, "--save-every", 1, "--keep", 2, "--out-dir", tmp_path]
+    run(*args, "--steps", 3)
+    os.link(tmp_path / "last.pt", tmp_path / "last.pt.tmp")
+    inode = os.stat(tmp_path / "last.pt").st_ino
+    process = start(*args, "--resume", "auto")
+    while os.stat(tmp_path / "last.pt").st_ino == inode:        # the first save of the resumed run
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    run(*args, "--resume", "auto")
+    names = ["last.pt", "log.jsonl", "step_00000011.pt", "step_00000012.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    assert curve(tmp_path, "step") == list(range(1, 13))
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 12
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    with no_file_above(1 << 20):
+        process = start("train.py", *SMALL, "--steps", 2, "--out-dir", tmp_path)
+    assert process.wait() == 1
+    assert [line for line in process.stderr.splitlines() if "cannot write" in line] == [
+        process.stderr.splitlines()[-1]]
+    assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path):
+    """Its lines are torn at 6,000 bytes; then there is room again, and the next resume passes over the torn line."""
+    with no_file_above(6000):
+        process = start("train.py", *SMALL, "--steps", 300, "--warmup", 1, "--out-dir", tmp_path)
+    while "cannot write" not in process.stdout:
+        assert process.poll() is None
+        time.sleep(0.02)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    lines = (tmp_path / "log.jsonl").read_text().count("\n")
+    while (tmp_path / "log.jsonl").read_text().count("\n") < lines + 4:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0 and process.stdout.count("cannot write") == 1
+    steps = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
+    done = run("train.py", *SMALL, "--steps", steps + 1, "--warmup", 1, "--resume", "auto", "--out-dir", tmp_path)
+    assert "log.jsonl: 1 lines cannot be read and are left out" in done.stdout
+    assert curve(tmp_path, "step")[-5:] == list(range(steps - 3, steps + 2))
+
+
+def test_a_damaged_line_of_the_log_is_passed_over(tmp_path):
+    run("train.py", *SMALL, "--steps", 3, "--out-dir", tmp_path)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "log.jsonl").write_text("".join([*lines[:2], lines[2][:9] + "\n", "[]\n", *lines[3:], '{"step": ']))
+    done = run("train.py", *SMALL, "--steps", 4, "--resume", "auto", "--out-dir", tmp_path)
+    assert "log.jsonl: 3 lines cannot be read and are left out" in done.stdout
+    assert curve(tmp_path, "step") == [1, 3, 4]
+
+
 def test_tensorboard_gets_what_the_log_has(tmp_path):
     run("train.py", *SMALL, *SCENES, "--steps", 3, "--tensorboard", "--out-dir", tmp_path)
     events = EventAccumulator(str(tmp_path)).Reload()
