@@ -13,6 +13,7 @@ import ast
 import contextlib
 import copy
 import glob
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import asdict, replace
 
 # ---- arguments -------------------------------------------------------------
@@ -177,6 +179,9 @@ group.add_argument("--out-dir", metavar="DIR",
 group.add_argument("--resume", metavar="FILE",
                    help="Go on from this checkpoint. The word auto: from the newest in --out-dir "
                         "that is whole, if there is one.")
+group.add_argument("--overwrite", action="store_true",
+                   help="Discard the run that --out-dir holds; without this flag, training does "
+                        "not begin in the folder of another run.")
 group.add_argument("--save-every", type=int, default=1000, metavar="N",
                    help="Steps between checkpoints. Default: 1000.")
 group.add_argument("--keep", type=int, default=1, metavar="N",
@@ -306,6 +311,14 @@ def stop(message, status=1):
     os._exit(status)
 
 
+def stop_all(message, status=1):
+    """The same, where all processes know it; one of them says it."""
+    if rank == 0:
+        stop(message, status)
+    time.sleep(3)
+    os._exit(status)
+
+
 def guard(function, *arguments, **keywords):
     """Call it; an error that the user can mend, which its text says, becomes that one line."""
     try:
@@ -343,9 +356,14 @@ else:
     dataset = Scenes(scenes, "train", args.seed, relations=args.relations,
                      negative_images=method.negative_images)
 
+sampler = guard(Epochs, len(dataset), args.batch_size, args.seed, rank, world_size)
+if args.batch_size < world_size * args.accum:
+    stop(f"--batch-size {args.batch_size} is less than {world_size} processes x --accum "
+         f"{args.accum}", 2)
+if args.steps is None:
+    args.steps = max(1, round(args.epochs * sampler.steps_per_epoch))
+
 # ---- which checkpoint to resume --------------------------------------------
-
-
 def kept_checkpoints():
     """The step_*.pt in the folder, oldest first."""
     return sorted(glob.glob(os.path.join(glob.escape(args.out_dir), "step_*.pt")))
@@ -359,20 +377,154 @@ def checkpoints():
     return found
 
 
-def newest_checkpoint():
-    """The path of the newest checkpoint in the folder that is whole, or None."""
-    newest = None
-    for path in checkpoints():
+def damage(path):
+    """What is wrong with a checkpoint, or None. Each part of the file has a checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()
+    except Exception as error:      # damaged headers raise nearly anything
+        return f"{type(error).__name__}: {error}"
+    return f"its part {changed} has changed" if changed else None
+
+
+def choose_checkpoint():
+    """The path of the checkpoint to go on from; None: a new run. ValueError for neither."""
+    found = checkpoints()
+    if args.resume is None:
+        if found and not args.overwrite:
+            raise ValueError(
+                f"{args.out_dir} holds a run already, the newest checkpoint is {found[-1]}: go on "
+                "with it (--resume auto), choose another --out-dir, or discard it (--overwrite)")
+        return None
+    if args.resume != "auto":
+        check_choice(args.resume, found)
+        return args.resume
+    for path in reversed(found):
+        problem = damage(path)
+        if problem is None:
+            return path
+        print0(f"--resume auto passes over {path}, which is damaged ({problem})")
+    if found and not args.overwrite:
+        raise ValueError(f"--resume auto: no checkpoint in {args.out_dir} is whole; to begin anew "
+                         "there, discard them (--overwrite)")
+    return None
+
+
+def check_choice(path, found):
+    """Of a checkpoint that the user named; ValueError if going on from it would lose another."""
+    if not os.path.isfile(path):
+        raise ValueError(f"no checkpoint at {path}")
+    problem = damage(path)
+    if problem is not None and zipfile.is_zipfile(path):
+        raise ValueError(f"--resume {path}: the file is damaged ({problem})")
+    if not found or args.overwrite or os.path.samefile(path, found[-1]):
+        return
+    raise ValueError(
+        f"--resume {path} is not the newest checkpoint in {args.out_dir}, which is {found[-1]}: "
+        "choose another --out-dir, or discard what is newer (--overwrite)")
+
+
+def from_process_0(function):
+    """What the function returns there, on all processes; its error ends all, with one line."""
+    answer, error = None, None
+    if rank == 0:
         try:
-            torch.load(path, mmap=True, weights_only=True)
-            newest = path
-        except Exception as error:      # torch names many kinds of damage
-            print0(f"--resume auto passes over {path}, which is damaged ({type(error).__name__})")
-    return newest
+            answer = function()
+        except (ValueError, OSError) as problem:
+            error = str(problem)
+    if world_size > 1:
+        shared = [answer, error]
+        dist.broadcast_object_list(shared)
+        answer, error = shared
+    if error is not None:
+        stop_all(error)
+    return answer
 
 
-if args.resume == "auto":
-    args.resume = newest_checkpoint()
+# A run that goes on with other arguments would be neither the old run nor a new one.
+MAY_CHANGE = {      # these may differ,
+    "lr", "warmup", "steps", "epochs", "grad_clip", "max_skips", "max_bad", "eval_every",
+    "save_every", "log_every", "keep", "bench", "val_data", "data_dir", "tensorboard",
+    "image_root", "workers", "accum", "device", "dtype", "compile", "grad_checkpointing"}
+SILENT = {          # and these say where weights came from, or what else this command does
+    "init", "preset", "tokenizer", "resume", "out_dir", "overwrite", "dry_run"}
+
+
+def read_header(path):
+    """Step, arguments and config of a checkpoint, without its tensors."""
+    try:
+        header = torch.load(path, mmap=True, weights_only=True)
+        name, step, saved_args = header["config"]["name"], header["step"], header["args"]
+    except Exception:       # of torch, nearly any
+        stop_all(f"no checkpoint at {path} that train.py wrote (--init reads weights of others)")
+    if "optimizer" not in header:
+        stop_all(f"--resume {path} holds weights but no optimizer: to start from them, give "
+                 f"--init {path}")
+    return name, step, saved_args
+
+
+def compare_arguments(saved_args):
+    """Stops where an argument is not the checkpoint's. Returns those that may differ, and do."""
+    allowed = []
+    for name, value in vars(args).items():
+        was = saved_args.get(name, value)       # an older checkpoint knows fewer
+        if was == value or name in SILENT:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if name not in MAY_CHANGE:
+            stop_all(f"--resume {args.resume} was trained with {flag} {was}, now it is {value}: go "
+                     "on with what it had, or begin a new run from its weights, --init "
+                     f"{args.resume}")
+        allowed.append(f"{flag} {value} instead of {was}")
+    return allowed
+
+
+def digest(path):
+    """Of a checkpoint, by the checksums of its parts; of a new run None."""
+    if path is None:
+        return None
+    if not os.path.exists(path):
+        return f"no file {path}"
+    with zipfile.ZipFile(path) as archive:
+        parts = [(part.filename, part.CRC) for part in archive.infolist()]
+    return f"{path} with digest {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+
+def check_agreement():
+    """Each node has its own command line and disk: stops where one differs from process 0."""
+    mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
+            if name not in ("device", "workers", "out_dir", "data_dir", "image_root")}
+    mine["data of so many rows:"] = len(dataset)
+    mine["--resume"] = digest(args.resume)
+    theirs = [None] * world_size
+    dist.all_gather_object(theirs, mine)
+    for name, value in theirs[0].items():
+        if mine[name] != value:
+            print(f"train.py: process {rank} has {name} {mine[name]}, process 0 has {value}: they "
+                  "must be the same", file=sys.stderr, flush=True)
+            break
+    if any(other != theirs[0] for other in theirs):
+        time.sleep(1)       # for the others to say theirs
+        os._exit(1)
+
+
+first_step = 0
+args.resume = from_process_0(choose_checkpoint)
+if world_size > 1:
+    check_agreement()
+if args.resume:
+    saved_name, first_step, saved_args = read_header(args.resume)
+    if args.model and args.model != saved_name:
+        stop_all(f"--resume {args.resume} holds a {saved_name}, but --model is {args.model}: give "
+                 "that model")
+    changed = compare_arguments(saved_args)
+    if args.steps < first_step:
+        stop_all(f"--steps {args.steps}: {args.resume} is at step {first_step:,} already")
+    print0(f"resuming {args.resume} at step {first_step:,} of {args.steps:,}")
+    for difference in changed:
+        print0(f"with {difference}")
+sampler.start = first_step
+sampler.stop = args.steps
 
 # ---- model -----------------------------------------------------------------
 
@@ -397,9 +549,6 @@ def model_from_scratch():
 
 if args.resume:
     model = guard(CLIP.load, args.resume)
-    if args.model and model.config.name != args.model:
-        stop(f"--resume {args.resume} holds a {model.config.name}, but --model is {args.model}: "
-             "give that model")
 elif from_scratch:
     model = guard(model_from_scratch)
 else:
@@ -451,36 +600,21 @@ def learning_rate(step):
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ---- resume ----------------------------------------------------------------
-first_step = 0
+# ---- the rest of the checkpoint --------------------------------------------
 best = 0.0      # the best mean of all figures so far
 thresholds = torch.zeros(4, device=args.device)     # of ce_clip, from one step to the next
 if args.resume:
     saved = torch.load(args.resume, map_location=args.device, weights_only=True)
-    if "optimizer" not in saved:
-        stop(f"--resume {args.resume} holds weights but no optimizer: to start from them, give "
-             f"--init {args.resume}")
     model.load_state_dict(saved["model"])       # once more, in this run's dtype
     optimizer.load_state_dict(saved["optimizer"])
     if teacher is not None:
         teacher.load_state_dict(saved["teacher"])
-    first_step = saved["step"]
     best = saved["best"]
     thresholds = saved["thresholds"]
     initial_scale = saved["initial_scale"]
     del saved       # as large as the model and the optimizer
 
-# ---- the stream of batches from there --------------------------------------
-sampler = guard(Epochs, len(dataset), args.batch_size, args.seed, rank, world_size)
-if args.batch_size < world_size * args.accum:
-    stop(f"--batch-size {args.batch_size} is less than {world_size} processes x --accum "
-         f"{args.accum}", 2)
-if args.steps is None:
-    args.steps = max(1, round(args.epochs * sampler.steps_per_epoch))
-sampler.start = min(first_step, args.steps)
-sampler.stop = args.steps
-
-
+# ---- the loader ------------------------------------------------------------
 def ignore_interrupts(worker):
     """Ctrl-C reaches the workers, too; but what to do about it the main process decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -820,6 +954,31 @@ def add_line(text):
         torn_line = "\n"
 
 
+def remove_unfinished():
+    """What an earlier kill left."""
+    for path in glob.glob(os.path.join(glob.escape(args.out_dir), "*.pt.tmp")):
+        os.remove(path)
+
+
+def discard_former_run():
+    """What --overwrite allows to lose: all that is younger than the checkpoint to go on from."""
+    found = checkpoints()
+    for name in ("best.pt", "ema.pt"):
+        found.append(os.path.join(args.out_dir, name))
+    for path in found:
+        if args.resume and os.path.exists(path):
+            if os.path.samefile(path, args.resume) or step_in(path) <= first_step:
+                continue
+        remove(path)
+
+
+def step_in(path):
+    """The step of a checkpoint; a damaged one is younger than any."""
+    if damage(path) is not None:
+        return math.inf
+    return torch.load(path, mmap=True, weights_only=True)["step"]
+
+
 def open_log():
     """Begins log.jsonl. At a resume it keeps the lines that are no younger than the checkpoint."""
     kept = []
@@ -915,6 +1074,9 @@ board = None
 if rank == 0 and not args.dry_run:
     if args.tensorboard:
         board = guard(open_board)
+    if args.overwrite:
+        guard(discard_former_run)
+    guard(remove_unfinished)
     guard(open_log)
 operations = operations_for_each_number(model)
 millions = sum(p.numel() for p in model.parameters()) / 1e6
