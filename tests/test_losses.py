@@ -2,7 +2,6 @@
 import math
 import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -585,7 +584,7 @@ def worker(rank, world, folder):
     torch.set_num_threads(1)
     from datetime import timedelta
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
-                            timeout=timedelta(seconds=40))
+                            timeout=timedelta(minutes=10))  # ends a hang, and no loaded machine needs it
     results = {}
     models = {kind: torch.nn.parallel.DistributedDataParallel(Towers(kind == "sigmoid"))
               for kind in ("sigmoid", "softmax")}
@@ -619,13 +618,12 @@ def worker(rank, world, folder):
     dist.destroy_process_group()
 
 
-def spawn(world, folder, seconds=120):
+def spawn(world, folder):
     os.environ["OMP_NUM_THREADS"] = "1"
     context = torch.multiprocessing.spawn(worker, (world, str(folder)), nprocs=world, join=False)
-    end = time.time() + seconds
     try:
-        while not context.join(timeout=1):
-            assert time.time() < end, f"{world} processes hang"
+        while not context.join():
+            pass
     finally:
         for process in context.processes:
             if process.is_alive():
