@@ -5,6 +5,8 @@ A concept p of unit length attends over an image's value tokens V at temperature
 The similarity is the cosine of c and p. concept_pool is this definition. concept_similarity is the
 same number, fast and in little memory, for training.
 """
+from contextlib import contextmanager
+
 import torch
 
 EPS = 1e-12  # the smallest |c| that is divided by, as in torch.nn.functional.normalize
@@ -42,7 +44,7 @@ def concept_similarity(patch_tokens, concepts, mask=None, memory_budget=None):
     budget cannot keep. It can be differentiated once.
 
     With bfloat16 inputs, or under autocast, the products with V and P are in that dtype, but G, the
-    softmax and all sums are float32.
+    softmax and all sums are float32. Float32 is true float32, also where TF32 is allowed.
 
     Parameters
     ----------
@@ -72,6 +74,23 @@ def concept_similarity(patch_tokens, concepts, mask=None, memory_budget=None):
     # whether there will be a backward to keep something for
     keep = torch.is_grad_enabled() and (v.requires_grad or q.requires_grad)
     return _Similarity.apply(v, q, mask, memory_budget // 2, keep)
+
+
+@contextmanager
+def _full_precision(device):
+    """Neither autocast nor TF32 in what is computed here."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        name, exact = "fp32_precision", "ieee"
+    else:  # before torch 2.9
+        name, exact = "allow_tf32", False
+    allowed = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        setattr(matmul, name, allowed)
 
 
 def _wide(x):
@@ -132,7 +151,7 @@ def _outputs(v, q, mask, budget, keep):
 
 def _forward(v, q, mask, budget, keep):
     similarity, kept_s, kept_gram = _outputs(v, q, mask, budget, keep)
-    with torch.autocast(v.device.type, enabled=False):
+    with _full_precision(v.device):
         for i, v_i, mask_i, concepts in _chunks(v, q, mask, budget):
             gram = _wide(v_i) @ _wide(v_i).mT  # (b, T, T)
             kept = len(kept_gram[i])  # b, or less where the budget ends
@@ -148,7 +167,7 @@ def _forward(v, q, mask, budget, keep):
 def _backward(grad, v, q, mask, kept_s, kept_gram, budget):
     dv = v.new_zeros(v.shape)  # contiguous, unlike zeros_like
     dq = q.new_zeros(q.shape, dtype=kept_s.dtype)
-    with torch.autocast(v.device.type, enabled=False):
+    with _full_precision(v.device):
         for i, v_i, mask_i, concepts in _chunks(v, q, mask, budget):
             kept = len(kept_gram[i]) == len(v_i)
             gram = kept_gram[i] if kept else _wide(v_i) @ _wide(v_i).mT
