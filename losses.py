@@ -308,7 +308,8 @@ def _logits(rows, columns, logit_scale):
 def _sigmoid_share(logits, labels, count):
     """-sum log sigmoid(y z) / count, y = +1 where labels, else -1 (SigLIP, equation 1)."""
     signed = torch.where(labels, logits, -logits)
-    return -F.logsigmoid(signed).sum() / max(count, 1)
+    count = torch.as_tensor(count).clamp_min(1)  # max(count, 1) would wait for a GPU
+    return -F.logsigmoid(signed).sum() / count
 
 
 def _rows_share(logits, labels):
@@ -404,11 +405,11 @@ def clip_loss(image_features, text_features, logit_scale, offset=0):
     return _contrast_share(logits, _diagonal(logits, offset), None, len(text_features))
 
 
-def npc_loss(image_features, concept_features, labels, logit_scale, logit_bias=None):
+def npc_loss(image_features, concept_features, labels, logit_scale, logit_bias=None, count=None):
     """Noun-phrase contrast: each image against every concept of the batch (C2LIP, L_npc).
 
     With logit_bias, y = +1 where labels, else -1:
-        -sum_mn log sigmoid(y_mn (logit_scale I_m.P_n + logit_bias)) / N
+        -sum_mn log sigmoid(y_mn (logit_scale I_m.P_n + logit_bias)) / count
     Without, the softmax analogue for CLIP's weights, on z = logit_scale I P^T:
         1/2 [ mean over concepts n of the mean over n's images m of -log softmax(z_.n)_m
             + mean over images m of the mean over m's concepts n of -log softmax(z_m.)_n ]
@@ -424,25 +425,35 @@ def npc_loss(image_features, concept_features, labels, logit_scale, logit_bias=N
         Whether the image's caption holds the concept. Several images may hold it (concept_columns).
     logit_scale, logit_bias : scalar
         The multiplier itself, and what is added.
+    count : int or Tensor (), optional
+        The divisor of the sigmoid loss, by default N. In C2LIP's released code each pair of an
+        image and its phrase is a column, so N is the number of pairs. Where equal phrases share a
+        column N is smaller, the more so the larger the batch, and a pair weighs more. With the
+        number of pairs of all processes, sum(row_counts(int(labels.sum()))), a pair weighs what it
+        does there, whatever the batch.
 
     Returns
     -------
     Tensor ()
         This process's share, of at least float32. It is 0 (with a graph) without any concept.
     """
+    if count is None:
+        count = labels.shape[1]
     logits = _logits(image_features, concept_features, logit_scale)  # (b, N)
-    return _contrast_share(logits, labels, logit_bias, labels.shape[1])
+    return _contrast_share(logits, labels, logit_bias, count)
 
 
-def xac_loss(similarity, labels, logit_scale, logit_bias=None):
+def xac_loss(similarity, labels, logit_scale, logit_bias=None, count=None):
     """Cross-attention contrast: npc_loss with images pooled by attention (C2LIP, L_xac).
 
     similarity (b, N) is the cosine of concept n and image m's tokens, pooled by n's attention. It
     comes from pooling.concept_similarity of this process's patch tokens and all concepts. The rest
     is as in npc_loss, on z = logit_scale similarity (+ logit_bias).
     """
+    if count is None:
+        count = labels.shape[1]
     logits = logit_scale * _float(similarity)  # (b, N)
-    return _contrast_share(logits, labels, logit_bias, labels.shape[1])
+    return _contrast_share(logits, labels, logit_bias, count)
 
 
 # ---- hard negatives ---------------------------------------------------------------------------
@@ -657,6 +668,7 @@ class Features:
     concept_features: torch.Tensor | None = None                # (N, D), see concept_columns
     concept_labels: torch.Tensor | None = None                  # (b, N) bool
     concept_similarity: torch.Tensor | None = None              # (b, N), see pooling.py
+    concept_count: int | None = None                            # count of npc_loss, None: N
     negative_features: torch.Tensor | None = None               # (B, K, D), of negative captions
     negative_mask: torch.Tensor | None = None                   # (B, K) bool, false where none is
     negative_image_features: torch.Tensor | None = None         # (b, D)
@@ -758,12 +770,12 @@ def _image_text_share(features):
 
 def _npc_share(features):
     return npc_loss(features.image_features, features.concept_features, features.concept_labels,
-                    features.logit_scale, features.logit_bias)
+                    features.logit_scale, features.logit_bias, features.concept_count)
 
 
 def _xac_share(features):
     return xac_loss(features.concept_similarity, features.concept_labels,
-                    features.logit_scale, features.logit_bias)
+                    features.logit_scale, features.logit_bias, features.concept_count)
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,29 @@ def test_losses_equal_naive_loops(sigmoid, seed):
             assert (x - y).abs().max() < 1e-12
 
 
+def test_count_is_the_divisor_of_the_sigmoid_form_only():
+    I, P, similarity = unit(4, 6, seed=0), unit(5, 6, seed=1), unit(4, 5, seed=2)
+    labels = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    pairs = int(labels.sum())
+    assert pairs != 5
+    for count in (pairs, labels.sum(), torch.tensor(0)):
+        losses_ = npc_loss(I, P, labels, 7.0, -3.0, count), xac_loss(similarity, labels, 7.0, -3.0, count)
+        for loss, z in zip(losses_, (I @ P.T, similarity)):
+            assert abs(loss - naive_sigmoid(7 * z - 3, labels, int(count))) < 1e-12
+        assert npc_loss(I, P, labels, 7.0, None, count) == npc_loss(I, P, labels, 7.0)
+    assert npc_loss(I, P, labels, 7.0, -3.0, 5) == npc_loss(I, P, labels, 7.0, -3.0)
+
+
+def test_the_count_of_pairs_weighs_a_pair_alike_in_any_batch():
+    """The same images and phrases twice: twice the pairs, as many columns."""
+    I, P = unit(4, 6, seed=0), unit(5, 6, seed=1)
+    labels = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    twice, both = torch.cat([I, I]), torch.cat([labels, labels])
+    all_pairs = [npc_loss(x, P, y, 7.0, -3.0, y.sum()) for x, y in ((I, labels), (twice, both))]
+    different = [npc_loss(x, P, y, 7.0, -3.0) for x, y in ((I, labels), (twice, both))]
+    assert abs(all_pairs[1] - all_pairs[0]) < 1e-12 and abs(different[1] - 2 * different[0]) < 1e-12
+
+
 def method_inputs(B, K, D, seed, sigmoid, scale=5.3):
     g = torch.Generator().manual_seed(seed)
     x = {name: unit(*shape, seed=100 * seed + i).requires_grad_() for i, (name, shape) in enumerate(
