@@ -65,10 +65,9 @@ with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
     set_tokenizer(ours, os.path.join(folder, "tokenizer.json"))
 
     ours_time, results = 0, {}
-    eval_args = evaluate.parser().parse_args(["--data-dir", args.data_dir, "--image-root", folder, "--device", "cpu"])
     for bench in args.bench.split(","):     # one after the other, for the time of each
         started = time.time()
-        results |= evaluate.run([bench], ours, eval_args)
+        results |= evaluate.run(ours, [bench], data_dir=args.data_dir, image_root=folder, device="cpu")
         print(f"{bench}: ours {time.time() - started:.0f} s", flush=True)
         ours_time += time.time() - started
 
