@@ -11,20 +11,22 @@ A row is a dict with
 A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
 """
 import csv
+import glob
 import io
 import json
+import math
 import os
 import random
 import re
-import tarfile
 import warnings
 import zlib
 from array import array
 from bisect import bisect_right
+from collections import deque
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from tokenizers import ByteLevelBPETokenizer, processors
 from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
@@ -196,8 +198,15 @@ MEMBERS = {
     ".txt": "txt",
     ".json": "json",
 }
-# Train the tokenizer on the captions of so many rows at most.
+# All that pillow may open; an EPS named x.jpg, for one, would start Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# Train the tokenizer on the captions of so many rows at most, and on so many letters of a word.
 TOKENIZER_ROWS = 200_000
+TOKENIZER_LETTERS = 100
+# A csv record of more lines is taken for a quote that is not closed.
+MAX_LINES = 1000
+# The longest name that a tar may give to a member, in bytes.
+MAX_NAME = 2**20
 
 
 class CaptionFile(Dataset):
@@ -207,7 +216,7 @@ class CaptionFile(Dataset):
     in between), negative_image (a path), and neighbours (numbers of rows of the same file,
     counted from 0; numbers of rows that are not used are passed over).
 
-    sources      files joined by "::", in which {000..331} and {a,b} expand
+    sources      files joined by "::"; {000..331}, {a,b}, * and ? are patterns, as in a shell
     image_root   folder that the image paths of tables are relative to
     image_key    column of the image paths; by default the first of IMAGE_KEYS that there is
     caption_key  column or json key of the captions, or several joined by commas; by default the
@@ -215,15 +224,23 @@ class CaptionFile(Dataset):
                  captions, of which `Seeded` draws one.
     captions     a table with the captions of the images in sources, joined by the first of
                  JOIN_KEYS that it has to the images' key, url or path
+    max_pixels   largest image that is decoded, see load_image
 
-    skipped lists (name, why) of every row that has no image or no caption. Raises ValueError for
-    files that cannot be used.
+    Raises ValueError for files that cannot be used. Nothing else is lost without a trace:
+
+    skipped    [(name, why)] of what was lost
+    lost_rows  how many rows that was. A damaged tar is reckoned to have had as many rows as the
+               whole ones beside it have on average, or twice what is left if it is alone.
+    remarks    [(name, what)] of what looks like a mistake in the files, though no row was lost
     """
 
-    def __init__(self, sources, image_root="", image_key=None, caption_key=None, captions=None):
+    def __init__(self, sources, image_root="", image_key=None, caption_key=None, captions=None,
+                 max_pixels=None):
         self.root = image_root
+        self.max_pixels = max_pixels
         self.parts = []             # the rows of each file
         self.skipped = []
+        self.remarks = []
         caption_keys = caption_key.split(",") if caption_key else []
         joined = JoinedCaptions(captions, caption_keys) if captions else None
         columns = set(joined.columns) if joined else set()
@@ -236,11 +253,14 @@ class CaptionFile(Dataset):
             part.fill(image_key, caption_keys, joined)
             self.parts.append(part)
             self.skipped += part.skipped
+            self.remarks += part.remarks
             columns |= part.columns
         if joined:
             self.skipped = joined.unused() + self.skipped
+            self.remarks += joined.remarks
         # The first row of each file in the whole data set, and the number of all rows.
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+        self.lost_rows = count_lost(self.parts)
         self._check(sources, caption_keys, columns)
 
     def _check(self, sources, caption_keys, columns):
@@ -248,10 +268,10 @@ class CaptionFile(Dataset):
         useless = [part.path for part in self.parts if not part.path.endswith(".tar") and not part]
         missing = set(caption_keys) - columns
         if useless or missing or len(self) == 0:
-            names = sorted(map(str, columns))[:30]
+            names = sorted(to_text(name) for name in columns)
             raise ValueError(
                 f"{', '.join(useless) or sources}: no images with captions in its columns or keys "
-                f"{', '.join(names)} (split at commas in .csv, tabs in .tsv); name them with "
+                f"{', '.join(names[:30])} (split at commas in .csv, tabs in .tsv); name them with "
                 f"--image-key, --caption-key; skipped {self.skipped[:1]}")
 
     @property
@@ -284,7 +304,7 @@ class CaptionFile(Dataset):
             self._open_images(row)
             self._read_lists(row, index)
         except Exception as error:      # pillow's decoders raise nearly anything
-            message = " ".join(str(error).split())
+            message = " ".join(to_text(error).split())
             return {"key": row["key"], "error": message or type(error).__name__}
         row["caption"] = row["captions"][0]
         return row
@@ -295,7 +315,7 @@ class CaptionFile(Dataset):
             if isinstance(place, str):
                 place = os.path.join(self.root, place)
             if place is not None:
-                row[name] = load_image(place)
+                row[name] = load_image(place, self.max_pixels)
 
     def _read_lists(self, row, index):
         if "concepts" in row:
@@ -315,13 +335,17 @@ class RowStore:
     lines    bytes, all texts
     ends     int64 (N + 1,): text i is lines[ends[i]:ends[i + 1]]
     numbers  int64 (N,), the number of each row in the file, where some rows are not usable
-    skipped  (name, why) of the rows that are not usable
     columns  the names of all columns or keys of the file
+    skipped, remarks    see CaptionFile; lost is the number of rows skipped, torn says that the
+             file itself is damaged, so that the number is an estimate
     """
 
     def __init__(self, path):
         self.path = path
         self.skipped = []
+        self.remarks = []
+        self.lost = 0
+        self.torn = False
         self.columns = set()
 
     def fill(self, image_key, caption_keys, joined):
@@ -329,32 +353,33 @@ class RowStore:
         lines = io.BytesIO()
         ends = array("q", [0])
         numbers = array("q")
-        for number, row in enumerate(read_pairs(self.path)):
-            self.columns.update(row)
-            key, image = name_and_image(self.path, number, row, image_key)
-            sources = [row]
-            if joined:
-                sources = joined.find(row, image)
-            captions = captions_of(sources, caption_keys)
-            if not image or not captions:
-                self.skipped.append((key, "no caption" if image else "no image"))
+        number = 0
+        for row in read_pairs(self.path):
+            if isinstance(row, Report):
+                self.report(row)
+                number += row.rows
                 continue
-            sample = {
-                "key": key,
-                "image": image,
-                "captions": captions,
-                "concepts": sources[0].get("concepts"),
-                "negatives": sources[0].get("negatives"),
-                "negative_image": row.get("negative_image"),
-                "neighbours": row.get("neighbours"),
-            }
-            given = {name: value for name, value in sample.items() if value}
-            lines.write(json.dumps(given).encode())
-            ends.append(lines.tell())
-            numbers.append(number)
+            self.columns.update(row)
+            sample = make_sample(self.path, number, row, image_key, caption_keys, joined)
+            if isinstance(sample, Report):
+                self.report(sample)
+            else:
+                lines.write(json.dumps(sample).encode())
+                ends.append(lines.tell())
+                numbers.append(number)
+            number += 1
         self.lines = lines.getvalue()
         self.ends = np.array(ends)
         self.numbers = np.array(numbers)
+
+    def report(self, report):
+        """Count what was lost, or keep a remark."""
+        if report.rows:
+            self.skipped.append((report.name, report.why))
+        else:
+            self.remarks.append((report.name, report.why))
+        self.lost += report.rows
+        self.torn |= report.torn
 
     def __len__(self):
         return len(self.numbers)
@@ -368,7 +393,7 @@ class RowStore:
         """Indices of usable rows from texts of row numbers in the file, without the others."""
         found = []
         for text in numbers:
-            number = int(text) if text.isdecimal() else -1
+            number = int(text) if text.isdecimal() and len(text) < 19 else -1
             index = int(np.searchsorted(self.numbers, number))
             if index < len(self) and self.numbers[index] == number:
                 found.append(index)
@@ -386,9 +411,13 @@ class JoinedCaptions:
         self.rows = {}              # name -> list of dicts
         self.used = set()           # names of images that were asked for
         self.columns = set()
+        self.remarks = []           # rows lost here count where an image misses its caption
         self.name_column = ""
         wanted = {*(caption_keys or CAPTION_KEYS), "concepts", "negatives"}
         for row in read_rows(path):
+            if isinstance(row, Report):
+                self.remarks.append((row.name, row.why))
+                continue
             self.columns.update(row)
             self.name_column = first_present(JOIN_KEYS, row)
             name = str(row.get(self.name_column) or "")
@@ -412,12 +441,56 @@ class JoinedCaptions:
         return [(self.path, why)]
 
 
-def first_present(keys, row):
-    """The first of the keys that the row has, "" without one."""
-    for key in keys:
-        if key in row:
-            return key
-    return ""
+class Report:
+    """What a reader gives in place of rows: how many are lost, or a remark if it is none.
+
+    name, why   for the user: which row or file, and what is the matter
+    torn        the file itself is damaged, and rows an estimate
+    """
+
+    def __init__(self, name, why, rows=0, torn=False):
+        self.name = name
+        self.why = why
+        self.rows = rows
+        self.torn = torn
+
+
+def count_lost(parts):
+    """The number of rows that files have lost, see CaptionFile.lost_rows."""
+    whole = [len(part) for part in parts if part.path.endswith(".tar") and not part.torn]
+    total = 0
+    for part in parts:
+        lost = part.lost
+        if part.torn:
+            expected = 2 * len(part)
+            if whole:
+                expected = round(sum(whole) / len(whole))
+            lost = max(lost, expected - len(part))
+        total += lost
+    return total
+
+
+def make_sample(path, number, row, image_key, caption_keys, joined):
+    """What is kept of a row of a table or tar: a dict without empty values, or a Report."""
+    key, image = name_and_image(path, number, row, image_key)
+    sources = [row]
+    if joined:
+        sources = joined.find(row, image)
+    captions = captions_of(sources, caption_keys)
+    if not image:
+        return Report(key, "no image", 1)
+    if not captions:
+        return Report(key, "no caption", 1)
+    sample = {
+        "key": key,
+        "image": image,
+        "captions": captions,
+        "concepts": sources[0].get("concepts"),
+        "negatives": sources[0].get("negatives"),
+        "negative_image": row.get("negative_image"),
+        "neighbours": row.get("neighbours"),
+    }
+    return {name: value for name, value in sample.items() if value}
 
 
 def name_and_image(path, number, row, image_key):
@@ -434,7 +507,7 @@ def name_and_image(path, number, row, image_key):
     image = row.get(column)
     if image:
         image = str(image)
-    return f"{image or '(no image)'} (row {number + 1})", image
+    return f"{to_text(image or '(no image)')} (row {number + 1})", image
 
 
 def captions_of(rows, caption_keys):
@@ -450,8 +523,16 @@ def captions_of(rows, caption_keys):
     return texts
 
 
+def first_present(keys, row):
+    """The first of the keys that the row has, "" without one."""
+    for key in keys:
+        if key in row:
+            return key
+    return ""
+
+
 def expand(source):
-    """Return the files that "a/{08..11}.tar" or "{a,b}.csv" name, as a shell would.
+    """Return the files that "a/{08..11}.tar", "{a,b}.csv" or "*.tar" name, as a shell would.
 
     Raises ValueError for one that is not there.
     """
@@ -459,9 +540,12 @@ def expand(source):
         return [source]
     braces = re.search(r"\{((\d+)\.\.(\d+)|[^{}]*,[^{}]*)\}", source)
     if not braces:
+        paths = [path for path in sorted(glob.glob(source)) if os.path.isfile(path)]
+        if paths:
+            return paths
         raise ValueError(
-            f"no file {source}: --data takes tables with a row for each image-caption pair, "
-            "or tar shards")
+            f"no file {source}: --data takes tables with a row for each image-caption pair, or "
+            "tar shards; '{00000..00331}.tar' and '*.tar', in quotes, are many")
     inside, first, last = braces.groups()
     words = inside.split(",")
     if first:
@@ -474,45 +558,155 @@ def expand(source):
 
 
 def read_pairs(path):
-    """Yield the rows of a table or a tar as dicts; see read_rows and read_shard."""
+    """Yield the rows of a table or a tar as dicts, and Reports; see read_rows and read_shard."""
     if path.endswith(".tar"):
         return read_shard(path)
     return read_rows(path)
 
 
 def read_rows(path):
-    """Yield the rows of a .csv, .tsv or .jsonl file as dicts.
+    """Yield the rows of a .csv, .tsv or .jsonl file as dicts, and Reports.
 
-    Raises ValueError for a file that cannot be used at all.
+    A .csv has quotes, a .tsv has none. Raises ValueError for a file that cannot be used at all.
     """
     kind = os.path.splitext(path)[1].lower()
     if kind not in (".csv", ".tsv", ".jsonl"):
         raise ValueError(f"{path}: expected a .csv, .tsv or .jsonl file, or .tar, "
                          f"got {kind or 'no ending'!r}")
-    csv.field_size_limit(2**31 - 1)     # long captions are no mistake
-    number = 0
+    empty = True
+    replaced = Tally()
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
+        lines = replaced.watch(f, "\ufffd")
         if kind == ".jsonl":
-            rows = read_json_lines(f)
+            rows = read_json_lines(path, lines)
+        elif kind == ".tsv":
+            rows = name_cells(path, split_at_tabs(lines))
         else:
-            rows = csv.DictReader(f, delimiter="\t" if kind == ".tsv" else ",")
-        for number, row in enumerate(rows, 1):
-            if not row:
-                raise ValueError(f"{path}: row {number} is not an object in json")
+            rows = name_cells(path, split_at_commas(lines))
+        for row in rows:
+            empty = False
             yield row
-    if number == 0:
+    if empty:
         raise ValueError(f"{path}: no rows")
+    if replaced.count:
+        yield Report(path, f"{replaced.count:,} lines hold bytes that are no UTF-8, read as "
+                           f"\ufffd; the first is line {replaced.first:,}. Save it as UTF-8")
 
 
-def read_json_lines(lines):
-    """Yield the object of each line, {} for a line that holds none; blank lines do not count."""
+class Tally:
+    """Counts something that would fill pages if each instance were reported."""
+
+    def __init__(self):
+        self.count = 0
+        self.first = None
+
+    def add(self, where):
+        self.count += 1
+        if self.first is None:
+            self.first = where
+
+    def watch(self, lines, mark):
+        """Yield the lines, and count those that hold a mark."""
+        for number, line in enumerate(lines, 1):
+            if mark in line:
+                self.add(number)
+            yield line
+
+
+def read_json_lines(path, lines):
+    """Yield the object of each line, or a Report; blank lines do not count."""
+    number = 0
     for line in lines:
-        if line.strip():
-            yield parse_json(line)
+        if not line.strip():
+            continue
+        number += 1
+        row = parse_json(line)
+        if row:
+            yield row
+        else:
+            yield Report(path, f"row {number} is not an object in json", 1)
+
+
+def name_cells(path, records):
+    """Yield dicts of column names and cells, and Reports, from (cells, number of lines) of the
+    records of a table. The first record has the names; blank lines do not count."""
+    header = None
+    number = 0
+    several = Tally()
+    for cells, lines in records:
+        if header is None:
+            header = cells
+            continue
+        if cells == []:
+            continue
+        number += 1
+        if cells is None:
+            yield Report(path, f"row {number} begins a quote that is not closed", 1)
+            continue
+        if lines > 1:
+            several.add(number)
+        if any(cells[len(header):]):
+            yield Report(path, f"row {number} has {len(cells)} cells for {len(header)} columns: a "
+                               "text that holds the separator needs quotes, in a .csv", 1)
+            continue
+        cells += [None] * (len(header) - len(cells))
+        yield dict(zip(header, cells))
+    if several.count:
+        yield Report(path, f"{several.count:,} rows hold line breaks, the first is row "
+                           f"{several.first:,}: as they should, unless a quote is missing there")
+
+
+def split_at_tabs(lines):
+    """Yield (cells, 1) for each line. Quotes are letters like others: what these data sets
+    export as .tsv is not quoted, and captions do begin with quotes."""
+    for line in lines:
+        line = line.rstrip("\r\n")
+        yield (line.split("\t") if line else []), 1
+
+
+def split_at_commas(lines):
+    """Yield (cells, number of lines) for each record of a .csv; None in place of the cells of a
+    line with a quote that is not closed, behind which reading goes on with the next line."""
+    csv.field_size_limit(2**31 - 1)     # long captions are no mistake
+    lines = iter(lines)
+    waiting = deque()       # lines to be read once more
+    taken = []              # the lines of the record that is being read
+
+    def feed():
+        while len(taken) < MAX_LINES:
+            line = waiting.popleft() if waiting else next(lines, None)
+            if line is None:
+                return
+            taken.append(line)
+            yield line
+
+    more = True
+    while more:
+        more = False
+        for cells in csv.reader(feed()):
+            if len(taken) == 1 or is_well_formed(taken):
+                yield cells, len(taken)
+                taken.clear()
+                continue
+            waiting.extendleft(reversed(taken[1:]))
+            taken.clear()
+            yield None, 1
+            more = True
+            break
+
+
+def is_well_formed(lines):
+    """Whether some lines are one record by the letter: every quote closed, before a comma or the
+    end. Where a quote is missing, the next one closes it in the midst of a text."""
+    try:
+        return len(list(csv.reader(lines, strict=True))) == 1
+    except csv.Error:
+        return False
 
 
 def read_shard(path):
-    """Return the samples of a tar, as img2dataset and webdataset write them, as dicts.
+    """Return the samples of a tar, as img2dataset and webdataset write them, as dicts; a Report
+    at the end if it is damaged.
 
     Each has key, image ([offset, size] in the tar, or None), txt if there is one, and the keys of
     its json. What was found is kept in a file beside the tar, under the tar's size and time.
@@ -520,64 +714,204 @@ def read_shard(path):
     stat = os.stat(path)
     cached = f"{path}.{stat.st_size}.{stat.st_mtime_ns}.jsonl"
     if os.path.exists(cached):
-        return read_rows(cached)
-    samples = []
-    end = 0
-    try:
-        with tarfile.open(path, "r:", errors="replace") as tar:
-            for end in scan_tar(tar, stat.st_size, samples):
-                pass
-            check_end(tar, end, samples)
-    except (tarfile.TarError, ValueError, OverflowError, EOFError):
-        samples.append({"key": f"is damaged or cut off from byte {end:,} on"})
-    rows = []
-    for sample in samples:
-        about = parse_json(sample.pop("json", ""))
-        rows.append({"image": None, **about, **sample})
+        return read_cached(cached)
+    rows, reports = scan_tar(path, stat.st_size)
     try:
         partial = f"{cached}.{os.urandom(8).hex()}"
         with open(partial, "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
+            f.writelines(json.dumps(vars(report)) + "\n" for report in reports)
         os.replace(partial, cached)     # others see a whole index or none
     except OSError as error:
         # The text names the folder, so that Python shows this warning once a folder.
         warnings.warn(f"{os.path.dirname(path)}: {error.strerror}: indices of its shards are kept "
                       "in memory only")
-    return rows
+    return rows + reports
 
 
-def scan_tar(tar, size, samples):
-    """Append the samples of a tar to a list; yields the byte where each member that is whole ends.
+def read_cached(path):
+    with open(path) as f:
+        for line in f:
+            row = json.loads(line)
+            yield Report(**row) if "torn" in row else row
+
+
+def scan_tar(path, size):
+    """The samples of a tar, and Reports about it: see read_shard.
 
     Members of one name, but for the ending, are one sample; a second image or text of that name
     begins another one.
     """
+    samples = []
+    reports = []
     latest = {}         # the sample that a name belongs to now
-    for member in tar:
-        if member.offset_data + member.size > size:
-            raise tarfile.ReadError("cut off")
-        yield tar.offset
-        key, ending = os.path.splitext(member.name.removeprefix("./"))
-        kind = MEMBERS.get(ending.lower())
-        if kind is None or not member.isreg():
-            continue
-        if key not in latest or latest[key].get(kind):
-            latest[key] = {"key": key, "image": None}
-            samples.append(latest[key])
-        if kind == "image":
-            content = [member.offset_data, member.size]
-        else:
-            content = tar.extractfile(member).read().decode("utf-8", "replace")
-        latest[key][kind] = content
+    with open(path, "rb") as f:
+        try:
+            for name, offset, length in tar_members(f, size):
+                key, ending = os.path.splitext(name.removeprefix("./"))
+                kind = MEMBERS.get(ending.lower())
+                if kind is None:
+                    continue
+                if key not in latest or latest[key].get(kind):
+                    latest[key] = {"key": key, "image": None}
+                    samples.append(latest[key])
+                content = [offset, length]
+                if kind != "image":
+                    content = read_at(f, offset, length).decode("utf-8", "replace")
+                latest[key][kind] = content
+        except DamagedTar as damage:
+            lost = 1
+            if damage.position:
+                lost = max(1, math.ceil((size / damage.position - 1) * len(samples)))
+            reports.append(Report(
+                f"{path} is damaged or cut off from byte {damage.position:,} on",
+                f"{damage}; about {lost:,} rows are lost or more", lost, torn=True))
+    rows = []
+    for sample in samples:
+        about = parse_json(sample.pop("json", ""))
+        rows.append({"image": None, **about, **sample})
+    return rows, reports
 
 
-def check_end(tar, end, samples):
-    """Raise ReadError if a tar has no samples, or no two empty blocks behind its last member:
-    tarfile ends at a damaged header without a word."""
-    tar.fileobj.seek(end)
-    blocks = tar.fileobj.read(1024)
-    if not samples or not blocks or any(blocks):
-        raise tarfile.ReadError("damaged")
+class DamagedTar(ValueError):
+    """A tar cannot be read on from a position, in bytes."""
+
+    def __init__(self, why, position):
+        super().__init__(why)
+        self.position = position
+
+
+# The kinds of members of a tar (POSIX ustar and pax, GNU) that matter here.
+TAR_FILES = (b"0", b"\0", b"7")
+TAR_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")      # links, devices, folders
+TAR_LONG_NAME = b"L"
+TAR_PAX_HEADER = b"x"
+TAR_IGNORED = (b"K", b"g")      # the target of a link, a header for all members
+TAR_BLOCK = 512
+
+
+def tar_members(f, size):
+    """Yield (name, offset, size) of each file in an open tar of so many bytes, and in tars that
+    were written behind it.
+
+    Raises DamagedTar where it is cut off, or where something else is in place of a header. Only
+    headers are read, several times as fast as by tarfile, which moreover ends in silence at a
+    damaged header, and never ends at a negative size.
+    """
+    position = 0        # behind the last member that is whole
+    while position < size:
+        try:
+            start = skip_empty_blocks(f, position, size)
+            if start >= size:
+                return
+            name, offset, length, kind = read_member(f, start, size)
+        except ValueError as error:
+            raise DamagedTar(str(error), position) from None
+        if kind in TAR_FILES and not name.endswith("/"):
+            yield name, offset, length
+        position = next_block(offset + length)
+    raise DamagedTar("the mark of its end is missing", min(position, size))
+
+
+def next_block(position):
+    """A position rounded up to whole blocks of a tar."""
+    return -(-position // TAR_BLOCK) * TAR_BLOCK
+
+
+def skip_empty_blocks(f, position, size):
+    """The position behind empty blocks: two of them, or one at the end, are the end of a tar."""
+    start = position
+    while position < size:
+        block = read_at(f, position, min(TAR_BLOCK, size - position))
+        if block.count(0) < len(block):
+            break
+        position += TAR_BLOCK
+    if position < size and position - start == TAR_BLOCK:
+        raise ValueError("an empty block between its members")
+    return position
+
+
+def read_member(f, position, size):
+    """Return name, offset and size of the content, and kind of the member at a position of a tar,
+    behind the extended headers that may describe it. Raises ValueError."""
+    described = {}
+    while True:
+        name, length, kind = parse_tar_header(read_at(f, position, TAR_BLOCK))
+        position += TAR_BLOCK
+        if kind == TAR_LONG_NAME:
+            text = read_at(f, position, min(length, MAX_NAME))
+            described["path"] = text.rstrip(b"\0").decode("utf-8", "replace")
+        elif kind == TAR_PAX_HEADER:
+            described.update(parse_pax(read_at(f, position, min(length, MAX_NAME))))
+        elif kind not in TAR_IGNORED:
+            break
+        position = next_block(position + length)
+    name = described.get("path", name)
+    length = int(described.get("size", length))
+    if kind in TAR_WITHOUT_CONTENT:
+        length = 0
+    if not 0 <= length <= size - position:
+        raise ValueError("its last member is cut off")
+    return name, position, length, kind
+
+
+def parse_tar_header(block):
+    """Name, size and kind from the 512 bytes of a tar header. Raises ValueError."""
+    without_checksum = block[:148] + b" " * 8 + block[156:]
+    checksum = parse_tar_number(block[148:156])
+    signed = sum(np.frombuffer(without_checksum, np.int8).tolist())     # as some old tars have it
+    if checksum not in (sum(without_checksum), signed):
+        raise ValueError("a damaged header")
+    length = parse_tar_number(block[124:136])
+    if length < 0:
+        raise ValueError("a header with a negative size")
+    name = block[:100].partition(b"\0")[0]
+    prefix = block[345:500].partition(b"\0")[0]
+    if prefix and block[257:263] == b"ustar\0":
+        name = prefix + b"/" + name
+    return name.decode("utf-8", "replace"), length, block[156:157]
+
+
+def parse_tar_number(field):
+    """A number in octal digits or, behind a byte that says so, in binary. Raises ValueError."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    if field[0] == 0xff:
+        return int.from_bytes(field, "big", signed=True)
+    digits = field.partition(b"\0")[0].strip()
+    return int(digits or b"0", 8)
+
+
+def parse_pax(content):
+    """A dict from the records "LENGTH KEY=VALUE\\n" of a pax header. Raises ValueError."""
+    described = {}
+    while content:
+        digits = content.partition(b" ")[0]
+        length = int(digits)
+        if length <= len(digits):
+            raise ValueError("a damaged pax header")
+        record = content[len(digits) + 1:length - 1]
+        key, _, value = record.partition(b"=")
+        described[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        content = content[length:]
+    return described
+
+
+def read_at(f, position, length):
+    """So many bytes of an open file; raises ValueError if there are fewer."""
+    f.seek(position)
+    content = f.read(length)
+    if len(content) < length:
+        raise ValueError("it is cut off")
+    return content
+
+
+def to_text(value):
+    """A str that can be printed and encoded: lone surrogates, which json can hold, become "?"."""
+    text = str(value)
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "replace").decode()
 
 
 def parse_json(text):
@@ -599,28 +933,41 @@ def parse_list(value, separator="|", empty=False):
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             if separator:
-                raise
+                raise ValueError(f"{value:.40} is no list in json") from None
     if isinstance(value, str):
         value = value.split(separator) if separator else [value]
     if not isinstance(value, list):
         return []
-    texts = ["" if item is None else str(item).strip() for item in value]
+    texts = ["" if item is None else to_text(item).strip() for item in value]
     return texts if empty else [text for text in texts if text]
 
 
-def load_image(file):
+def load_image(file, max_pixels=None):
     """Read an image, whole, as RGB: 16 bits become 8, what is transparent becomes white.
 
-    file: a path, an open file, or [tar, offset, size]. Raises OSError for a truncated image.
+    file        a path, an open file, or [tar, offset, size]
+    max_pixels  larger images are refused before they are decoded, since a small file can hold one
+                that takes gigabytes; None: 89,478,485, above which pillow warns
+    Raises OSError for what is no image, or a truncated one, and ValueError for a too large one.
     """
+    if max_pixels and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels     # pillow itself refuses twice as many
+    limit = max_pixels or Image.MAX_IMAGE_PIXELS
     if isinstance(file, list):
         path, offset, size = file
         # Opened anew by each process: workers that were forked would share one position.
         with open(path, "rb", buffering=0) as f:
             file = io.BytesIO(os.pread(f.fileno(), size, offset))
-    with Image.open(file) as image:
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise OSError(f"cannot identify image file as one of {', '.join(FORMATS)}") from None
+    with image:
+        width, height = image.size
+        if width * height > limit:
+            raise ValueError(f"{width} x {height} pixels are more than --max-pixels {limit}")
         image.load()
         if image.mode.startswith("I"):
             levels = np.asarray(image).clip(0, 65535) // 257
@@ -870,9 +1217,10 @@ def train_tokenizer(captions, vocab_size=1024):
 
     Returns the text of a tokenizer.json, the number of its tokens, and the length of the longest
     caption in tokens. <pad> is 0; <eos> ends every text and has the highest id, by which CLIP's
-    text tower finds it.
+    text tower finds it. Of very long words, such as addresses, only the first letters count: the
+    time of training grows with the square of the length.
     """
-    captions = [clean_text(caption, "canonicalize") for caption in captions]
+    captions = [shorten_words(clean_text(caption, "canonicalize")) for caption in captions]
     bpe = ByteLevelBPETokenizer(add_prefix_space=True)
     bpe.train_from_iterator(captions, vocab_size - 1, min_frequency=0, special_tokens=["<pad>"],
                             show_progress=False)
@@ -881,3 +1229,8 @@ def train_tokenizer(captions, vocab_size=1024):
     bpe.post_processor = processors.TemplateProcessing("$A <eos>", special_tokens=[eos])
     longest = max(len(encoding.ids) for encoding in bpe.encode_batch(captions))
     return bpe.to_str(), bpe.get_vocab_size(), longest
+
+
+def shorten_words(text):
+    """The text, no word of it longer than TOKENIZER_LETTERS."""
+    return " ".join(word[:TOKENIZER_LETTERS] for word in text.split(" "))
