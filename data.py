@@ -759,13 +759,15 @@ def scan_tar(path, size):
                 if kind != "image":
                     content = read_at(f, offset, length).decode("utf-8", "replace")
                 latest[key][kind] = content
+            if not samples:
+                raise DamagedTar("no image and no caption is in it", 0)
         except DamagedTar as damage:
             lost = 1
             if damage.position:
                 lost = max(1, math.ceil((size / damage.position - 1) * len(samples)))
             reports.append(Report(
                 f"{path} is damaged or cut off from byte {damage.position:,} on",
-                f"{damage}; about {lost:,} rows are lost or more", lost, torn=True))
+                f"{damage}; rows lost: {lost:,} or more", lost, torn=True))
     rows = []
     for sample in samples:
         about = parse_json(sample.pop("json", ""))
@@ -879,6 +881,8 @@ def parse_tar_number(field):
     if field[0] == 0xff:
         return int.from_bytes(field, "big", signed=True)
     digits = field.partition(b"\0")[0].strip()
+    if not re.fullmatch(rb"-?[0-7]*", digits):
+        raise ValueError("a damaged header")
     return int(digits or b"0", 8)
 
 
