@@ -1,10 +1,16 @@
-"""Where batches come from: built-in scenes, tables of image-caption pairs (.csv, .tsv, .jsonl), and tar shards.
+"""Where batches come from: built-in scenes, tables of image-caption pairs, and tar shards.
 
-A row is a dict: image (PIL), caption, key (its name in reports), and optional: concepts, negatives (lists of str, "" in
-place of one that there is not), negative_image, neighbour (a row). What cannot be read is {"key", "error"}, not lost.
+A row is a dict with
+    image           PIL image, RGB
+    caption         str; rows of files also carry all their captions, a list of str
+    key             str, its name in reports
+    concepts        optional list of str, the noun phrases of the caption
+    negatives       optional list of str, false captions ("" in place of one that there is not)
+    negative_image  optional PIL image that the caption does not describe
+    neighbour       optional row, a hard negative for this one
+A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
 """
 import csv
-import hashlib
 import io
 import json
 import os
@@ -14,6 +20,7 @@ import tarfile
 import warnings
 import zlib
 from array import array
+from bisect import bisect_right
 
 import numpy as np
 import torch
@@ -23,71 +30,142 @@ from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
 from tqdm import tqdm
 
-from concepts import extract_batch, negate, swap_negatives
+from concepts import extract_batch, index_phrases, negate, string_id, swap_negatives
 from model import clean_text
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # the loader's workers are the parallelism
-COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230), "yellow": (240, 220, 50),
-           "purple": (150, 60, 190), "orange": (245, 140, 30), "cyan": (60, 210, 220), "white": (245, 245, 245)}
+# The loader's workers are the parallelism; threads of the tokenizer would only get in their way.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# ---- scenes: pictures that are made, not read ------------------------------
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 230),
+    "yellow": (240, 220, 50),
+    "purple": (150, 60, 190),
+    "orange": (245, 140, 30),
+    "cyan": (60, 210, 220),
+    "white": (245, 245, 245),
+}
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 
 
 class Scenes(Dataset):
-    """Two objects of different colour and shape, one a quadrant: nothing is hard here but binding.
+    """Two objects of different colour and shape, each in its quadrant: only binding is hard here.
 
-    Scene i is a function of (seed, i). Pairs of objects whose checksum falls into one class of ten are for split "val"
-    only: held-out scenes show pairs never seen together. relations: share of captions with "left of", "right of",
-    "above" or "below" instead of "and". Negatives are false by construction: colours exchanged, another colour, another
-    shape, objects exchanged ("" without a relation); negative_images=True renders the first of them.
+    Scene i is a function of (seed, i) alone. Of all pairs of objects a tenth, chosen by a
+    checksum, is kept for split "val", so held-out scenes show pairs that were never trained on.
+
+    The four negatives of a scene are false by construction: the colours exchanged, another
+    colour, another shape, and the objects exchanged ("" where the caption has no relation).
+
+    length           how many scenes there are
+    split            "train" or "val"
+    image_size       side of the square image in pixels
+    relations        share of captions that say "left of", "right of", "above" or "below"
+                     instead of "and"
+    negative_images  draw the first negative, too, as negative_image
     """
-    def __init__(self, length, split="train", seed=0, image_size=32, relations=0.0, negative_images=False):
-        self.length, self.split, self.seed, self.image_size = length, split, seed, image_size
-        self.relations, self.negative_images = relations, negative_images
+
+    def __init__(self, length, split="train", seed=0, image_size=32, relations=0.0,
+                 negative_images=False):
+        self.length = length
+        self.split = split
+        self.seed = seed
+        self.image_size = image_size
+        self.relations = relations
+        self.negative_images = negative_images
 
     def __len__(self):
         return self.length
 
     def objects(self, index):
-        """[(colour, shape), (colour, shape)] in the order of the caption, and their quadrants, two of 0..3."""
+        """Return two (colour, shape) in the order of the caption, their quadrants (two of 0 to 3),
+        and the generator of everything else that is random in this scene."""
         rng = random.Random(f"{self.seed} {self.split} {index}")
         while True:
-            pair = list(zip(rng.sample(list(COLOURS), 2), rng.sample(SHAPES, 2)))
-            held_out = zlib.crc32(repr(sorted(pair)).encode()) % 10 == 0
+            colours = rng.sample(list(COLOURS), 2)
+            shapes = rng.sample(SHAPES, 2)
+            pair = list(zip(colours, shapes))
+            checksum = zlib.crc32(repr(sorted(pair)).encode())
+            held_out = checksum % 10 == 0
             if held_out == (self.split == "val"):
                 return pair, rng.sample(range(4), 2), rng
 
     def __getitem__(self, index):
         pair, cells, rng = self.objects(index)
-        image, link = self.render(pair, cells, rng), "and"
-        if rng.random() < self.relations:       # where the second is, seen from the first
-            x, y = cells[1] % 2 - cells[0] % 2, cells[1] // 2 - cells[0] // 2
-            link = {1: "left of", -1: "right of"}.get(x) or {1: "above", -1: "below"}[y]
-        (colour0, shape0), (colour1, shape1) = pair
-        colour2 = rng.choice([colour for colour in COLOURS if colour not in (colour0, colour1)])
-        shape2 = rng.choice([shape for shape in SHAPES if shape not in (shape0, shape1)])
-        swapped = [(colour1, shape0), (colour0, shape1)]
-        wrong = [swapped, [(colour2, shape0), pair[1]], [(colour0, shape2), pair[1]], pair[::-1]]
-        caption, *negatives = [f"a {a} {b} {link} a {c} {d}" for (a, b), (c, d) in [pair] + wrong]
-        row = {"image": image, "caption": caption, "concepts": caption.split(f" {link} "), "objects": pair,
-               "negatives": negatives[:3] + [negatives[3] * (link != "and")], "key": f"scene {self.split} {index}"}
+        image = self.render(pair, cells, rng)
+        link = "and"
+        if rng.random() < self.relations:
+            link = relation(*cells)
+        wrong = wrong_pairs(pair, rng)
+        negatives = [describe(objects, link) for objects in wrong]
+        if link == "and":
+            negatives[3] = ""       # "b and a" is as true as "a and b"
+        caption = describe(pair, link)
+        row = {
+            "image": image,
+            "caption": caption,
+            "concepts": caption.split(f" {link} "),
+            "negatives": negatives,
+            "objects": pair,
+            "key": f"scene {self.split} {index}",
+        }
         if self.negative_images:
-            row["negative_image"] = self.render(swapped, cells, self.objects(index)[2])     # places and sizes stay
+            same_places = self.objects(index)[2]        # the generator anew: places and sizes stay
+            row["negative_image"] = self.render(wrong[0], cells, same_places)
         return row
 
     def render(self, pair, cells, rng):
-        """The image of one or more (colour, shape), each somewhere in its quadrant."""
+        """Draw one or more (colour, shape), each somewhere in its quadrant."""
         size = self.image_size
-        image = Image.new("RGB", (size, size), (rng.randint(0, 40),) * 3)
-        draw, half = ImageDraw.Draw(image), size / 2
+        half = size / 2
+        grey = rng.randint(0, 40)
+        image = Image.new("RGB", (size, size), (grey, grey, grey))
+        draw = ImageDraw.Draw(image)
         for (colour, shape), cell in zip(pair, cells):
-            r = rng.uniform(0.38, 0.48) * half
-            x = half * (cell % 2) + rng.uniform(r, half - r)
-            y = half * (cell // 2) + rng.uniform(r, half - r)
-            draw_shape(draw, shape, x, y, r, COLOURS[colour])
+            radius = rng.uniform(0.38, 0.48) * half
+            x = half * (cell % 2) + rng.uniform(radius, half - radius)
+            y = half * (cell // 2) + rng.uniform(radius, half - radius)
+            draw_shape(draw, shape, x, y, radius, COLOURS[colour])
         return image
 
 
+def describe(pair, link):
+    """The caption of two (colour, shape)."""
+    (colour0, shape0), (colour1, shape1) = pair
+    return f"a {colour0} {shape0} {link} a {colour1} {shape1}"
+
+
+def relation(first, second):
+    """Where the first quadrant lies, seen from the second (quadrants 0 1 above 2 3)."""
+    if first % 2 < second % 2:
+        return "left of"
+    if first % 2 > second % 2:
+        return "right of"
+    if first < second:
+        return "above"
+    return "below"
+
+
+def wrong_pairs(pair, rng):
+    """Four pairs of objects that the scene does not show: see Scenes."""
+    (colour0, shape0), (colour1, shape1) = pair
+    other_colours = [colour for colour in COLOURS if colour not in (colour0, colour1)]
+    other_shapes = [shape for shape in SHAPES if shape not in (shape0, shape1)]
+    new_colour = rng.choice(other_colours)
+    new_shape = rng.choice(other_shapes)
+    return [
+        [(colour1, shape0), (colour0, shape1)],
+        [(new_colour, shape0), pair[1]],
+        [(colour0, new_shape), pair[1]],
+        [pair[1], pair[0]],
+    ]
+
+
 def draw_shape(draw, shape, x, y, r, fill):
+    """Draw one shape around (x, y); r is half its width in pixels, fill its colour."""
     box = (x - r, y - r, x + r, y + r)
     if shape == "circle":
         draw.ellipse(box, fill=fill)
@@ -104,169 +182,420 @@ def draw_shape(draw, shape, x, y, r, fill):
         draw.ellipse(box, outline=fill, width=max(1, round(r / 2.5)))
 
 
-# ------------------------- image-caption pairs from tables and tar shards
+# ---- tables and tars: pairs on disk ----------------------------------------
+
 IMAGE_KEYS = ("image", "image_path", "filepath", "file_name", "filename", "path")
 CAPTION_KEYS = ("txt", "caption", "title", "text", "caption_text")
 JOIN_KEYS = ("url", "image_url", "key", "__key__", "Image Path", *IMAGE_KEYS)
-MEMBERS = {".jpg": "image", ".jpeg": "image", ".png": "image", ".webp": "image", ".txt": "txt", ".json": "json"}
+# What the members of a tar are, by their ending; others are passed over.
+MEMBERS = {
+    ".jpg": "image",
+    ".jpeg": "image",
+    ".png": "image",
+    ".webp": "image",
+    ".txt": "txt",
+    ".json": "json",
+}
+# Train the tokenizer on the captions of so many rows at most.
+TOKENIZER_ROWS = 200_000
 
 
 class CaptionFile(Dataset):
-    """Image-caption pairs of tables and tar shards: sources are joined by "::", and {000..331} and {a,b} expand.
+    """Image-caption pairs of tables (.csv, .tsv, .jsonl) and tar shards, as one data set.
 
-    image_root: the folder of a table's image paths. image_key, caption_key: columns (json keys); of several captions,
-    in columns a,b or a json list, `Seeded` draws one. captions: a table of the captions instead, joined by the first
-    of JOIN_KEYS it has to the images' key, url or path. Optional columns or json keys: concepts, negatives (lists, or
-    separated by |), negative_image (a path), neighbours (numbers of rows of the same table, from 0; others are passed
-    over). skipped: [(name, why)] of what has no image or caption; what cannot be read becomes a row {"key", "error"}.
+    Optional columns or json keys of any of them: concepts and negatives (lists, or texts with |
+    in between), negative_image (a path), and neighbours (numbers of rows of the same file,
+    counted from 0; numbers of rows that are not used are passed over).
+
+    sources      files joined by "::", in which {000..331} and {a,b} expand
+    image_root   folder that the image paths of tables are relative to
+    image_key    column of the image paths; by default the first of IMAGE_KEYS that there is
+    caption_key  column or json key of the captions, or several joined by commas; by default the
+                 first of CAPTION_KEYS that is not empty. A json list in a column is several
+                 captions, of which `Seeded` draws one.
+    captions     a table with the captions of the images in sources, joined by the first of
+                 JOIN_KEYS that it has to the images' key, url or path
+
+    skipped lists (name, why) of every row that has no image or no caption. Raises ValueError for
+    files that cannot be used.
     """
+
     def __init__(self, sources, image_root="", image_key=None, caption_key=None, captions=None):
-        self.root, given = image_root, caption_key.split(",") if caption_key else []
-        self.skipped, self.neighbours, joined, used, seen, bare = [], {}, {}, set(), set(), []
-        wanted, lines, ends = {*(given or CAPTION_KEYS), "concepts", "negatives"}, io.BytesIO(), array("q", [0])
-        for row in read_rows(captions) if captions else ():
-            join_column = next((key for key in JOIN_KEYS if key in row), "")
-            seen.update(row)
-            about = {name: value for name, value in row.items() if name in wanted}      # not all of a wide table
-            joined.setdefault(str(row.get(join_column) or ""), []).append(about)
-        paths = [path for source in sources.split("::") for path in expand(source)]
-        for path in tqdm(paths, "reading", unit="file", delay=1, disable=os.environ.get("RANK", "0") != "0"):
-            tar, first, numbers, near = path.endswith(".tar"), len(ends) - 1, array("q"), {}
-            for number, row in enumerate(read_shard(path) if tar else read_rows(path)):
-                image_column = "image" if tar else image_key or next((key for key in IMAGE_KEYS if key in row), "")
-                image = row.get(image_column)
-                key = f"{path} {row['key']}" if tar else f"{image or '(no image)'} (row {number + 1})"
-                names = [name for name in map(str, (row.get("key"), row.get("url"), image)) if name in joined][:1]
-                about = joined[names[0]] if names else [] if captions else [row]        # the dicts with its captions
-                texts = []      # of all columns that were given, else of the first that is not empty
-                for some in about:
-                    for column in given or [key for key in CAPTION_KEYS if some.get(key)][:1]:
-                        texts += parse_list(some.get(column), None)
-                used.update(names)
-                seen.update(row)
-                if not image or not texts:
-                    self.skipped.append((key, "no caption" if image else "no image"))
-                    continue
-                sample = {"key": key, "image": [path, *image] if tar else str(image), "captions": texts,
-                          "concepts": about[0].get("concepts"), "negatives": about[0].get("negatives"),
-                          "negative_image": row.get("negative_image")}
-                lines.write(json.dumps({name: value for name, value in sample.items() if value}).encode())
-                ends.append(lines.tell())
-                numbers.append(number)
-                if some := parse_list(row.get("neighbours")):
-                    near[str(number)] = some
-            places = dict(zip(map(str, numbers), range(first, len(ends)))) if near else {}      # of the rows kept
-            self.neighbours |= {places[n]: [places[i] for i in some if i in places] for n, some in near.items()}
-            bare += [] if numbers or tar else [path]
-        lost = [name for name in joined if name not in used]
-        if lost:
-            self.skipped.insert(0, (captions, f"{len(lost):,} {join_column} fit no image, the first is {lost[0]!r}"))
-        if bare or len(ends) == 1 or set(given) - seen:
-            raise ValueError(f"{', '.join(bare) or sources}: no images with captions in its columns or keys "
-                             f"{', '.join(sorted(map(str, seen))[:30])} (split at commas in .csv, tabs in .tsv); name "
-                             f"them with --image-key, --caption-key; skipped {self.skipped[:1]}")
-        self.lines, self.ends = lines.getvalue(), np.array(ends)    # no object a row
-        self.captions = [text for i in range(min(len(self), 200_000)) for text in self.sample(i)["captions"]]
+        self.root = image_root
+        self.parts = []             # the rows of each file
+        self.skipped = []
+        caption_keys = caption_key.split(",") if caption_key else []
+        joined = JoinedCaptions(captions, caption_keys) if captions else None
+        columns = set(joined.columns) if joined else set()
+        paths = []
+        for source in sources.split("::"):
+            paths += expand(source)
+        quiet = os.environ.get("RANK", "0") != "0"
+        for path in tqdm(paths, "reading", unit="file", delay=1, disable=quiet):
+            part = RowStore(path)
+            part.fill(image_key, caption_keys, joined)
+            self.parts.append(part)
+            self.skipped += part.skipped
+            columns |= part.columns
+        if joined:
+            self.skipped = joined.unused() + self.skipped
+        # The first row of each file in the whole data set, and the number of all rows.
+        self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+        self._check(sources, caption_keys, columns)
+
+    def _check(self, sources, caption_keys, columns):
+        """Raise ValueError if a table, or all of it, or a column that was asked for, is empty."""
+        useless = [part.path for part in self.parts if not part.path.endswith(".tar") and not part]
+        missing = set(caption_keys) - columns
+        if useless or missing or len(self) == 0:
+            names = sorted(map(str, columns))[:30]
+            raise ValueError(
+                f"{', '.join(useless) or sources}: no images with captions in its columns or keys "
+                f"{', '.join(names)} (split at commas in .csv, tabs in .tsv); name them with "
+                f"--image-key, --caption-key; skipped {self.skipped[:1]}")
+
+    @property
+    def captions(self):
+        """All captions of the first TOKENIZER_ROWS rows, to train a tokenizer on."""
+        texts = []
+        for index in range(min(len(self), TOKENIZER_ROWS)):
+            texts += self.sample(index)["captions"]
+        return texts
 
     def __len__(self):
-        return len(self.ends) - 1
+        return int(self.starts[-1])
 
     def sample(self, index):
-        row = json.loads(self.lines[self.ends[index]:self.ends[index + 1]])
-        return row | ({"neighbours": self.neighbours[index]} if index in self.neighbours else {})
+        """What the file says of a row, without reading its image: key, image, captions, ...
+
+        image is a path relative to image_root, or [tar, offset, size].
+        """
+        part, number = self._find(index)
+        return part.read(number)
+
+    def _find(self, index):
+        """The file that holds a row of the data set, and the row's number among those it keeps."""
+        which = bisect_right(self.starts, index) - 1
+        return self.parts[which], index - int(self.starts[which])
 
     def __getitem__(self, index):
         row = self.sample(index)
         try:
-            for name in {"image", "negative_image"} & row.keys():
-                row[name] = load_image(os.path.join(self.root, row[name]) if isinstance(row[name], str) else row[name])
-            for name in {"concepts", "negatives"} & row.keys():
-                row[name] = parse_list(row[name], empty=name == "negatives")
-            return {**row, "caption": row["captions"][0]}
-        except Exception as error:      # of pillow's decoders, nearly any
-            return {"key": row["key"], "error": " ".join(str(error).split()) or type(error).__name__}
+            self._open_images(row)
+            self._read_lists(row, index)
+        except Exception as error:      # pillow's decoders raise nearly anything
+            message = " ".join(str(error).split())
+            return {"key": row["key"], "error": message or type(error).__name__}
+        row["caption"] = row["captions"][0]
+        return row
+
+    def _open_images(self, row):
+        for name in ("image", "negative_image"):
+            place = row.get(name)
+            if isinstance(place, str):
+                place = os.path.join(self.root, place)
+            if place is not None:
+                row[name] = load_image(place)
+
+    def _read_lists(self, row, index):
+        if "concepts" in row:
+            row["concepts"] = parse_list(row["concepts"])
+        if "negatives" in row:
+            row["negatives"] = parse_list(row["negatives"], empty=True)
+        if "neighbours" in row:
+            part, number = self._find(index)
+            first = index - number
+            places = part.places(parse_list(row["neighbours"]))
+            row["neighbours"] = [first + place for place in places]
+
+
+class RowStore:
+    """The usable rows of one file, as json texts one behind the other: no Python object a row.
+
+    lines    bytes, all texts
+    ends     int64 (N + 1,): text i is lines[ends[i]:ends[i + 1]]
+    numbers  int64 (N,), the number of each row in the file, where some rows are not usable
+    skipped  (name, why) of the rows that are not usable
+    columns  the names of all columns or keys of the file
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.skipped = []
+        self.columns = set()
+
+    def fill(self, image_key, caption_keys, joined):
+        """Read the file; joined is the table of its captions, if they are not in the file."""
+        lines = io.BytesIO()
+        ends = array("q", [0])
+        numbers = array("q")
+        for number, row in enumerate(read_pairs(self.path)):
+            self.columns.update(row)
+            key, image = name_and_image(self.path, number, row, image_key)
+            sources = [row]
+            if joined:
+                sources = joined.find(row, image)
+            captions = captions_of(sources, caption_keys)
+            if not image or not captions:
+                self.skipped.append((key, "no caption" if image else "no image"))
+                continue
+            sample = {
+                "key": key,
+                "image": image,
+                "captions": captions,
+                "concepts": sources[0].get("concepts"),
+                "negatives": sources[0].get("negatives"),
+                "negative_image": row.get("negative_image"),
+                "neighbours": row.get("neighbours"),
+            }
+            given = {name: value for name, value in sample.items() if value}
+            lines.write(json.dumps(given).encode())
+            ends.append(lines.tell())
+            numbers.append(number)
+        self.lines = lines.getvalue()
+        self.ends = np.array(ends)
+        self.numbers = np.array(numbers)
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def read(self, index):
+        """Row number index of those that are usable."""
+        first, last = self.ends[index:index + 2]
+        return json.loads(self.lines[first:last])
+
+    def places(self, numbers):
+        """Indices of usable rows from texts of row numbers in the file, without the others."""
+        found = []
+        for text in numbers:
+            number = int(text) if text.isdecimal() else -1
+            index = int(np.searchsorted(self.numbers, number))
+            if index < len(self) and self.numbers[index] == number:
+                found.append(index)
+        return found
+
+
+class JoinedCaptions:
+    """A table of captions, found by the name of an image: its key, its url or its path.
+
+    Several rows of one name are several captions.
+    """
+
+    def __init__(self, path, caption_keys):
+        self.path = path
+        self.rows = {}              # name -> list of dicts
+        self.used = set()           # names of images that were asked for
+        self.columns = set()
+        self.name_column = ""
+        wanted = {*(caption_keys or CAPTION_KEYS), "concepts", "negatives"}
+        for row in read_rows(path):
+            self.columns.update(row)
+            self.name_column = first_present(JOIN_KEYS, row)
+            name = str(row.get(self.name_column) or "")
+            about = {key: value for key, value in row.items() if key in wanted}
+            self.rows.setdefault(name, []).append(about)
+
+    def find(self, row, image):
+        """The rows about one image, [] if there are none."""
+        for name in (row.get("key"), row.get("url"), image):
+            if name is not None and str(name) in self.rows:
+                self.used.add(str(name))
+                return self.rows[str(name)]
+        return []
+
+    def unused(self):
+        """[] or one (name, why) about the captions that fit no image."""
+        lost = [name for name in self.rows if name not in self.used]
+        if not lost:
+            return []
+        why = f"{len(lost):,} {self.name_column} fit no image, the first is {lost[0]!r}"
+        return [(self.path, why)]
+
+
+def first_present(keys, row):
+    """The first of the keys that the row has, "" without one."""
+    for key in keys:
+        if key in row:
+            return key
+    return ""
+
+
+def name_and_image(path, number, row, image_key):
+    """Return a row's name in reports, and where its image is (false without one).
+
+    The image is a path, as the table has it, or [tar, offset, size].
+    """
+    if path.endswith(".tar"):
+        image = row["image"]
+        if image:
+            image = [path, *image]
+        return f"{path} {row['key']}", image
+    column = image_key or first_present(IMAGE_KEYS, row)
+    image = row.get(column)
+    if image:
+        image = str(image)
+    return f"{image or '(no image)'} (row {number + 1})", image
+
+
+def captions_of(rows, caption_keys):
+    """All captions of some rows: of each column that was asked for, or else of the first of
+    CAPTION_KEYS that is not empty."""
+    texts = []
+    for row in rows:
+        keys = caption_keys
+        if not keys:
+            keys = [key for key in CAPTION_KEYS if row.get(key)][:1]
+        for key in keys:
+            texts += parse_list(row.get(key), separator=None)
+    return texts
 
 
 def expand(source):
-    """The files of "a/{08..11}.tar" or "{a,b}.csv", as a shell names them; ValueError for one that is not there."""
-    found = re.search(r"\{((\d+)\.\.(\d+)|[^{}]*,[^{}]*)\}", source)
-    if found and not os.path.exists(source):
-        words, first, last = found.groups()
-        words = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)] if first else words.split(",")
-        return [path for word in words or [found[1]] for path in expand(source.replace(found[0], word, 1))]
-    if not os.path.isfile(source):
-        raise ValueError(f"no file {source}: --data takes tables with a row for each image-caption pair, or tar shards")
-    return [source]
+    """Return the files that "a/{08..11}.tar" or "{a,b}.csv" name, as a shell would.
+
+    Raises ValueError for one that is not there.
+    """
+    if os.path.isfile(source):
+        return [source]
+    braces = re.search(r"\{((\d+)\.\.(\d+)|[^{}]*,[^{}]*)\}", source)
+    if not braces:
+        raise ValueError(
+            f"no file {source}: --data takes tables with a row for each image-caption pair, "
+            "or tar shards")
+    inside, first, last = braces.groups()
+    words = inside.split(",")
+    if first:
+        numbers = range(int(first), int(last) + 1)
+        words = [str(number).zfill(len(first)) for number in numbers]
+    paths = []
+    for word in words or [inside]:
+        paths += expand(source.replace(braces[0], word, 1))
+    return paths
+
+
+def read_pairs(path):
+    """Yield the rows of a table or a tar as dicts; see read_rows and read_shard."""
+    if path.endswith(".tar"):
+        return read_shard(path)
+    return read_rows(path)
 
 
 def read_rows(path):
-    """Yield the rows of a .csv, .tsv or .jsonl file as dicts; ValueError for a file that cannot be used at all."""
-    kind, row = os.path.splitext(path)[1].lower(), None
+    """Yield the rows of a .csv, .tsv or .jsonl file as dicts.
+
+    Raises ValueError for a file that cannot be used at all.
+    """
+    kind = os.path.splitext(path)[1].lower()
     if kind not in (".csv", ".tsv", ".jsonl"):
-        raise ValueError(f"{path}: expected a .csv, .tsv or .jsonl file, or .tar, got {kind or 'no ending'!r}")
+        raise ValueError(f"{path}: expected a .csv, .tsv or .jsonl file, or .tar, "
+                         f"got {kind or 'no ending'!r}")
     csv.field_size_limit(2**31 - 1)     # long captions are no mistake
+    number = 0
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
-        rows = csv.DictReader(f, delimiter="\t" if kind == ".tsv" else ",") if kind != ".jsonl" else (
-            parse_json(line) for line in f if line.strip())
+        if kind == ".jsonl":
+            rows = read_json_lines(f)
+        else:
+            rows = csv.DictReader(f, delimiter="\t" if kind == ".tsv" else ",")
         for number, row in enumerate(rows, 1):
             if not row:
                 raise ValueError(f"{path}: row {number} is not an object in json")
             yield row
-    if row is None:
+    if number == 0:
         raise ValueError(f"{path}: no rows")
 
 
-def read_shard(path):
-    """Samples of a tar as img2dataset and webdataset write it: dicts of .json, txt, key and image ([offset, size]).
+def read_json_lines(lines):
+    """Yield the object of each line, {} for a line that holds none; blank lines do not count."""
+    for line in lines:
+        if line.strip():
+            yield parse_json(line)
 
-    Kept beside it, under its size and time. A second image or text of a key begins another sample.
+
+def read_shard(path):
+    """Return the samples of a tar, as img2dataset and webdataset write them, as dicts.
+
+    Each has key, image ([offset, size] in the tar, or None), txt if there is one, and the keys of
+    its json. What was found is kept in a file beside the tar, under the tar's size and time.
     """
     stat = os.stat(path)
     cached = f"{path}.{stat.st_size}.{stat.st_mtime_ns}.jsonl"
     if os.path.exists(cached):
         return read_rows(cached)
-    rows, latest, end = [], {}, 0
+    samples = []
+    end = 0
     try:
         with tarfile.open(path, "r:", errors="replace") as tar:
-            for member in tar:
-                if member.offset_data + member.size > stat.st_size:
-                    raise tarfile.ReadError("cut off")
-                end = tar.offset
-                key, ending = os.path.splitext(member.name.removeprefix("./"))
-                kind = MEMBERS.get(ending.lower())
-                if kind is None or not member.isreg():
-                    continue
-                if key not in latest or latest[key].get(kind):
-                    latest[key] = {"key": key, "image": None}
-                    rows.append(latest[key])
-                latest[key][kind] = [member.offset_data, member.size] if kind == "image" else (
-                    tar.extractfile(member).read().decode("utf-8", "replace"))
-            tar.fileobj.seek(end)
-            if any(tar.fileobj.read(1024) or b"cut") or not rows:
-                raise tarfile.ReadError("tarfile ends at a damaged header without a word")
+            for end in scan_tar(tar, stat.st_size, samples):
+                pass
+            check_end(tar, end, samples)
     except (tarfile.TarError, ValueError, OverflowError, EOFError):
-        rows.append({"key": f"is damaged or cut off from byte {end:,} on"})
-    rows = [{**parse_json(row.pop("json", "")), **row} for row in rows]
+        samples.append({"key": f"is damaged or cut off from byte {end:,} on"})
+    rows = []
+    for sample in samples:
+        about = parse_json(sample.pop("json", ""))
+        rows.append({"image": None, **about, **sample})
     try:
-        with open(f"{cached}.{os.urandom(8).hex()}", "w") as f:     # others see a whole index or none
+        partial = f"{cached}.{os.urandom(8).hex()}"
+        with open(partial, "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
-        os.replace(f.name, cached)
-    except OSError as error:    # once a folder
-        warnings.warn(f"{os.path.dirname(path)}: {error.strerror}: indices of its shards are kept in memory only")
+        os.replace(partial, cached)     # others see a whole index or none
+    except OSError as error:
+        # The text names the folder, so that Python shows this warning once a folder.
+        warnings.warn(f"{os.path.dirname(path)}: {error.strerror}: indices of its shards are kept "
+                      "in memory only")
     return rows
+
+
+def scan_tar(tar, size, samples):
+    """Append the samples of a tar to a list; yields the byte where each member that is whole ends.
+
+    Members of one name, but for the ending, are one sample; a second image or text of that name
+    begins another one.
+    """
+    latest = {}         # the sample that a name belongs to now
+    for member in tar:
+        if member.offset_data + member.size > size:
+            raise tarfile.ReadError("cut off")
+        yield tar.offset
+        key, ending = os.path.splitext(member.name.removeprefix("./"))
+        kind = MEMBERS.get(ending.lower())
+        if kind is None or not member.isreg():
+            continue
+        if key not in latest or latest[key].get(kind):
+            latest[key] = {"key": key, "image": None}
+            samples.append(latest[key])
+        if kind == "image":
+            content = [member.offset_data, member.size]
+        else:
+            content = tar.extractfile(member).read().decode("utf-8", "replace")
+        latest[key][kind] = content
+
+
+def check_end(tar, end, samples):
+    """Raise ReadError if a tar has no samples, or no two empty blocks behind its last member:
+    tarfile ends at a damaged header without a word."""
+    tar.fileobj.seek(end)
+    blocks = tar.fileobj.read(1024)
+    if not samples or not blocks or any(blocks):
+        raise tarfile.ReadError("damaged")
 
 
 def parse_json(text):
     """The object in a json text, {} if there is none."""
     try:
-        row = json.loads(text)
-        return row if isinstance(row, dict) else {}
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 def parse_list(value, separator="|", empty=False):
-    """A list of strings from a list, a json list, or texts between separators (None: the text is one, if not json)."""
+    """A list of stripped strings from a list, a json list, or a text with separators.
+
+    separator  between the strings of a text; None: the text is one string, if not a json list
+    empty      keep empty strings
+    Raises ValueError for a broken json list, unless separator is None.
+    """
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -275,162 +604,280 @@ def parse_list(value, separator="|", empty=False):
                 raise
     if isinstance(value, str):
         value = value.split(separator) if separator else [value]
-    values = ["" if v is None else str(v).strip() for v in value] if isinstance(value, list) else []
-    return [text for text in values if text or empty]
+    if not isinstance(value, list):
+        return []
+    texts = ["" if item is None else str(item).strip() for item in value]
+    return texts if empty else [text for text in texts if text]
 
 
 def load_image(file):
-    """Any image file, or [tar, offset, size] -> RGB, whole (a truncated file raises OSError); 16 bits become 8."""
+    """Read an image, whole, as RGB: 16 bits become 8, what is transparent becomes white.
+
+    file: a path, an open file, or [tar, offset, size]. Raises OSError for a truncated image.
+    """
     if isinstance(file, list):
-        with open(file[0], "rb", buffering=0) as f:     # by each process for itself: workers may be forked
-            file = io.BytesIO(os.pread(f.fileno(), file[2], file[1]))
+        path, offset, size = file
+        # Opened anew by each process: workers that were forked would share one position.
+        with open(path, "rb", buffering=0) as f:
+            file = io.BytesIO(os.pread(f.fileno(), size, offset))
     with Image.open(file) as image:
         image.load()
         if image.mode.startswith("I"):
-            return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+            levels = np.asarray(image).clip(0, 65535) // 257
+            return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# ------------------------- from rows to batches
+# ---- from rows to batches --------------------------------------------------
+
 def train_transform(config):
-    """The paper's augmentation: a crop of at least 90 % of the area, no flip (left and right are in the captions)."""
-    return transforms.Compose([
-        transforms.RandomResizedCrop(config.image_size, (0.9, 1), (3 / 4, 4 / 3), Image.BICUBIC),
-        transforms.ToTensor(), transforms.Normalize(config.mean, config.std)])
+    """The paper's augmentation: a crop of at least 90 % of the area, and no flip, because left and
+    right are in the captions. PIL image -> float32 (3, S, S), normalised."""
+    crop = transforms.RandomResizedCrop(
+        config.image_size, scale=(0.9, 1), ratio=(3 / 4, 4 / 3), interpolation=Image.BICUBIC)
+    normalize = transforms.Normalize(config.mean, config.std)
+    return transforms.Compose([crop, transforms.ToTensor(), normalize])
 
 
 class Collate:
-    """Rows -> a batch. Runs in the loader's workers: extracts concepts where a row has none, and tokenizes.
+    """Rows -> a batch. Runs in the loader's workers, where it extracts concepts and tokenizes.
 
-    images (B, 3, S, S), tokens (B, L), keys, captions, bad [(key, error)], fallback: the number of captions that are
-    their own concept, for want of another noun phrase. Neighbours of rows become rows, after all others. Concepts, each
-    string once: concept_tokens (U, L'), concept_ids (U,), a hash, pairs (P, 2) (image, concept); pad_concepts rounds U
-    up to a multiple (id -1), for torch.compile. With spans, instead of concept_tokens: spans (B, M, 2) in the caption's
-    tokens, (0, 0) and id -1 for padding; concept_ids is (B * M,), and pairs count in B * M. negatives: "swap" (K = 1),
-    "typed" (noun, adjective, verb, phrase: K = 4), "negate" (K = 1), a row's own first -> negative_tokens (B, K, L'),
-    negative_mask (B, K). negative_images -> negative_images, zero without one, and negative_image_mask (B,).
+    transform        PIL image -> tensor (3, S, S), its randomness from torch's generator
+    tokenize         list of str -> LongTensor (N, L), with .spans for spans=True (model.Tokenizer)
+    with_concepts    add concepts: the row's own, or those of its caption
+    pad_concepts     round the number of concepts up to a multiple, for torch.compile
+    negatives        None, "swap" (K = 1), "typed" (noun, adjective, verb, phrase: K = 4) or
+                     "negate" (K = 1); a row's own negatives come first
+    negative_images  add the rows' negative_image
+    spans            a concept is a span of the caption's tokens, not a text of its own
+
+    A batch of B rows, neighbours of rows behind all others:
+    images (B, 3, S, S), tokens (B, L), keys and captions (lists of str)
+    bad                  [(key, error)] of the rows that could not be read
+    fallback             how many captions are their own concept, for want of a noun phrase
+    concept_tokens       (U, L'), each different string once
+    concept_ids          (U,) int64, a hash of the lower-case string; -1 for padding
+    pairs                (P, 2) int64, (image, concept)
+    spans                (B, M, 2) int64 with spans, instead of concept_tokens: [first, end) in
+                         the caption's tokens; (0, 0) for padding. Then concept_ids is (B * M,),
+                         and the concepts in pairs are counted in B * M.
+    negative_tokens      (B, K, L'), and negative_mask (B, K) bool, false where there is none
+    negative_images      (B, 3, S, S), and negative_image_mask (B,) bool; zero where there is none
     """
-    def __init__(self, transform, tokenize, with_concepts=True, pad_concepts=1, negatives=None, negative_images=False,
-                 spans=False):
-        self.transform, self.tokenize = transform, tokenize
-        self.with_concepts, self.pad_concepts, self.spans = with_concepts, pad_concepts, spans
-        self.negatives, self.negative_images = negatives, negative_images
+
+    def __init__(self, transform, tokenize, with_concepts=True, pad_concepts=1, negatives=None,
+                 negative_images=False, spans=False):
+        self.transform = transform
+        self.tokenize = tokenize
+        self.with_concepts = with_concepts
+        self.pad_concepts = pad_concepts
+        self.negatives = negatives
+        self.negative_images = negative_images
+        self.spans = spans
 
     def __call__(self, rows):
-        rows = rows + [r["neighbour"] for r in rows if "neighbour" in r]
-        bad, rows = [(r["key"], r["error"]) for r in rows if "error" in r], [r for r in rows if "error" not in r]
-        batch = {"bad": bad, "keys": [r["key"] for r in rows], "captions": [r["caption"] for r in rows], "fallback": 0}
+        neighbours = [row["neighbour"] for row in rows if "neighbour" in row]
+        everything = rows + neighbours
+        rows = [row for row in everything if "error" not in row]
+        batch = {
+            "bad": [(row["key"], row["error"]) for row in everything if "error" in row],
+            "keys": [row["key"] for row in rows],
+            "captions": [row["caption"] for row in rows],
+            "fallback": 0,
+        }
         if not rows:
             return batch
-        batch["images"] = torch.stack([self.augment(r["image"], r["seed"]) for r in rows])      # (B, 3, S, S)
-        batch["tokens"] = self.tokenize(batch["captions"], trim=True)                           # (B, L)
+        images = [self.augment(row["image"], row["seed"]) for row in rows]
+        batch["images"] = torch.stack(images)                                   # (B, 3, S, S)
+        batch["tokens"] = self.tokenize(batch["captions"], trim=True)           # (B, L)
         if self.negative_images:
-            batch["negative_image_mask"] = torch.tensor(["negative_image" in r for r in rows])  # (B,)
-            batch["negative_images"] = torch.stack([                                            # (B, 3, S, S)
-                self.augment(r["negative_image"], r["seed"]) if "negative_image" in r else torch.zeros_like(image)
-                for r, image in zip(rows, batch["images"])])
+            self.add_negative_images(batch, rows)
         if self.negatives:
-            texts = [text for row in rows for text in self.negatives_of(row)]                   # B * K
-            batch["negative_mask"] = torch.tensor([text != "" for text in texts]).view(len(rows), -1)
-            batch["negative_tokens"] = self.tokenize(texts, trim=True).view(*batch["negative_mask"].shape, -1)
-        if not self.with_concepts:
-            return batch
-        without = [r for r in rows if not r.get("concepts")]
-        for row, found in zip(without, extract_batch([r["caption"] for r in without])):
-            row["concepts"] = found or [row["caption"].strip()]
-            batch["fallback"] += row["concepts"] == [row["caption"].strip()]
-        concepts = [list(dict.fromkeys(row["concepts"])) for row in rows]
-        if self.spans:
-            width = max(1, *map(len, concepts))
-            places = [self.tokenize.spans(row["caption"], some) for row, some in zip(rows, concepts)]
-            batch["spans"] = torch.tensor([p + [(0, 0)] * (width - len(p)) for p in places])   # (B, M, 2)
-            strings = [c for some in concepts for c in some + [None] * (width - len(some))]     # B * M
-            pairs = [(i // width, i) for i, c in enumerate(strings) if c is not None]
-        else:
-            index = {}      # concept string -> its row in concept_tokens
-            pairs = [(i, index.setdefault(c, len(index))) for i, some in enumerate(concepts) for c in some]
-            strings = list(index) + [None] * (-len(index) % self.pad_concepts)
-            batch["concept_tokens"] = self.tokenize([c or "" for c in strings], trim=True)      # (U, L')
-        batch["concept_ids"] = torch.tensor([-1 if c is None else string_id(c) for c in strings])       # (U,)
-        batch["pairs"] = torch.tensor(pairs).view(-1, 2)                                        # (P, 2)
+            self.add_negatives(batch, rows)
+        if self.with_concepts:
+            concepts, batch["fallback"] = concepts_of(rows)
+            if self.spans:
+                self.add_spans(batch, concepts)
+            else:
+                self.add_concepts(batch, concepts)
         return batch
 
-    def negatives_of(self, row):
-        """K strings, "" for none, from the row or by its seed."""
-        rng, own = random.Random(row["seed"]), row.get("negatives", [])
-        if self.negatives == "negate":
-            return [negate(row["caption"], rng)]
-        if self.negatives == "swap":
-            return [rng.choice([text for text in own if text][:1] or swap_negatives(row["caption"], rng) or [""])]
-        kinds = ("noun", "adjective", "verb", "phrase")
-        own = own or ["".join(swap_negatives(row["caption"], rng, (kind,))) for kind in kinds]
-        return (own + [""] * 4)[:4]
-
     def augment(self, image, seed):
-        """The transform, its randomness a function of the row's own seed: the same in any worker, after any resume."""
+        """The transform, its randomness a function of the row's own seed: the same in any worker
+        and after any resume."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return self.transform(image)
 
+    def add_negative_images(self, batch, rows):
+        images = []
+        for row, positive in zip(rows, batch["images"]):
+            if "negative_image" in row:
+                images.append(self.augment(row["negative_image"], row["seed"]))
+            else:
+                images.append(torch.zeros_like(positive))
+        batch["negative_images"] = torch.stack(images)                          # (B, 3, S, S)
+        batch["negative_image_mask"] = torch.tensor(["negative_image" in row for row in rows])
 
-def string_id(text):
-    """A 63-bit hash of the lower-case text, equal on all processes."""
-    digest = hashlib.blake2b(text.lower().encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    def add_negatives(self, batch, rows):
+        texts = []                                                              # B * K
+        for row in rows:
+            texts += self.negatives_of(row)
+        mask = torch.tensor([text != "" for text in texts])
+        tokens = self.tokenize(texts, trim=True)                                # (B * K, L')
+        batch["negative_mask"] = mask.view(len(rows), -1)                       # (B, K)
+        batch["negative_tokens"] = tokens.unflatten(0, batch["negative_mask"].shape)
 
+    def negatives_of(self, row):
+        """K false captions, "" for none, from the row or from its caption by its seed."""
+        rng = random.Random(row["seed"])
+        caption = row["caption"]
+        own = row.get("negatives", [])
+        if self.negatives == "negate":
+            return [negate(caption, rng)]
+        if self.negatives == "swap":
+            choices = [text for text in own if text][:1]
+            choices = choices or swap_negatives(caption, rng) or [""]
+            return [rng.choice(choices)]
+        if not own:
+            for kind in ("noun", "adjective", "verb", "phrase"):
+                swapped = swap_negatives(caption, rng, (kind,))
+                own = own + ["".join(swapped)]      # one, or none
+        return (own + [""] * 4)[:4]
+
+    def add_concepts(self, batch, concepts):
+        """Each different string once; see losses.concept_columns for what becomes of them."""
+        strings, ids, pairs = index_phrases(concepts)
+        padding = -len(strings) % self.pad_concepts
+        batch["concept_tokens"] = self.tokenize(strings + [""] * padding, trim=True)    # (U, L')
+        batch["concept_ids"] = torch.cat([ids, torch.full((padding,), -1)])             # (U,)
+        batch["pairs"] = pairs                                                          # (P, 2)
+
+    def add_spans(self, batch, concepts):
+        """Concepts as places in their caption's tokens, each row padded to M concepts."""
+        concepts = [list(dict.fromkeys(phrases)) for phrases in concepts]
+        width = max(1, *map(len, concepts))                                             # M
+        spans = torch.zeros(len(concepts), width, 2, dtype=torch.int64)
+        ids = torch.full((len(concepts), width), -1)
+        pairs = []
+        for i, phrases in enumerate(concepts):
+            if not phrases:
+                continue
+            places = self.tokenize.spans(batch["captions"][i], phrases)
+            spans[i, :len(phrases)] = torch.tensor(places)
+            for j, phrase in enumerate(phrases):
+                ids[i, j] = string_id(phrase)
+                pairs.append((i, i * width + j))
+        batch["spans"] = spans                                                          # (B, M, 2)
+        batch["concept_ids"] = ids.flatten()                                            # (B * M,)
+        batch["pairs"] = torch.tensor(pairs).view(-1, 2)                                # (P, 2)
+
+
+def concepts_of(rows):
+    """Return the concepts of each row (lists of str), its own or those found in its caption, and
+    the number of captions that stand for themselves, because no noun phrase was found."""
+    fallback = 0
+    without = [row for row in rows if not row.get("concepts")]
+    found = extract_batch([row["caption"] for row in without])
+    for row, phrases in zip(without, found):
+        whole = [row["caption"].strip()]
+        row["concepts"] = phrases or whole
+        if row["concepts"] == whole:
+            fallback += 1
+    return [row["concepts"] for row in rows], fallback
+
+
+# ---- order of an epoch -----------------------------------------------------
 
 class Epochs(Sampler):
-    """Batches of (epoch, index) for one process, over all epochs: a function of (seed, epoch) and nothing else.
+    """Batches of (epoch, index) for one process, over all epochs.
 
-    An epoch has ceil(length / batch_size) batches, equal up to one row, of every row once, for any world_size alike.
+    The order is a function of (seed, epoch) and nothing else. An epoch has
+    ceil(length / batch_size) batches, equal up to one row, and every row once; the batch of all
+    processes together is the same for any world_size.
+
+    length      number of rows of the data
+    batch_size  rows of a batch, of all processes together
+    start_step, stop_step    the first batch, and the one behind the last (default: one epoch)
     """
-    def __init__(self, length, batch_size, seed=0, rank=0, world_size=1, start_step=0, stop_step=None):
+
+    def __init__(self, length, batch_size, seed=0, rank=0, world_size=1, start_step=0,
+                 stop_step=None):
         if batch_size > length:
-            raise ValueError(f"--batch-size {batch_size} is more than the {length} rows of data: give at most {length}")
-        self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
+            raise ValueError(f"--batch-size {batch_size} is more than the {length} rows of data: "
+                             f"give at most {length}")
+        self.length = length
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
         self.steps_per_epoch = -(-length // batch_size)
-        self.start, self.stop = start_step, self.steps_per_epoch if stop_step is None else stop_step
+        self.start = start_step
+        self.stop = self.steps_per_epoch if stop_step is None else stop_step
 
     def __len__(self):
         return self.stop - self.start
 
     def __iter__(self):
-        epoch = None
+        current = None
         for step in range(self.start, self.stop):
-            if epoch != step // self.steps_per_epoch:
-                epoch = step // self.steps_per_epoch
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
-                batches = torch.randperm(self.length, generator=generator).tensor_split(self.steps_per_epoch)
-            batch = batches[step % self.steps_per_epoch].tensor_split(self.world_size)[self.rank]
-            yield [(epoch, index) for index in batch.tolist()]
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            if epoch != current:
+                current = epoch
+                batches = self.permutation(epoch).tensor_split(self.steps_per_epoch)
+            batch = batches[step_in_epoch]
+            mine = batch.tensor_split(self.world_size)[self.rank]
+            yield [(epoch, index) for index in mine.tolist()]
+
+    def permutation(self, epoch):
+        """All rows in the order of an epoch, LongTensor (length,)."""
+        generator = torch.Generator()
+        generator.manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
+        return torch.randperm(self.length, generator=generator)
 
 
 class Seeded(Dataset):
-    """Gives every row a seed from (seed, epoch, index); by it one caption of several and, if asked, one neighbour."""
+    """Rows by (epoch, index), each with a seed of its own, a function of (seed, epoch, index).
+
+    By this seed one caption of several is drawn and, if neighbours are asked for, one neighbour.
+    """
+
     def __init__(self, dataset, seed, neighbours=True):
-        self.dataset, self.seed, self.neighbours = dataset, seed, neighbours
+        self.dataset = dataset
+        self.seed = seed
+        self.neighbours = neighbours
 
     def __getitem__(self, item):
         epoch, index = item
         seed = zlib.crc32(f"{self.seed} {epoch} {index}".encode())
-        row, rng = {**self.dataset[index], "seed": seed}, random.Random(seed)
+        rng = random.Random(seed)
+        row = {**self.dataset[index], "seed": seed}
         if "captions" in row:
             row["caption"] = rng.choice(row["captions"])
-        if self.neighbours and row.get("neighbours"):       # a neighbour brings none of its own
-            row["neighbour"] = Seeded(self.dataset, self.seed, False)[epoch, rng.choice(row["neighbours"])]
+        if self.neighbours and row.get("neighbours"):
+            chosen = rng.choice(row["neighbours"])
+            without = Seeded(self.dataset, self.seed, neighbours=False)     # it brings none itself
+            row["neighbour"] = without[epoch, chosen]
         return row
 
 
-def train_tokenizer(captions, vocab_size=1024):
-    """A small lower-case byte-level BPE -> (text of a tokenizer.json, number of tokens, length of the longest caption).
+# ---- tokenizer -------------------------------------------------------------
 
-    <pad> is 0; <eos> ends every text and has the highest id, by which CLIP's text tower finds it.
+def train_tokenizer(captions, vocab_size=1024):
+    """Train a small lower-case byte-level BPE.
+
+    Returns the text of a tokenizer.json, the number of its tokens, and the length of the longest
+    caption in tokens. <pad> is 0; <eos> ends every text and has the highest id, by which CLIP's
+    text tower finds it.
     """
-    captions = [clean_text(c, "canonicalize") for c in captions]
+    captions = [clean_text(caption, "canonicalize") for caption in captions]
     bpe = ByteLevelBPETokenizer(add_prefix_space=True)
-    bpe.train_from_iterator(captions, vocab_size - 1, min_frequency=0, special_tokens=["<pad>"], show_progress=False)
+    bpe.train_from_iterator(captions, vocab_size - 1, min_frequency=0, special_tokens=["<pad>"],
+                            show_progress=False)
     bpe.add_special_tokens(["<eos>"])
-    bpe.post_processor = processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", bpe.token_to_id("<eos>"))])
-    return bpe.to_str(), bpe.get_vocab_size(), max(len(e.ids) for e in bpe.encode_batch(captions))
+    eos = ("<eos>", bpe.token_to_id("<eos>"))
+    bpe.post_processor = processors.TemplateProcessing("$A <eos>", special_tokens=[eos])
+    longest = max(len(encoding.ids) for encoding in bpe.encode_batch(captions))
+    return bpe.to_str(), bpe.get_vocab_size(), longest

@@ -261,7 +261,8 @@ def test_shards_and_tables_are_one_data_set(shards, folder):
         assert data[i]["key"].endswith(f".tar {i:09d}")
     assert data[42]["image"].size == (40, 30) and "(row 2)" in data[42]["key"]
     assert CaptionFile(shards, caption_key="caption").captions[3] == "json 3"
-    assert isinstance(data.lines, bytes) and isinstance(data.ends, np.ndarray)      # no object for each sample
+    for part in data.parts:     # no object for each sample
+        assert isinstance(part.lines, bytes) and isinstance(part.ends, np.ndarray)
 
 
 def test_one_of_several_captions_by_seed_epoch_and_index(shards):
