@@ -1378,6 +1378,7 @@ def class_numbers(data):
 
 READERS = {
     "scenes": scenes,
+    "scenes_large": scenes_large,
     "sugarcrepe": sugarcrepe,
     "sugarcrepe_pp": sugarcrepe_pp,
     "aro": aro,

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 import data as data_module
 from concepts import negate, swap_negatives
-from data import (COLOURS, SHAPES, CaptionFile, Collate, Epochs, Scenes, Seeded, load_image, string_id,
+from data import (COLOURS, SHAPES, WORLDS, CaptionFile, Collate, Epochs, Scenes, Seeded, load_image, string_id,
                   train_tokenizer, train_transform)
 from model import MODELS, Tokenizer, image_transform
 
@@ -940,3 +940,24 @@ def test_tokenizer_of_a_small_corpus():
     assert (ids == size - 1).sum(1).tolist() == [1] * 8 and torch.equal(ids[4], Tokenizer(config)(["green cat!"])[0])
     assert train_tokenizer(captions)[0] == text and json.loads(text)["model"]["type"] == "BPE"
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_the_large_world_shows_three_objects_that_differ_in_colour_and_shape():
+    world = WORLDS["large"]
+    for i in range(20):
+        scene = Scenes(50, world="large", image_size=48)[i]
+        colours, shapes = zip(*scene["objects"])
+        assert len(scene["objects"]) == 3 == len(set(colours)) == len(set(shapes))
+        shown = {tuple(rgb) for rgb in np.asarray(scene["image"]).reshape(-1, 3)}
+        assert {name for name, rgb in world.colours.items() if rgb in shown} == set(colours)
+        assert scene["caption"] == " and ".join(scene["concepts"])
+        assert not set(scene["negatives"]) & {scene["caption"]}
+
+
+@pytest.mark.parametrize("world", sorted(WORLDS))
+def test_every_shape_is_drawn_in_its_own_way(world):
+    drawn = set()
+    for shape in WORLDS[world].shapes:
+        scenes = Scenes(1, world=world)
+        drawn.add(scenes.render([("red", shape)], [0], random.Random(0)).tobytes())
+    assert len(drawn) == len(WORLDS[world].shapes)
