@@ -1,6 +1,6 @@
 """Images a second from tar shards: our loader and webdataset's, in one run on the same files.
 
-    pip install webdataset && python tests/bench_data.py [--workers 0 1 2] [--shards 'cc3m/{00000..00003}.tar']
+    pip install webdataset && python tests/bench/bench_data.py [--workers 0 1 2] [--shards 'cc3m/{00000..00003}.tar']
 
 Both decode with pillow and apply the same training transform and the same batch size; neither tokenizes. Ours reads in
 a global random order (`Epochs`), webdataset in the order of the tar, without a shuffle buffer: its fastest way. Without
@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
