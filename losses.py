@@ -24,11 +24,12 @@ parameter that CLIP and SigLIP store.
 
 The methods with hard negatives take K negatives of each caption, gathered like the captions:
 negative_features (B, K, D) and a mask (B, K) of bool. Where the mask is false there is no negative.
-Whatever finite feature stands there enters no sum and no count.
+Whatever finite feature stands there enters no sum and no count. Masks may be on the CPU, and best
+are, because what is chosen by them has a size that the CPU must know: it would wait for a GPU.
 """
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -40,23 +41,58 @@ def _distributed():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def _rank():
+    return dist.get_rank() if _distributed() else 0
+
+
+def _all_gather(x, device=None):
+    """Gather the same number of integers from each process: (n,) -> (W, n), on the CPU.
+
+    They travel between CPUs wherever the processes have a backend for that, as in
+    init_process_group("cpu:gloo,cuda:nccl"), because a GPU would have to be waited for.
+    """
+    if device is None:
+        device = "cpu" if "cpu" in dist.get_backend_config() else "cuda"
+    rows = torch.empty(dist.get_world_size(), len(x), dtype=x.dtype, device=device)
+    dist.all_gather(list(rows), x.to(device))
+    return rows.cpu()
+
+
 def row_counts(rows, device=None):
     """Return the number of rows on each process, a list of ints. Waits for the other processes."""
     if not _distributed():
         return [rows]
-    counts = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)  # (W,)
-    dist.all_gather(list(counts.split(1)), torch.tensor([rows], device=device))
-    return counts.tolist()
-
-
-def _start(counts):
-    """Return the index of this process's first row, given how many rows each process has."""
-    return sum(counts[:dist.get_rank()]) if _distributed() else 0
+    return _all_gather(torch.tensor([rows]), device).flatten().tolist()
 
 
 def first_row(rows, device=None):
     """Return the index of this process's first row among the rows of all processes."""
-    return _start(row_counts(rows, device))
+    return sum(row_counts(rows, device)[:_rank()])
+
+
+def _exchange(*tensors):
+    """Show every process's own tensors of integers to all processes.
+
+    Every process gives as many tensors, with as many dimensions, of whatever sizes. Returns a list
+    over processes of lists of these tensors, on the CPU. Takes two collectives: the shapes, then
+    all numbers in one row.
+    """
+    tensors = [x.to("cpu", torch.int64) for x in tensors]
+    if not _distributed():
+        return [tensors]
+    dimensions = [x.ndim for x in tensors]
+    shapes = _all_gather(torch.cat([torch.tensor(x.shape) for x in tensors]))  # (W, sum)
+    shapes = [process.split(dimensions) for process in shapes]
+    sizes = [[int(shape.prod()) for shape in process] for process in shapes]
+    own = torch.cat([x.flatten() for x in tensors])
+    padded = own.new_zeros(max(map(sum, sizes)))
+    padded[:len(own)] = own
+    numbers = _all_gather(padded)
+    everyone = []
+    for row, its_sizes, its_shapes in zip(numbers, sizes, shapes):
+        parts = row[:sum(its_sizes)].split(its_sizes)
+        everyone.append([x.view(shape.tolist()) for x, shape in zip(parts, its_shapes)])
+    return everyone
 
 
 class _Gather(torch.autograd.Function):
@@ -105,12 +141,44 @@ def gather_features(x, counts=None):
     if not _distributed():
         return x
     if counts is None:
-        counts = row_counts(len(x), x.device)
+        counts = row_counts(len(x))
     if x.is_floating_point() and torch.is_grad_enabled() and not x.requires_grad:
         # Without this, a process with a frozen tower would miss the backward's collective, and the
         # others would wait for it forever.
         x = x.detach().requires_grad_()
     return _Gather.apply(x, counts)
+
+
+def gather_together(tensors, counts):
+    """gather_features of several tensors, in one collective each way.
+
+    Parameters
+    ----------
+    tensors : list of Tensor (n, ...)
+        Features of this process, of one dtype. n and what follows may differ.
+    counts : list of lists of int
+        For each tensor, the number of its rows on each process, as row_counts gives it.
+
+    Returns
+    -------
+    list of Tensor (sum of n, ...)
+    """
+    if not _distributed():
+        return list(tensors)
+    widths = [x.shape[1:].numel() for x in tensors]  # numbers in a row
+    # sizes[i][r]: how many numbers of tensor i come from process r
+    sizes = [[n * width for n in rows] for rows, width in zip(counts, widths)]
+    numbers_of_process = [sum(column) for column in zip(*sizes)]
+    flat = torch.cat([x.flatten() for x in tensors])
+    everything = gather_features(flat, numbers_of_process)
+    pieces = [[] for _ in tensors]
+    start = 0
+    for process in range(len(numbers_of_process)):
+        for tensor_pieces, tensor_sizes in zip(pieces, sizes):
+            end = start + tensor_sizes[process]
+            tensor_pieces.append(everything[start:end])
+            start = end
+    return [torch.cat(parts).view(-1, *x.shape[1:]) for parts, x in zip(pieces, tensors)]
 
 
 def _global_sum(x):
@@ -126,15 +194,20 @@ def _column_logsumexp(logits):
 
     Only N numbers of each process are exchanged.
     """
+    if not _distributed():
+        return logits.logsumexp(dim=0)
     own = logits.logsumexp(dim=0, keepdim=True)  # (1, N)
-    return gather_features(own).logsumexp(dim=0)  # (W, N) -> (N,)
+    one_row_each = [1] * dist.get_world_size()
+    return gather_features(own, one_row_each).logsumexp(dim=0)  # (W, N) -> (N,)
 
 
 # ---- concepts as columns ----------------------------------------------------------------------
+# All that depends on ids is computed on the CPU, where the ids come from: on a GPU each of these
+# operations would have to wait for it.
 def _first_occurrences(ids):
     """Mark each id where it occurs for the first time: (M,) -> (M,) bool."""
     strings, string = ids.unique(return_inverse=True)  # (S,), (M,)
-    places = torch.arange(len(ids), device=ids.device)
+    places = torch.arange(len(ids))
     first = torch.full_like(strings, len(ids))
     first.scatter_reduce_(0, string, places, "amin")  # (S,)
     return first[string] == places
@@ -145,6 +218,70 @@ def _real_pairs(pairs, concept_ids):
     pairs = pairs[pairs[:, 0] >= 0]
     pairs = pairs[concept_ids[pairs[:, 1]] >= 0]
     return pairs[:, 0], pairs[:, 1]
+
+
+def _chosen(ids_of_all, first_only):
+    """Choose which ids become columns: not padding, and only first occurrences if so wanted.
+
+    ids_of_all: a list over processes of ids (U,). Returns a list over processes of indices (n,).
+    """
+    ids = torch.cat(ids_of_all)
+    is_chosen = ids >= 0
+    if first_only:
+        is_chosen = is_chosen & _first_occurrences(ids)
+    by_process = is_chosen.split([len(x) for x in ids_of_all])
+    return [x.nonzero().squeeze(1) for x in by_process]
+
+
+def _divide(tokens_of_all, ids_of_all, pad_id):
+    """Divide the different concepts equally, in the order in which they occur.
+
+    Takes lists over processes of tokens (U, L) and ids (U,). Returns such lists of the shares,
+    tokens (U', L') and ids (U',), where L' is the longest L.
+    """
+    chosen = _chosen(ids_of_all, first_only=True)
+    length = max(tokens.shape[1] for tokens in tokens_of_all)
+    padded = [F.pad(x, (0, length - x.shape[1]), value=pad_id) for x in tokens_of_all]
+    tokens = torch.cat([x[index] for x, index in zip(padded, chosen)])  # (S, L')
+    ids = torch.cat([x[index] for x, index in zip(ids_of_all, chosen)])  # (S,)
+    processes = len(ids_of_all)
+    return tokens.tensor_split(processes), ids.tensor_split(processes)
+
+
+def _string_labels(held, image, column_ids, batch_size):
+    """Tell whether image m holds the string of column n.
+
+    held (P,) and image (P,): a string and the image that holds it. column_ids (N,): the string of
+    each column. Returns (b, N) bool.
+    """
+    strings, string = column_ids.unique(return_inverse=True)  # (S,), (N,)
+    holds = torch.zeros(batch_size, len(strings), dtype=torch.bool)
+    holds[image, torch.searchsorted(strings, held)] = True  # (b, S)
+    return holds[:, string]
+
+
+def _pair_labels(image, counts, batch_size):
+    """Give each pair a column of its own: image (P,), pairs of each process -> (b, N) bool."""
+    labels = torch.zeros(batch_size, sum(counts), dtype=torch.bool)
+    start = sum(counts[:_rank()])
+    labels[image, start + torch.arange(len(image))] = True
+    return labels
+
+
+def _plan_columns(concept_ids, pairs, batch_size, pair_counts, ids_of_all, dedupe, merge):
+    """Find the columns that concept_columns describes, and this process's labels.
+
+    concept_ids (U,) and pairs (P, 2) are this process's. Lists over processes: pair_counts, the
+    number of real pairs, and ids_of_all, the ids of the features. Returns the rows of its
+    features that this process gives (n,), the number n of each process, and labels (b, N).
+    """
+    image, concept = _real_pairs(pairs, concept_ids)
+    if not dedupe:
+        return concept, pair_counts, _pair_labels(image, pair_counts, batch_size)
+    chosen = _chosen(ids_of_all, first_only=merge)
+    column_ids = torch.cat([ids[index] for ids, index in zip(ids_of_all, chosen)])  # (N,)
+    labels = _string_labels(concept_ids[concept], image, column_ids, batch_size)
+    return chosen[_rank()], [len(index) for index in chosen], labels
 
 
 def share_concepts(concept_tokens, concept_ids, pad_id=0):
@@ -167,16 +304,10 @@ def share_concepts(concept_tokens, concept_ids, pad_id=0):
         Its ids. concept_columns takes what was encoded as concept_features, and these as
         feature_ids.
     """
-    concepts, length = concept_tokens.shape
-    counts = row_counts(concepts, concept_tokens.device)
-    lengths = row_counts(length, concept_tokens.device)
-    padded = F.pad(concept_tokens, (0, max(lengths) - length), value=pad_id)  # (U, L')
-    tokens = gather_features(padded, counts)  # (M, L')
-    ids = gather_features(concept_ids, counts)  # (M,)
-    different = (_first_occurrences(ids) & (ids >= 0)).nonzero().squeeze(1)  # (S,)
-    if _distributed():
-        different = different.tensor_split(dist.get_world_size())[dist.get_rank()]  # (U',)
-    return tokens[different], ids[different]
+    tokens_of_all, ids_of_all = zip(*_exchange(concept_tokens, concept_ids))
+    tokens, ids = _divide(tokens_of_all, ids_of_all, pad_id)
+    device = concept_tokens.device
+    return tokens[_rank()].to(device), ids[_rank()].to(device)
 
 
 def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=True, merge=True,
@@ -203,7 +334,7 @@ def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=Tru
         string), or for each string of feature_ids.
     concept_ids : Tensor (U,) int64
         A hash of each string, at least 0 and equal for equal strings on all processes. A negative
-        id marks padding.
+        id marks padding. The ids and pairs may be on the CPU, and best are.
     pairs : Tensor (P, 2) int64
         (image, row of concept_ids) of each concept of each of this process's images. A negative
         image marks padding, and so does a concept that is padding.
@@ -219,40 +350,124 @@ def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=Tru
     labels : Tensor (b, N) bool
         Whether the column is a concept of the image.
     """
-    image, concept = _real_pairs(pairs, concept_ids)  # (P,), (P,)
-    if not dedupe:
-        return _pairs_as_columns(concept_features[concept], image, batch_size)
+    concept_ids, pairs = concept_ids.cpu(), pairs.cpu()
     if feature_ids is None:
         feature_ids = concept_ids
-    counts = row_counts(len(feature_ids), concept_features.device)
-    ids = gather_features(feature_ids, counts)  # (M,)
-    is_column = ids >= 0  # (M,)
-    if merge:
-        is_column = is_column & _first_occurrences(ids)
-    features = gather_features(concept_features, counts)[is_column]  # (N, D)
-    labels = _string_labels(concept_ids[concept], image, ids[is_column], batch_size)
-    return features, labels
+    image, _ = _real_pairs(pairs, concept_ids)
+    pair_counts, ids_of_all = zip(*_exchange(torch.tensor([len(image)]), feature_ids))
+    given, counts, labels = _plan_columns(
+        concept_ids, pairs, batch_size, torch.cat(pair_counts).tolist(), ids_of_all, dedupe, merge)
+    device = concept_features.device
+    features = concept_features.index_select(0, given.to(device))
+    return gather_features(features, counts), labels.to(device)
 
 
-def _pairs_as_columns(features, image, batch_size):
-    """Give each pair its own column: features (P, D), images (P,) -> (N, D), (b, N)."""
-    counts = row_counts(len(features), features.device)
-    column = _start(counts) + torch.arange(len(features), device=features.device)  # (P,)
-    labels = torch.zeros(batch_size, sum(counts), dtype=torch.bool, device=features.device)
-    labels[image, column] = True
-    return gather_features(features, counts), labels
+# ---- the plan of a training step --------------------------------------------------------------
+@dataclass
+class Plan:
+    """What the processes have agreed on about a batch before the towers see it.
 
+    What share_concepts, concept_columns, first_row and row_counts do in a step, each with
+    collectives of its own, plan_batch does at once, in two, and on the CPU. So a GPU is never
+    waited for, and may still be computing the step before:
 
-def _string_labels(held, image, column_ids, batch_size):
-    """Tell whether image m holds the string of column n.
-
-    held (P,) and image (P,): a string and the image that holds it. column_ids (N,): the string of
-    each column. Returns (b, N) bool.
+        plan = plan_batch(len(images), concept_ids, pairs, concept_tokens).to(device)
+        ...                                 # encode images, captions and plan.tokens
+        texts, columns = gather_together(
+            [text_features, concept_features.index_select(0, plan.given)],
+            [plan.rows, plan.given_counts])
+        loss = npc_loss(image_features, columns, plan.labels, logit_scale, logit_bias)
     """
-    strings, string = column_ids.unique(return_inverse=True)  # (S,), (N,)
-    holds = torch.zeros(batch_size, len(strings), dtype=torch.bool, device=held.device)
-    holds[image, torch.searchsorted(strings, held)] = True  # (b, S)
-    return holds[:, string]
+    rows: list                                      # the number of images of each process
+    tokens: torch.Tensor | None = None              # (U', L'), concepts for this process to encode
+    given: torch.Tensor | None = None               # (n,), rows of its concept features to gather
+    given_counts: list | None = None                # n of each process
+    labels: torch.Tensor | None = None              # (b, N) bool, this process's images and columns
+    pairs: int = 0                                  # (image, phrase) pairs of all processes
+    negative_mask: torch.Tensor | None = None       # (B, K) bool, of all processes, on the CPU
+
+    @property
+    def offset(self):
+        """The index of this process's first image among all."""
+        return sum(self.rows[:_rank()])
+
+    def to(self, device):
+        """Send the tensors but the mask to a device, without waiting for it."""
+        def send(x):
+            if x is None:
+                return None
+            if torch.device(device).type == "cuda":
+                x = x.pin_memory()  # else the copy would wait for the GPU's queue
+            return x.to(device, non_blocking=True)
+
+        return replace(self, tokens=send(self.tokens), given=send(self.given),
+                       labels=send(self.labels))
+
+
+def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, dedupe=True,
+               merge=True, negative_mask=None, pad_id=0, multiple=1):
+    """Exchange all that is known of a batch before the towers run. All tensors are on the CPU.
+
+    Parameters
+    ----------
+    batch_size : int
+        b, the number of this process's images.
+    concept_ids, pairs : Tensor (U,), (P, 2) int64, optional
+        As in concept_columns. None for a loss without concepts.
+    concept_tokens : Tensor (U, L) int64, optional
+        Where they are given, the processes divide the different concepts as in share_concepts,
+        which needs dedupe and merge. Where not, each process encodes its own.
+    dedupe, merge : bool
+        As in concept_columns.
+    negative_mask : Tensor (b, K) bool, optional
+        This process's, to be gathered.
+    pad_id : int
+        The token that fills shorter concepts up.
+    multiple : int
+        Fill the number of shared concepts up to a multiple of it, for torch.compile.
+
+    Returns
+    -------
+    Plan
+        In its pairs, a phrase counts once for each image that holds it.
+    """
+    if concept_tokens is not None and not (dedupe and merge):
+        raise ValueError("concept_tokens are given, but only equal concepts of one feature can be "
+                         "shared: give dedupe=True and merge=True, or no concept_tokens")
+    everyone = _exchange(
+        *_sizes_and_ids(batch_size, concept_ids, pairs),
+        torch.zeros(0, 0) if concept_tokens is None else concept_tokens,
+        torch.zeros(0, 0) if negative_mask is None else negative_mask)
+    sizes, ids_of_all, tokens_of_all, masks = zip(*everyone)
+    rows, pair_counts, different_counts = torch.stack(sizes).T.tolist()
+    plan = Plan(rows)
+    if negative_mask is not None:
+        plan.negative_mask = torch.cat(masks).bool()
+    if concept_ids is None:
+        return plan
+    if concept_tokens is not None:
+        tokens_of_all, ids_of_all = _divide(tokens_of_all, ids_of_all, pad_id)
+        plan.tokens = _fill_up(tokens_of_all[_rank()], multiple, pad_id)
+    plan.given, plan.given_counts, plan.labels = _plan_columns(
+        concept_ids, pairs, batch_size, pair_counts, ids_of_all, dedupe, merge)
+    plan.pairs = sum(different_counts if dedupe else pair_counts)
+    return plan
+
+
+def _sizes_and_ids(batch_size, concept_ids, pairs):
+    """The numbers of images, of real pairs, and of different pairs (3,), and the ids (U,)."""
+    if concept_ids is None:
+        return torch.tensor([batch_size, 0, 0]), torch.zeros(0)
+    image, concept = _real_pairs(pairs, concept_ids)
+    different = torch.stack([image, concept_ids[concept]]).unique(dim=1)  # (2, P')
+    return torch.tensor([batch_size, len(image), different.shape[1]]), concept_ids
+
+
+def _fill_up(tokens, multiple, pad_id):
+    """Add rows of padding up to a multiple, and at least to that: (U, L) -> (U', L)."""
+    rows = max(len(tokens), 1 if multiple > 1 else 0)
+    rows = -(-rows // multiple) * multiple
+    return F.pad(tokens, (0, 0, 0, rows - len(tokens)), value=pad_id)
 
 
 # ---- from logits (b, N) and labels (b, N) to this process's share -----------------------------
@@ -312,23 +527,31 @@ def _sigmoid_share(logits, labels, count):
     return -F.logsigmoid(signed).sum() / count
 
 
-def _rows_share(logits, labels):
+def _rows_share(logits, labels, rows):
     """mean_m mean_{n in P(m)} (logsumexp_k z_mk - z_mn).
 
-    m are the rows of all processes that have positive columns P(m).
+    m are the rows of all processes that have positive columns P(m), `rows` is their number.
     """
     in_row = labels.sum(1, keepdim=True)  # (b, 1)
-    rows = _global_sum((in_row > 0).sum())
     surprise = logits.logsumexp(dim=1, keepdim=True) - logits  # (b, N), -log softmax
     return (surprise * labels / (in_row * rows).clamp_min(1)).sum()
 
 
-def _columns_share(logits, labels):
-    """The same of the columns that have positive rows, over the rows of all processes."""
-    in_column = _global_sum(labels.sum(0))  # (N,) positives of each column, on all processes
+def _columns_share(logits, labels, in_column):
+    """The same of the columns that have positive rows, over the rows of all processes.
+
+    in_column (N,): how many positive rows a column has, on all processes.
+    """
     columns = (in_column > 0).sum()
     surprise = _column_logsumexp(logits) - logits  # (b, N)
     return (surprise * labels / (in_column * columns).clamp_min(1)).sum()
+
+
+def _positives(labels):
+    """Count over all processes: the rows with a positive, and each column's positives (N,)."""
+    rows = (labels.any(1)).sum(0, keepdim=True)  # (1,)
+    sums = _global_sum(torch.cat([rows, labels.sum(0)]))  # (1 + N,)
+    return sums[0], sums[1:]
 
 
 def _contrast_share(logits, labels, logit_bias, count):
@@ -336,9 +559,10 @@ def _contrast_share(logits, labels, logit_bias, count):
 
     The latter is CLIP's loss where each row and each column has one positive.
     """
-    if logit_bias is None:
-        return 0.5 * (_columns_share(logits, labels) + _rows_share(logits, labels))
-    return _sigmoid_share(logits + logit_bias, labels, count)
+    if logit_bias is not None:
+        return _sigmoid_share(logits + logit_bias, labels, count)
+    rows, in_column = _positives(labels)
+    return 0.5 * (_columns_share(logits, labels, in_column) + _rows_share(logits, labels, rows))
 
 
 def _choices(rows, first, others, valid, scale):
@@ -402,7 +626,10 @@ def clip_loss(image_features, text_features, logit_scale, offset=0):
     Arguments and result are those of siglip_loss.
     """
     logits = _logits(image_features, text_features, logit_scale)  # (b, B)
-    return _contrast_share(logits, _diagonal(logits, offset), None, len(text_features))
+    labels = _diagonal(logits, offset)
+    B = len(text_features)
+    one_each = torch.ones(B, dtype=torch.int64, device=logits.device)  # a column's positives
+    return 0.5 * (_columns_share(logits, labels, one_each) + _rows_share(logits, labels, B))
 
 
 def npc_loss(image_features, concept_features, labels, logit_scale, logit_bias=None, count=None):
@@ -457,6 +684,13 @@ def xac_loss(similarity, labels, logit_scale, logit_bias=None, count=None):
 
 
 # ---- hard negatives ---------------------------------------------------------------------------
+def _valid(features, mask):
+    """Choose the rows where the mask is true: (..., D), (...) -> (V, D)."""
+    index = mask.flatten().nonzero().squeeze(1)  # (V,)
+    rows = features.flatten(0, mask.ndim - 1)
+    return rows.index_select(0, index.to(features.device, non_blocking=True))
+
+
 def negclip_loss(image_features, text_features, negative_features, mask, logit_scale,
                  logit_bias=None, offset=0):
     """NegCLIP: negative captions as more columns.
@@ -485,7 +719,7 @@ def negclip_loss(image_features, text_features, negative_features, mask, logit_s
     Tensor ()
         This process's share.
     """
-    texts = torch.cat([text_features, negative_features[mask]])  # (B + V, D), V valid negatives
+    texts = torch.cat([text_features, _valid(negative_features, mask)])  # (B + V, D)
     logits = _logits(image_features, texts, logit_scale)  # (b, B + V)
     return _contrast_share(logits, _diagonal(logits, offset), logit_bias, len(text_features))
 
@@ -512,18 +746,20 @@ def ce_clip_loss(image_features, text_features, negative_features, mask, thresho
     The released code differs: its IMC attracts the first negative, and its CMR divides by B K,
     valid or not.
     """
+    contrastive = negclip_loss(image_features, text_features, negative_features, mask,
+                               logit_scale, logit_bias, offset)
+    negatives = _valid(negative_features, mask)  # (V, D)
+    mask = mask.to(image_features.device, non_blocking=True)
     own = slice(offset, offset + len(image_features))
     texts, valid = text_features[own], mask[own]  # (b, D), (b, K)
     count = len(text_features)
-    contrastive = negclip_loss(image_features, text_features, negative_features, mask,
-                               logit_scale, logit_bias, offset)
 
     choices = _choices(image_features, texts, negative_features[own], valid, logit_scale)
     positive, negative = choices[:, :1], choices[:, 1:]  # (b, 1), (b, K)
     hinges = (thresholds + negative - positive).relu()  # (b, K), 0 = relu(-inf) if not valid
     cmr = hinges.sum() / mask.sum().clamp_min(1)
 
-    to_negatives = _logits(texts, negative_features[mask], logit_scale)  # (b, V)
+    to_negatives = _logits(texts, negatives, logit_scale)  # (b, V)
     imc = _choice_share(torch.cat([positive, to_negatives], dim=1), logit_bias, count)
 
     sums = torch.cat([positive, negative.masked_fill(~valid, 0)], dim=1).sum(0)  # (1 + K,)
@@ -563,7 +799,8 @@ def degla_loss(image_features, text_features, negative_features, mask, teacher, 
     out.
     """
     own = slice(offset, offset + len(image_features))
-    texts, negatives, valid = text_features[own], negative_features[own], mask[own]
+    texts, negatives = text_features[own], negative_features[own]  # (b, D), (b, K, D)
+    valid = mask[own].to(image_features.device, non_blocking=True)  # (b, K)
     count = len(text_features)
     terms = {"contrastive": negclip_loss(image_features, text_features, negative_features, mask,
                                          logit_scale, logit_bias, offset)}
@@ -597,13 +834,13 @@ def _with_negative_images(image_features, text_features, negative_features, mask
                           negative_image_features, image_mask, logit_scale, offset):
     """[I; I-] against [T; T-], valid ones only: logits and true pairs, both (b + v, B + V)."""
     b, B = len(image_features), len(text_features)
-    images = torch.cat([image_features, negative_image_features[image_mask]])  # (b + v, D)
-    texts = torch.cat([text_features, negative_features[mask]])  # (B + V, D)
+    images = torch.cat([image_features, _valid(negative_image_features, image_mask)])  # (b + v, D)
+    texts = torch.cat([text_features, _valid(negative_features, mask)])  # (B + V, D)
     logits = _logits(images, texts, logit_scale)
     row_of_image = image_mask.nonzero() + offset  # (v, 1)
     row_of_text = mask.nonzero()[:, 0]  # (V,)
     own_texts = _diagonal(logits[:b, :B], offset)
-    own_negatives = row_of_image == row_of_text  # (v, V)
+    own_negatives = (row_of_image == row_of_text).to(logits.device, non_blocking=True)  # (v, V)
     return logits, torch.block_diag(own_texts, own_negatives)
 
 
@@ -626,9 +863,10 @@ def con_clip_loss(image_features, text_features, negative_features, mask, negati
     if logit_bias is not None:
         return _sigmoid_share(logits + logit_bias, labels, _global_sum(labels.sum()))
     b, B = len(image_features), len(text_features)
-    images_to_texts = _rows_share(logits[:b], labels[:b])
-    texts_to_images = _columns_share(logits[:, :B], labels[:, :B])
-    negatives_to_texts = _rows_share(logits[b:], labels[b:])
+    rows, in_column = _positives(labels)
+    images_to_texts = _rows_share(logits[:b], labels[:b], B)
+    texts_to_images = _columns_share(logits[:, :B], labels[:, :B], in_column[:B])
+    negatives_to_texts = _rows_share(logits[b:], labels[b:], rows - B)
     return (images_to_texts + texts_to_images + negatives_to_texts) / 3
 
 
@@ -754,7 +992,8 @@ def extra_terms(features, weights):
         own = slice(features.offset, features.offset + len(features.image_features))
         negatives, valid = None, None
         if features.negative_features is not None:
-            negatives, valid = features.negative_features[own], features.negative_mask[own]
+            negatives = features.negative_features[own]
+            valid = features.negative_mask[own].to(negatives.device, non_blocking=True)
         terms["distill"] = _distill_share(features.image_features, features.text_features[own],
                                           negatives, valid, features.teacher, own)
     return terms
