@@ -17,11 +17,12 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision import transforms
 
 import data as data_module
 from concepts import negate, swap_negatives
-from data import (COLOURS, SHAPES, WORLDS, CaptionFile, Collate, Epochs, Scenes, Seeded, load_image, string_id,
-                  train_tokenizer, train_transform)
+from data import (COLOURS, SHAPES, WORLDS, CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers, load_fast,
+                  load_image, normalize_images, string_id, train_tokenizer, train_transform)
 from model import MODELS, Tokenizer, image_transform
 
 
@@ -215,6 +216,99 @@ def test_sixteen_bits_are_scaled_and_colours_stay(tmp_path):
     Image.new("RGB", (16, 16), (200, 30, 40)).quantize(8).save(tmp_path / "p.png")
     for name in ("c.jpg", "p.png"):
         assert np.abs(np.asarray(load_image(tmp_path / name)).astype(int) - (200, 30, 40)).max() <= 6
+
+
+# ------------------------------------------------------------------------------------------------------- pixels
+
+def photographs(folder, count=6):
+    """Smooth noise of the sizes of photographs, as JPEGs."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
+        small.resize((500, 375) if i % 2 else (333, 500), Image.BICUBIC).save(folder / f"{i}.jpg", quality=90)
+    return [folder / f"{i}.jpg" for i in range(count)]
+
+
+def test_bytes_become_the_numbers_of_to_tensor_and_normalize(tmp_path):
+    """Pixels travel as uint8: the same numbers, bit by bit, as by RandomResizedCrop, ToTensor and Normalize."""
+    for config in (MODELS["nano"], MODELS["ViT-B-32"]):
+        usual = transforms.Compose([
+            transforms.RandomResizedCrop(config.image_size, (0.9, 1), (3 / 4, 4 / 3), Image.BICUBIC),
+            transforms.ToTensor(), transforms.Normalize(config.mean, config.std)])
+        for seed, path in enumerate(photographs(tmp_path)):
+            image = load_image(path)
+            torch.manual_seed(seed)
+            expected = usual(image)
+            torch.manual_seed(seed)
+            pixels = train_transform(config)(image)
+            assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
+            found = normalize_images(pixels, config)
+            assert found.dtype == torch.float32 and torch.equal(found, expected)
+            assert torch.equal(normalize_images(pixels[None], config)[0], expected)
+            assert normalize_images(expected, config) is expected
+
+
+def test_fast_decoding_differs_by_less_than_an_eye_sees(tmp_path):
+    transform = train_transform(MODELS["ViT-B-32"])
+    for seed, path in enumerate(photographs(tmp_path)):
+        exact, fast = load_image(path), load_fast(str(path))
+        assert isinstance(fast, torch.Tensor) and fast.shape == (3, *exact.size[::-1])
+        torch.manual_seed(seed)
+        a = transform(exact).float()
+        torch.manual_seed(seed)
+        b = transform(fast).float()
+        assert a.shape == b.shape and (a - b).abs().max() <= 8 and ((a - b) ** 2).mean() < 255 ** 2 / 10 ** 5.5
+
+
+def test_what_torchvision_cannot_decode_is_left_to_pillow(tmp_path):
+    source = Image.effect_noise((40, 30), 90).convert("RGB")
+    source.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    source.convert("L").save(tmp_path / "grey.jpg")
+    source.save(tmp_path / "png.jpg", "PNG")
+    source.save(tmp_path / "x.webp")
+    source.save(tmp_path / "progressive.jpg", progressive=True)
+    for name, kind in (("cmyk.jpg", Image.Image), ("png.jpg", Image.Image), ("x.webp", Image.Image),
+                       ("grey.jpg", torch.Tensor), ("progressive.jpg", torch.Tensor)):
+        image, expected = load_fast(str(tmp_path / name)), np.asarray(load_image(tmp_path / name))
+        assert isinstance(image, kind)
+        array = image.permute(1, 2, 0).numpy() if kind is torch.Tensor else np.asarray(image)
+        assert np.abs(array.astype(int) - expected).max() <= 1
+    content = (tmp_path / "progressive.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[:len(content) // 2])
+    for name, says in (("cut.jpg", "truncated"), ("none.jpg", "No such file")):
+        with pytest.raises(OSError, match=says):
+            load_fast(str(tmp_path / name))
+    with pytest.raises(ValueError, match="40 x 30 pixels are more than --max-pixels 100"):
+        load_fast(str(tmp_path / "grey.jpg"), 100)
+    path = shard(tmp_path / "a.tar", samples(0, 8))
+    exact, fast = CaptionFile(path), CaptionFile(path, fast_decode=True)
+    config = nano()
+    collate = Collate(train_transform(config), Tokenizer(config))
+    a, b = (collate([Seeded(data, 0)[(0, i)] for i in range(8)]) for data in (exact, fast))
+    assert a["keys"] == b["keys"] and len(a["keys"]) == 8 and not b["bad"]
+    assert a["images"].dtype == b["images"].dtype == torch.uint8 and a["images"].shape == b["images"].shape
+    assert (a["images"].float() - b["images"].float()).abs().max() <= 8
+
+
+def test_workers_by_default_are_the_cores_that_are_ours(tmp_path, monkeypatch):
+    def group(files):
+        for name, text in files.items():
+            os.makedirs(os.path.dirname(tmp_path / name), exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return data_module.cgroup_cores(str(tmp_path), str(tmp_path / "own"))
+    assert group({}) is None
+    assert group({"cpu.max": "max 100000\n", "own": "0::/a/b\n"}) is None
+    assert group({"a/cpu.max": "250000 100000\n", "a/b/cpu.max": "max 100000\n"}) == 2.5
+    assert group({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}) == 2.5
+    assert group({"cpu/cpu.cfs_quota_us": "50000\n"}) == 0.5
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(12))
+    for quota, ranks, expected in ((None, 1, 12), (None, 8, 1), (None, 4, 3), (6.5, 1, 6), (6.5, 2, 3), (0.5, 1, 1)):
+        monkeypatch.setattr(data_module, "cgroup_cores", lambda: quota)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert default_workers() == expected
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(500))
+    monkeypatch.setattr(data_module, "cgroup_cores", lambda: None)
+    assert default_workers() * 2 == 32
 
 
 # ------------------------------------------------------------------------------------------------------- tar shards
