@@ -156,9 +156,9 @@ def add_evaluate_arguments(parser):
                    help="score the weights (1 - A) * --init + A * --checkpoint (WiSE-FT)")
 
     p = parser.add_argument_group("the benchmarks and their files")
-    p.add_argument("--bench", default="scenes", metavar="A,B",
+    p.add_argument("--bench", metavar="A,B",
                    help="names joined by commas, or all: every benchmark whose files are there "
-                        "(default: scenes)")
+                        "(default: scenes; with --data FILE retrieval, with --data DIR folder)")
     p.add_argument("--data-dir", default="data", metavar="DIR",
                    help="folder of the benchmarks' files, as download fills it (default: data)")
     p.add_argument("--image-root", default="", metavar="DIR",
@@ -217,7 +217,7 @@ from concepts import default_extractor, extract                                 
 from data import CaptionFile, Scenes, load_image, relation                             # noqa: E402
 from model import CLIP, set_tokenizer                                                 # noqa: E402
 
-PROTOCOL = 4        # raised whenever a change here or in benchmarks.json may change a figure
+PROTOCOL = 5        # raised whenever a change here or in benchmarks.json may change a figure
 ASSETS = Path(__file__).resolve().parent / "assets"
 DATA = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
 TABLE = DATA["benches"]         # {bench: its source, files, folders, archives, published figures}
@@ -500,7 +500,8 @@ def encode_texts(model, tokens, options):
 
 
 def progress(batches, count):
-    return tqdm(batches, "encoding", leave=False, disable=count < 2000 or RANK > 0)
+    off = count < 2000 or RANK > 0
+    return tqdm(batches, "encoding", leave=False, disable=True if off else None)    # None: no tty
 
 
 @torch.inference_mode()
@@ -598,8 +599,10 @@ def summarize(outcomes, means, samples=2000):
             "items": [items[i] for i in kept]}
         if labels:
             weights = label_weights([labels[i] for i in kept])
+        if labels and weights.any():
             columns[f"{subset}_macro"] = images, right, weights
-            results[f"{subset}_macro"] = {"n": int((weights > 0).sum()), "chance": chance}
+            results[f"{subset}_macro"] = {"n": int((weights > 0).sum()), "chance": chance,
+                                          "of": subset, "weights": weights.tolist()}
     draws = dict(zip(columns, bootstrap(list(columns.values()), samples).T))    # (1 + samples,)
     add_means(results, draws, means)
     for name, result in results.items():
@@ -618,11 +621,18 @@ def add_means(results, draws, means):
     """Put the means whose parts are all there into results and draws."""
     for name, parts in means.items():
         if set(parts) <= set(draws):
-            counts = [results[part]["n"] for part in parts]
-            weights = counts if name == "micro" else None
-            draws[name] = np.average([draws[part] for part in parts], 0, weights)
+            draws[name] = mean_of_parts(name, parts, draws, results)
             chance = float(np.mean([results[part]["chance"] for part in parts]))
-            results[name] = {"n": sum(counts), "chance": chance}
+            n = sum(results[part]["n"] for part in parts)
+            results[name] = {"n": n, "chance": chance, "parts": parts}
+
+
+def mean_of_parts(name, parts, draws, results):
+    """The plain mean of the parts' draws; "micro" weighs them by their items."""
+    weights = None
+    if name == "micro":
+        weights = [results[part]["n"] for part in parts]
+    return np.average([draws[part] for part in parts], 0, weights)
 
 
 def add_interval(result, draws, image_count):
@@ -654,7 +664,11 @@ def run(model, benches, **options):
     if options.device is not None and hasattr(model, "to"):
         model.to(options.device)
     tasks, _ = read(benches, options, image_size(model))
-    return score(model, tasks, options)
+    results = score(model, tasks, options)
+    if not options.quiet:
+        for bench, subsets in results.items():
+            print_table(bench, subsets)
+    return results
 
 
 def check(benches, **options):
@@ -689,7 +703,10 @@ def score(model, tasks, options):
                 texts.update(dict.fromkeys(some_texts))
     image_rows = {picture: row for row, picture in enumerate(pictures)}
     # texts of equal tokens become one, and so tie exactly
-    tokens, rows = model.tokenize(list(texts)).unique(dim=0, return_inverse=True)
+    all_tokens = model.tokenize(list(texts))
+    tokens, rows = all_tokens.unique(dim=0, return_inverse=True)
+    if not options.quiet:
+        report_cut(model, list(texts), all_tokens)
     text_rows = dict(zip(texts, rows.tolist()))
     image_features = Lookup(encode_images(model, list(pictures), options), image_rows)
     text_features = Lookup(encode_texts(model, tokens, options), text_rows)
@@ -700,9 +717,25 @@ def score(model, tasks, options):
         for task in parts:
             outcomes.extend(task.outcomes(image_features, text_features))
         results[bench] = summarize(outcomes, MEANS.get(bench, {}))
-        if not options.quiet:
-            print_table(bench, results[bench])
     return results
+
+
+def report_cut(model, texts, tokens):
+    """Say how many texts are longer than the model's context: what is cut off decides nothing, and
+    texts that differ only there tie. tokens (N, L) are those of the N texts."""
+    if tokens.shape[1] < 2:
+        return
+    # A text is cut if it fills all places, and is the same to the model without its last word. The
+    # place before the last tells whether it does: the last is padding, or ends the text.
+    full = (tokens[:, -2] != tokens[:, -1]).nonzero()[:, 0].tolist()
+    shorter = [texts[i].rsplit(maxsplit=1)[0] for i in full]
+    if not full:
+        return
+    same = (model.tokenize(shorter) == tokens[full]).all(1).tolist()
+    cut = [texts[i] for i, is_same in zip(full, same) if is_same]
+    if cut:
+        print0(f"{len(cut)} of {len(texts)} texts are cut at the model's {tokens.shape[1]} tokens; "
+               f"those that differ only behind them tie, which is wrong. The first: {cut[0]!r}")
 
 
 def image_size(model):
@@ -711,22 +744,36 @@ def image_size(model):
 
 
 def print_table(bench, results, published=None):
-    """A line for each subset and mean, in percent. published {method: {subset: percent}}."""
+    """A line for each subset and mean, in percent; published: see print_published."""
     width = max(len(name) for name in (bench, *results))
-    published = published or {}
-    head = f"{bench:{width}s}    chance  accuracy     right / n      ties    95 % interval"
-    for method in published:
-        head += f"  published: {method}"
-    print0(f"\n{head}")
+    print0(f"\n{bench:{width}s}    chance  accuracy     right / n      ties    95 % interval")
     for name, r in results.items():
         count = f"mean over {r['n']:6d} items"
         if "right" in r:
             count = f"{r['right']:6d} / {r['n']:<6d} {r['ties']:5d}"
-        line = f"{name:{width}s}  {100 * r['chance']:8.1f}  {100 * r['accuracy']:8.1f}  {count:21s}"
-        line += f"    {100 * r['low']:5.1f} .. {100 * r['high']:5.1f}"
-        for method, figures in published.items():
-            line += f"  {figures.get(name, ''):>{len(method) + 11}}"
-        print0(line)
+        print0(f"{name:{width}s}  {100 * r['chance']:8.1f}  {100 * r['accuracy']:8.1f}  {count:21s}"
+               f"    {100 * r['low']:5.1f} .. {100 * r['high']:5.1f}")
+    if published:
+        print_published(results, published, width)
+
+
+def print_published(results, published, width):
+    """Published figures beside ours, in percent, and under them where each is from.
+
+    published: {method: {"source": which table, by which protocol; subset: percent, ...}}
+    """
+    numbers = {method: f"[{i}]" for i, method in enumerate(published, 1)}
+    for start in range(0, len(numbers), 10):            # ten columns at a time fit a terminal
+        methods = list(numbers)[start:start + 10]
+        head = "".join(f"{numbers[method]:>7s}" for method in methods)
+        print0(f"\n{'published':{width}s}    ours{head}")
+        for name, r in results.items():
+            figures = [published[method].get(name, "") for method in methods]
+            if any(figures):
+                cells = "".join(f"{figure:>7}" for figure in figures)
+                print0(f"{name:{width}s}  {100 * r['accuracy']:6.1f}{cells}")
+    for method, number in numbers.items():
+        print0(f"{number} published: {method}; {published[method]['source']}")
 
 
 # ---- reading: the files of a benchmark ---------------------------------------------------------
@@ -777,7 +824,7 @@ class Source:
             first = next(path for name, path in paths.items() if name in missing)
             raise Missing(
                 f"{self.bench}: {len(missing)} of {len(paths)} images are missing, the first is "
-                f"{first}. Give --image-root DIR, or get them: {GET} {self.bench}; --allow-missing "
+                f"{first[:300]}. Give --image-root DIR, or get them: {GET} {self.bench}; --allow-missing "
                 "skips some, but not all")
         pictures = []
         for i, name in enumerate(names):
@@ -797,13 +844,27 @@ def parse_rows(content, suffix):
 
 
 def has_keys(row, keys):
+    """Whether a row, a dict or a list, holds values of these kinds: {key or place: kind}."""
     for key, kind in keys.items():
         if isinstance(row, dict):
             there = key in row
         else:
             there = isinstance(row, list) and isinstance(key, int) and key < len(row)
-        if not there or not isinstance(row[key], kind):
+        if not there or not is_kind(row[key], kind):
             return False
+    return True
+
+
+def is_kind(value, kind):
+    """kind: str, dict, ...; (int, float) and so on for one of them; [str] for a list of strings."""
+    if kind == [str]:
+        return isinstance(value, list) and value != [] and all(is_kind(x, str) for x in value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, str):      # half of a surrogate pair is no text, though json allows it
+        return value.encode("utf-8", "ignore").decode() == value
     return True
 
 
@@ -1038,7 +1099,7 @@ def aro(source):
     elif source.subset == "vg_relation":
         yield aro_swap(source, "relation_name", str, least=1)
     else:
-        yield aro_swap(source, "attributes", list, least=25)
+        yield aro_swap(source, "attributes", [str], least=25)
 
 
 def aro_swap(source, label_key, label_type, least):
@@ -1058,7 +1119,7 @@ def aro_swap(source, label_key, label_type, least):
 
 
 def aro_order(source):
-    rows = source.rows({"image": str, "caption": list})
+    rows = source.rows({"image": str, "caption": [str]})
     names, texts = [], []
     for row in rows:
         for caption in row["caption"]:
@@ -1191,7 +1252,7 @@ def whatsup(source):
 
 
 def whatsup_controlled(source):
-    rows = source.rows({"image_path": str, "caption_options": list})
+    rows = source.rows({"image_path": str, "caption_options": [str]})
     images = source.pictures([row["image_path"] for row in rows])
     texts = [tuple(row["caption_options"]) for row in rows]
     yield Choices(source.subset, first_text_wins, 1 / 4, tuples(images), texts)
@@ -1228,12 +1289,23 @@ def file_name(url):
     return re.sub("http.*/", "", url)
 
 
+RETRIEVAL_MEANS = {     # of both directions
+    "coco_mean_r1": ["coco_i2t_r1", "coco_t2i_r1"],
+    "coco_mean_r5": ["coco_i2t_r5", "coco_t2i_r5"],
+    "flickr30k_mean_r1": ["flickr30k_i2t_r1", "flickr30k_t2i_r1"],
+    "flickr30k_mean_r5": ["flickr30k_i2t_r5", "flickr30k_t2i_r5"],
+    "mean_r1": ["i2t_r1", "t2i_r1"],
+    "mean_r5": ["i2t_r5", "t2i_r5"],
+}
+
+
 def retrieval(source):
     """Images find their captions (i2t) and captions their images (t2i), among all of Karpathy's
     test split of COCO or Flickr30k, or of --data. R@k: the best positive is among the k best.
 
     Each caption is a query of its own, as published. In --data an image's positives are all
-    captions that any row gives it, and equal captions are one, positive for all their images.
+    captions that any row gives it (a row may have several: --caption-key a,b, or a json list), and
+    equal captions are one, positive for all their images.
     Captions whose image is missing stay candidates.
 
         coco_karpathy_test.json  [{"image": "val2014/COCO_val2014_000000391895.jpg",
@@ -1243,7 +1315,7 @@ def retrieval(source):
         yield own_retrieval(source.options)
         return
     images, texts, keys = [], [], []
-    for row in source.rows({"image": str, "caption": list}):
+    for row in source.rows({"image": str, "caption": [str]}):
         for caption in row["caption"]:
             images.append(row["image"])
             texts.append(caption)
@@ -1258,10 +1330,12 @@ def own_retrieval(options):
     for i in range(len(data)):
         row = data.sample(i)
         if isinstance(row["image"], list):
-            pictures.append(Picture(row["key"], tuple(row["image"]), open_member))
+            picture = Picture(row["key"], tuple(row["image"]), open_member)
         else:
-            pictures.append(Picture(os.path.join(options.image_root, row["image"])))
-        texts.append(row["captions"][0])
+            picture = Picture(os.path.join(options.image_root, row["image"]))
+        for caption in row["captions"]:
+            pictures.append(picture)
+            texts.append(caption)
     return pairs_to_ranking(pictures, texts, texts, prefix="")
 
 
@@ -1395,6 +1469,7 @@ READERS = {
 MEANS = {       # {benchmark: {name: its parts}}, see summarize
     "sugarcrepe": SUGARCREPE_MEANS,
     "sugarcrepe_pp": SUGARCREPE_PP_MEANS,
+    "retrieval": RETRIEVAL_MEANS,
     "valse": VALSE_MEANS,
     "whatsup": WHATSUP_MEANS,
 }
@@ -1404,7 +1479,10 @@ MEANS = {       # {benchmark: {name: its parts}}, see summarize
 
 def download(benches, data_dir):
     """Fetch what may be fetched of some benchmarks, and print how to get the rest."""
-    check_names(benches)
+    unknown = [bench for bench in benches if bench not in BENCHES]
+    if unknown:
+        raise ValueError(f"no bench {unknown[0]!r} to download: expected some of "
+                         f"{', '.join(BENCHES)}")
     for bench in benches:
         spec = TABLE.get(bench, {})
         if bench in TORCHVISION:
@@ -1512,7 +1590,7 @@ def whole_size(reply):
 def copy_reply(reply, part, start, size):
     small = size is not None and size < 2**24
     bar = tqdm(desc=Path(part).stem, total=size, initial=start, unit="B", unit_scale=True,
-               disable=small)
+               disable=True if small else None)      # None: where there is no terminal
     with open(part, "ab" if start else "wb") as f, bar:
         while block := reply.read(2**20):
             f.write(block)
@@ -1564,7 +1642,8 @@ def check_members(members, folder, limit):
 def check_names(benches):
     for bench in benches:
         if bench not in BENCHES:
-            raise ValueError(f"no bench {bench!r}: expected some of {', '.join(BENCHES)}")
+            raise ValueError(f"no bench {bench!r}: expected all, or one of "
+                             f"{', '.join(BENCHES)}, joined by commas")
 
 
 def describe(bench, data_dir):
@@ -1609,19 +1688,17 @@ def paired(a, b, images, samples=2000, seed=0):
 
 
 def read_results(path):
-    """A file of --json -> {"BENCH SUBSET": its results, and data: what they were made from}."""
+    """A file of --json -> {bench: {subset or mean: results, with data: what they were made of}}."""
     file = json.loads(Path(path).read_text("utf-8"))
     found = {}
     for bench, subsets in file["results"].items():
-        for subset, result in subsets.items():
-            if "correct" in result:
-                data = file["protocol"], file["data_sha256"][bench]
-                found[f"{bench} {subset}"] = {**result, "data": data}
+        data = file["protocol"], file["data_sha256"][bench]
+        found[bench] = {name: {**result, "data": data} for name, result in subsets.items()}
     return found
 
 
 def compare(files, items=False):
-    """Print the difference of two files of --json on each subset that both have."""
+    """Print the difference of two files of --json on each subset and mean that both have."""
     try:
         a, b = (read_results(path) for path in files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -1631,17 +1708,49 @@ def compare(files, items=False):
           "paired bootstrap over images.\np: exact McNemar test, which takes items as independent."
           "\n")
     print(f"{'percent':32s}     n      A      B   B - A    95 % interval        p  gained  lost")
-    for key in a:
-        if key in b:
-            compare_subset(key, a[key], b[key], items)
-    alone = ", ".join(a.keys() ^ b.keys())
-    print(f"in one file only: {alone or 'none'}")
+    for bench in a:
+        if bench in b:
+            compare_bench(bench, a[bench], b[bench], items)
+    names = [{(bench, name) for bench, subsets in file.items() for name in subsets if
+              "correct" in subsets[name]} for file in (a, b)]
+    alone = [f"{bench} {name}" for bench, name in sorted(names[0] ^ names[1])]
+    print(f"in one file only: {', '.join(alone) or 'none'}")
 
 
-def compare_subset(key, a, b, items):
+def compare_bench(bench, a, b, items):
+    """a, b: {subset or mean: results} of one benchmark."""
+    columns = {}
+    for name in a:
+        if name in b and "correct" in a[name] and "correct" in b[name]:
+            check_same_items(f"{bench} {name}", a[name], b[name])
+            compare_subset(f"{bench} {name}", a[name], b[name], items)
+            change = np.subtract(b[name]["correct"], a[name]["correct"])
+            columns[name] = np.array(a[name]["image"]), change, np.ones(len(change))
+    for name, result in a.items():
+        if "weights" in result and result["of"] in columns:     # the mean of labels' means
+            images, change, _ = columns[result["of"]]
+            columns[name] = images, change, np.array(result["weights"])
+    if not columns:
+        return
+    draws = dict(zip(columns, 100 * bootstrap(list(columns.values())).T))
+    for name, result in a.items():
+        parts = result.get("parts")
+        if parts and name in b and set(parts) <= set(draws):
+            draws[name] = mean_of_parts(name, parts, draws, a)
+        if name in b and name in draws and "correct" not in result:
+            low, high = np.quantile(draws[name][1:], (0.025, 0.975))
+            print(f"{bench + ' ' + name:32s}{result['n']:6d} {100 * result['accuracy']:6.1f} "
+                  f"{100 * b[name]['accuracy']:6.1f}  {draws[name][0]:+6.1f}  {low:+6.1f} .. "
+                  f"{high:+6.1f}     mean")
+
+
+def check_same_items(key, a, b):
     if any(a[name] != b[name] for name in ("n", "data", "image")):
         raise ValueError(f"{key}: A ({a['n']} items) and B ({b['n']}) differ in items, data or "
                          "protocol version")
+
+
+def compare_subset(key, a, b, items):
     difference, low, high, p, gained, lost = paired(a["correct"], b["correct"], a["image"])
     print(f"{key:32s}{a['n']:6d} {100 * a['accuracy']:6.1f} {100 * b['accuracy']:6.1f}"
           f"  {difference:+6.1f}  {low:+6.1f} .. {high:+6.1f}  {p:7.2g}  {gained:6d}{lost:6d}")
@@ -1883,10 +1992,10 @@ def fingerprint(model):
 def evaluate(checkpoint, init, model, tokenizer, interpolate, bench, json_path, reference,
              **settings):
     """Score a model on benchmarks, print a table of each, and write --json."""
-    benches = bench.split(",")
+    benches = (bench or default_bench(settings["data"])).split(",")
     if benches != ["all"]:
         check_names(benches)
-    options = Options(**settings, quiet=True)
+    options = Options(**settings)
     options.device = pick_device(options.device)
     if WORLD > 1:
         if options.device == "cuda":
@@ -1913,6 +2022,13 @@ def evaluate(checkpoint, init, model, tokenizer, interpolate, bench, json_path, 
             "missing": missing, "results": results}))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def default_bench(data):
+    """What --data without --bench means: a table or shards of pairs, or a folder of classes."""
+    if not data:
+        return "scenes"
+    return "folder" if os.path.isdir(data) else "retrieval"
 
 
 def data_digests(tasks):
@@ -1945,7 +2061,16 @@ def main(argv):
         if RANK:
             time.sleep(3)       # process 0 says it
             sys.exit(1)
-        sys.exit(f"evaluate.py: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"evaluate.py: {plain_words(error)}")
+
+
+def plain_words(error):
+    """One line for a user: of an OSError without its number."""
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"no file {error.filename}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error).strip().splitlines()[-1]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ SugarCrepe and SugarCrepe++ with the peer's own model; the others with a random 
 import copy
 import hashlib
 import http.server
+import io
 import itertools
 import json
 import os
@@ -470,6 +471,38 @@ def test_retrieval_on_a_table(nano, tmp_path):
         assert results[f"t2i_r{k}"]["correct"] == recall(np.array(scores).T.tolist(), of, k)
 
 
+def test_retrieval_uses_all_captions_of_a_row(nano, tmp_path):
+    rng, plain = random.Random(6), Plain(nano)
+    for i in range(8):
+        picture(f"{tmp_path}/{i}.png", rng)
+    rows = [{"image": f"{i}.png", "caption": [caption(rng) for _ in range(rng.randint(1, 3))]} for i in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    results = run(nano, ["retrieval"], **arguments(data=str(tmp_path / "pairs.jsonl"), image_root=str(tmp_path)))
+    results = results["retrieval"]
+    texts = [(i, c) for i, row in enumerate(rows) for c in row["caption"]]
+    scores = [[plain.cos(f"{tmp_path}/{row['image']}", c) for _, c in texts] for row in rows]
+    assert results["t2i_r1"]["n"] == len(texts) > 8
+    for k in (1, 5):
+        of = [{j for j, (i, _) in enumerate(texts) if i == n} for n in range(8)]
+        assert results[f"i2t_r{k}"]["correct"] == recall(scores, of, k)
+        assert results[f"t2i_r{k}"]["correct"] == recall(np.array(scores).T.tolist(), [{i} for i, _ in texts], k)
+        both = (results[f"i2t_r{k}"]["accuracy"] + results[f"t2i_r{k}"]["accuracy"]) / 2
+        assert results[f"mean_r{k}"]["accuracy"] == pytest.approx(both)
+
+
+def test_texts_that_are_cut_are_counted(nano, tmp_path, capsys):
+    picture(f"{tmp_path}/0.png", random.Random(0))
+    words = "dog " * 31                                     # 31 words and the end fill the model's 32 places
+    assert not (nano.tokenize([words])[0] == 0).any()
+    texts = [words, words + "cat", words + "man and dog", "a dog"]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *(f"0.png,{text}" for text in texts)]))
+    run(nano, ["retrieval"], **arguments(data=str(tmp_path / "pairs.csv"), image_root=str(tmp_path)))
+    assert "2 of 4 texts are cut at the model's 32 tokens" in capsys.readouterr().out
+    (tmp_path / "pairs.csv").write_text(f"image,caption\n0.png,{words}\n0.png,a dog")
+    run(nano, ["retrieval"], **arguments(data=str(tmp_path / "pairs.csv"), image_root=str(tmp_path)))
+    assert "are cut" not in capsys.readouterr().out
+
+
 def test_retrieval_on_tar_shards(nano, tmp_path):
     """The figures of a table with the same pairs."""
     rng, rows = random.Random(8), []
@@ -696,7 +729,7 @@ def test_processes_share_the_work_and_count_nothing_twice(table):
     a, b = (json.load(open(table / f"{name}.json")) for name in ("one", "two"))
     assert a["results"] == b["results"] and a["sha256"] == b["sha256"] and b["settings"]["processes"] == 2
     lines = [line for line in two.stdout.splitlines() if ".." in line]
-    assert lines == [line for line in one.stdout.splitlines() if ".." in line] and len(lines) == 6
+    assert lines == [line for line in one.stdout.splitlines() if ".." in line] and len(lines) == 8
     assert len(a["sha256"]) == len(a["data_sha256"]["retrieval"]) == 64 and a["protocol"] == evaluate.PROTOCOL
     assert a["results"]["retrieval"]["t2i_r1"]["n"] == 30 == len(a["results"]["retrieval"]["t2i_r1"]["correct"])
 
@@ -717,25 +750,113 @@ def test_all_runs_what_is_there_and_lists_the_rest(table):
 
 
 @pytest.mark.parametrize("args, says", [
-    (["--bench", "sugarcrape"], "no bench 'sugarcrape': expected some of scenes, sugarcrepe"),
+    (["--bench", "sugarcrape"], "no bench 'sugarcrape': expected all, or one of scenes, sugarcrepe"),
     (["--bench", "sugarcrepe"], "download sugarcrepe"), (["--bench", "folder"], "folder: "),
     (["--bench", "winoground"], "examples.jsonl"),
-    (["--bench", "retrieval", "--data", "none.csv"], "no file none.csv")])
-def test_mistakes_get_one_line(table, capsys, args, says):
+    (["--bench", "retrieval", "--data", "none.csv"], "no file none.csv"),
+    (["--data", "none.csv"], "no file none.csv"), (["--checkpoint", "gone.pt"], "no checkpoint at gone.pt"),
+    (["--device", "cuda"], "--device cuda: torch finds no GPU")])
+def test_mistakes_get_one_line(table, capsys, monkeypatch, args, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
         evaluate.main(["--checkpoint", str(table / "nano.pt"), "--data-dir", str(table), *args])
     message = str(stopped.value) + capsys.readouterr().err
     assert says in message and (stopped.value.code == 2 or "\n" not in message)
 
 
-def test_published_figures_stand_in_the_table(capsys):
+def test_published_figures_stand_under_the_table(capsys):
     r = {"accuracy": 0.5, "right": 5, "n": 10, "ties": 1, "chance": 0.5, "low": 0.2, "high": 0.8}
-    print_table("b", {"x": r, "y": {**r, "mean_of": ["x"]}}, {"CLIP": {"x": 12.3}})
+    print_table("b", {"x": r, "y": r}, {"CLIP": {"source": "a paper", "x": 12.3}, "B": {"source": "z", "gone": 1.0}})
     out = capsys.readouterr().out.splitlines()
-    assert out[1].endswith("published: CLIP") and out[2].endswith("12.3") and not out[3].endswith("12.3")
+    assert out[5].split() == ["published", "ours", "[1]", "[2]"]
+    assert out[6].split() == ["x", "50.0", "12.3"] and out[7:] == ["[1] published: CLIP; a paper", "[2] published: B; z"]
+
+
+def test_published_figures_are_of_what_is_scored_and_fit_a_terminal(capsys):
+    r = {"accuracy": 0.5, "right": 5, "n": 10, "ties": 1, "chance": 0.5, "low": 0.2, "high": 0.8}
     for bench, spec in TABLE.items():
+        names = {name for figures in spec.get("published", {}).values() for name in figures} - {"source"}
         for figures in spec.get("published", {}).values():
-            assert all(0 < value < 100 for value in figures.values())
+            assert all(0 < value < 100 for name, value in figures.items() if name != "source") and figures["source"]
+        print_table(bench, dict.fromkeys(names or ["x"], r), spec.get("published"))
+        known = set(evaluate.MEANS.get(bench, {})) | {"top1", "vg_relation_macro", "vg_attribution_macro"}
+        for subset in spec.get("files", {}):
+            known |= {subset, *(f"{subset}_{way}_r1" for way in ("i2t", "t2i"))}
+        assert names <= known, names - known
+    out = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in out if not line.startswith("[")) <= 100
+    assert "macro_7" in "".join(out) and all(f"[{i}] " in "\n".join(out) for i in range(1, 15))
+
+
+def test_data_alone_says_which_bench_is_meant(table, capsys):
+    common = ["--checkpoint", str(table / "nano.pt"), "--image-root", str(table), "--data"]
+    evaluate.main([*common, str(table / "pairs.csv")])
+    assert "t2i_r10" in capsys.readouterr().out
+    picture(f"{table}/classes/dog/x.png", random.Random(1))
+    (table / "names.txt").write_text("dog\n")
+    evaluate.main([*common, str(table / "classes"), "--classes", str(table / "names.txt")])
+    assert "top1" in capsys.readouterr().out
+
+
+BAD = [None, 3, -1, 10**30, float("inf"), True, "", "\ud800", "x" * 3000, "\0", "../..", [], {}, [None], [[]], {"a": 1}]
+
+
+def damage(content, rng):
+    """One of many ways in which a json file can be wrong."""
+    kind = rng.randrange(5)
+    rows = json.loads(content)
+    if kind == 0:
+        return content[:rng.randrange(len(content))]
+    if kind == 1:
+        place = rng.randrange(len(content))
+        return content[:place] + bytes([rng.randrange(256)]) + content[place + 1:]
+    if kind == 2:
+        return rng.choice([b"", b"3", b"null", b'"text"', b"[" * 100_000, b"\xff\xfe", json.dumps(rows[:1]).encode()])
+    if kind == 3:
+        rows[rng.randrange(len(rows))] = rng.choice(BAD)
+    else:
+        row = rng.choice(rows)
+        key = rng.choice(list(row) if isinstance(row, dict) else range(len(row)))
+        row[key] = rng.choice(BAD)
+    return json.dumps(rows).encode()
+
+
+def test_damaged_files_give_one_line_each(nano, official, tmp_path, monkeypatch):
+    """180 of those files whose sha256 is not known."""
+    rng = random.Random(0)
+    for folder in ("aro/images", "coco", "flickr30k", "whatsup/val2017", "whatsup/data/vg_images", "colorswap",
+                   "winoground/data/images"):
+        picture(f"{tmp_path}/{folder}/{7:012d}.jpg", random.Random(0))
+        for name in ("7.jpg", "7.png"):
+            picture(f"{tmp_path}/{folder}/{name}", random.Random(0))
+    vg = {"image_path": "7.jpg", "bbox_x": 1, "bbox_y": 2, "bbox_w": 30, "bbox_h": 20, "true_caption": "a red dog",
+          "false_caption": "a blue dog", "relation_name": "on", "attributes": ["red", "big"]}
+    paired = {"image_0": "7", "image_1": "7.png", "image_2": "7.jpg", "caption_0": "a dog", "caption_1": "a cat",
+              "caption_2": "the dog"}
+    parts = [("aro", name, vg) for name in ("vg_relation", "vg_attribution")]
+    for name in ("coco", "flickr30k"):
+        row = {"image": "7.jpg", "caption": ["a dog sits", "the cat runs under the table"]}
+        parts += [("aro", f"{name}_order", row), ("retrieval", name, row)]
+    parts += [("whatsup", f"{name}_{n}", [7, "a dog", "a cat"]) for name in ("coco", "vg") for n in ("one", "two")]
+    parts += [("winoground", "winoground", paired), ("colorswap", "colorswap", {**paired, "image_1": "7.png"})]
+    counted = {"scored": 0, "one line": 0}
+    for bench, part, row in parts:
+        path = official(tmp_path, bench, part, [row] * 6)
+        content = open(path, "rb").read()
+        monkeypatch.setattr(evaluate, "parts_of", lambda bench, options, part=part: [part])
+        jsonl = path.endswith("jsonl")
+        for number in range(15):
+            as_list = json.dumps([json.loads(line) for line in content.splitlines()]).encode() if jsonl else content
+            damaged = damage(as_list, rng)
+            with open(path, "wb") as f:
+                f.write(damaged)
+            try:
+                run(nano, [bench], **arguments(data_dir=str(tmp_path), quiet=True))
+                counted["scored"] += 1
+            except ValueError as error:
+                assert "\n" not in str(error) and len(str(error)) < 600, str(error)
+                counted["one line"] += 1
+    assert sum(counted.values()) == 180 and counted["one line"] > 90, counted
 
 
 # ------------------------------------------------------------------------------------------------- downloads
@@ -803,7 +924,153 @@ def test_download_fetches_unpacks_and_says_what_is_by_hand(official, tmp_path, m
     assert "winoground, by hand: " in out and f"--local-dir {tmp_path}/data/winoground" in out
     with pytest.raises(SystemExit) as stopped:
         evaluate.main(["download", "sugarcrape"])
-    assert "no bench 'sugarcrape': expected some of" in str(stopped.value)
+    assert "no bench 'sugarcrape' to download" in str(stopped.value)
+
+
+class Server:
+    """Serves content from memory; ranges and etag as told; asked holds the first byte of each request."""
+
+    def __init__(self, content, etag=None, ranges=True, kind="application/zip", stop_after=None):
+        self.content, self.etag, self.ranges, self.kind, self.stop_after = content, etag, ranges, kind, stop_after
+        self.asked = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked = self.headers.get("Range") if outer.ranges else None
+                start = int((asked or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+                outer.asked.append(start)
+                if start > len(outer.content):
+                    self.send_error(416)
+                    return
+                self.send_response(206 if asked else 200)
+                self.send_header("Content-Type", outer.kind)
+                self.send_header("Content-Length", str(len(outer.content) - start))
+                if outer.etag:
+                    self.send_header("ETag", outer.etag)
+                if asked:
+                    self.send_header("Content-Range",
+                                     f"bytes {start}-{len(outer.content) - 1}/{len(outer.content)}")
+                self.end_headers()
+                self.wfile.write(outer.content[start:][:outer.stop_after])
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/x"
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(*args, **options):
+        servers.append(Server(*args, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def test_a_part_is_continued_only_if_the_file_is_the_same(serve, tmp_path, capsys):
+    old, new = random.Random(0).randbytes(300_000), random.Random(1).randbytes(300_000)
+    server, path = serve(old, etag='"1"', stop_after=100_000), tmp_path / "x"
+    with pytest.raises(ValueError, match="broke off after 100,000 of 300,000 bytes; a new call continues.*by hand"):
+        fetch(server.url, str(path), None, tmp_path)
+    server.stop_after = None
+    fetch(server.url, str(path), None, tmp_path)
+    assert path.read_bytes() == old and server.asked == [0, 100_000] and not (tmp_path / "x.part.json").exists()
+    digest = hashlib.sha256(old).hexdigest()
+    assert f"its true sha256 is not known; from now on it is that of this first download, {digest}" in (
+        capsys.readouterr().out)
+    path.unlink()
+
+    for change in (dict(content=new, etag='"2"'), dict(content=new[:200_000], etag='"1"'), dict(ranges=False)):
+        server.stop_after = 100_000
+        with pytest.raises(ValueError, match="broke off"):
+            fetch(server.url, str(path), None, tmp_path)
+        server.__dict__.update({"stop_after": None, "asked": [], **change})     # the server's file changes
+        expected = hashlib.sha256(server.content).hexdigest()
+        fetch(server.url, str(path), expected, tmp_path)
+        assert path.read_bytes() == server.content and server.asked[-1] == 0
+        path.unlink()
+    with pytest.raises(ValueError, match=f"not the official file, of sha256 {digest[:12]}"):    # of the first download
+        fetch(server.url, str(path), None, tmp_path)
+
+
+def test_a_part_without_a_record_and_a_page_instead_of_a_file(serve, tmp_path):
+    server, path = serve(b"content", etag='"1"'), tmp_path / "x"
+    (tmp_path / "x.part").write_bytes(b"what is this")
+    fetch(server.url, str(path), None, tmp_path)
+    assert path.read_bytes() == b"content" and server.asked == [0]
+    server = serve(b"<html>too many downloads</html>", kind="text/html; charset=utf-8")
+    with pytest.raises(ValueError, match="a web page came instead"):
+        fetch(server.url, str(tmp_path / "y"), None, tmp_path)
+    assert not (tmp_path / "y").exists()
+
+
+def tar_with(path, **changes):
+    with tarfile.open(path, "w:gz") as tar:
+        info = tarfile.TarInfo("pictures/1.jpg")
+        info.size = 3
+        for key, value in changes.items():
+            setattr(info, key, value)
+        tar.addfile(info, io.BytesIO(b"abc"))
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"name": "../outside.jpg"}, "lies outside"), ({"name": "/tmp/outside.jpg"}, "lies outside"),
+    ({"name": "a/../../outside.jpg"}, "lies outside"), ({"type": tarfile.SYMTYPE, "linkname": "/etc"}, "neither a file"),
+    ({"type": tarfile.LNKTYPE, "linkname": "../x"}, "neither a file"), ({"type": tarfile.FIFOTYPE}, "neither a file")])
+def test_crafted_tars_write_nothing_outside(tmp_path, changes, says):
+    folder = tmp_path / "data" / "inside"
+    folder.mkdir(parents=True)
+    tar_with(tmp_path / "a.tar.gz", **changes)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=f"a.tar.gz is damaged or not what it should be: .*{says}"):
+        evaluate.unpack(str(tmp_path / "a.tar.gz"), str(folder))
+    assert sorted(tmp_path.rglob("*")) == before and not os.path.exists("/tmp/outside.jpg")
+
+
+def test_other_crafted_archives(tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    tar_with(tmp_path / "good.tar.gz", mode=0o6777)     # a setuid bit, and everyone may write
+    evaluate.unpack(str(tmp_path / "good.tar.gz"), str(folder))
+    assert (folder / "pictures" / "1.jpg").read_bytes() == b"abc"
+    assert (folder / "pictures" / "1.jpg").stat().st_mode & 0o7022 == 0
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
+        z.writestr("../outside.jpg", "x")
+    with pytest.raises(ValueError, match="lies outside"):
+        evaluate.unpack(str(tmp_path / "a.zip"), str(folder))
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        with z.open("pictures/bomb", "w", force_zip64=True) as f:
+            for _ in range(40):
+                f.write(bytes(2**25))
+    assert os.path.getsize(tmp_path / "bomb.zip") < 2**21
+    with pytest.raises(ValueError, match="it would unpack to 1 files of 1,342,177,280 bytes"):
+        evaluate.unpack(str(tmp_path / "bomb.zip"), str(folder))
+    monkeypatch.setattr(evaluate, "MAX_MEMBERS", 0)
+    with pytest.raises(ValueError, match="it would unpack to 1 files"):
+        evaluate.unpack(str(tmp_path / "good.tar.gz"), str(folder))
+    (tmp_path / "cut.tar.gz").write_bytes((tmp_path / "good.tar.gz").read_bytes()[:60])
+    with pytest.raises(ValueError, match="cut.tar.gz is damaged"):
+        evaluate.unpack(str(tmp_path / "cut.tar.gz"), str(folder))
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+        "1.jpg", "a.zip", "bomb.zip", "cut.tar.gz", "good.tar.gz"]
+
+
+def test_every_url_is_https():
+    every = [f for spec in TABLE.values() for f in spec.get("files", {}).values()] + list(evaluate.ARCHIVES.values())
+    assert all(f.get("url", "https://").startswith("https://") for f in every)
+    assert "http://" not in (evaluate.ASSETS / "benchmarks.json").read_text()
 
 
 def test_the_table_is_whole():

@@ -130,6 +130,33 @@ def test_compare_of_something_else(tmp_path, text):
             command(["compare", good, str(other)])
 
 
+def test_compare_shows_the_means_with_their_intervals(tmp_path, capsys):
+    """Means over subsets, over items (micro) and over labels, against the plain bootstrap with the same draws."""
+    rng, files, summaries = random.Random(0), [], []
+    names = [f"image {rng.randrange(30)}" for _ in range(120)]
+    labels = [rng.choice("abc") for _ in names]
+    for number in range(2):
+        margins = [torch.tensor([float(rng.random() < 0.5 + 0.2 * number) - 0.5 for _ in names]) for _ in range(2)]
+        outcomes = [("x", margins[0], 0.5, names, names, labels), ("y", margins[1][:50], 0.5, names[:50], names[:50], None)]
+        summaries.append(evaluate.summarize(outcomes, {"both": ["x", "y"], "nested": ["both", "x"], "micro": ["x", "y"]}))
+        files.append(results(tmp_path / f"{number}.json", {"crepe": summaries[-1]}))
+    command(["compare", *files])
+    out = capsys.readouterr().out.splitlines()
+    a, b = summaries
+    images = {"x": a["x"]["image"], "y": a["y"]["image"]}
+    change = {name: np.subtract(b[name]["correct"], a[name]["correct"]) for name in "xy"}
+    columns = [(np.array(images[name]), change[name], np.ones(len(change[name]))) for name in "xy"]
+    columns += [(np.array(images["x"]), change["x"], np.array([1 / labels.count(label) for label in labels]))]
+    x, y, macro = 100 * evaluate.bootstrap(columns).T
+    draws = {"x_macro": macro, "both": (x + y) / 2, "nested": (3 * x + y) / 4, "micro": (120 * x + 50 * y) / 170}
+    for name, some in draws.items():
+        row = next(line for line in out if line.startswith(f"crepe {name} ")).split()[2:]
+        low, high = np.quantile(some[1:], (0.025, 0.975))
+        assert row[1:] == [f"{100 * a[name]['accuracy']:.1f}", f"{100 * b[name]['accuracy']:.1f}", f"{some[0]:+.1f}",
+                           f"{low:+.1f}", "..", f"{high:+.1f}", "mean"]
+        assert some[0] == pytest.approx(100 * (b[name]["accuracy"] - a[name]["accuracy"]))
+
+
 # ------------------------------------------------------------------------------------------------- plot
 
 def log_file(folder, rows):
@@ -365,10 +392,21 @@ def test_describe_says_protocol_source_and_files(bench, capsys):
         assert f"here/{file['path']}" in out and file.get("url", "by hand") in out
 
 
+@pytest.mark.parametrize("argv, says", [
+    (["plot", "nope.jsonl"], "evaluate.py: no file nope.jsonl"),
+    (["compare", "a.json", "b.json"], "evaluate.py: compare a.json b.json: expected two files of --json"),
+    (["show", "--checkpoint", "nope.pt"], "evaluate.py: no checkpoint at nope.pt"),
+    (["plot", "/"], "evaluate.py: /: Is a directory")])
+def test_unknown_files_in_plain_words(argv, says):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(argv)
+    assert str(stopped.value).startswith(says) and "Errno" not in says
+
+
 def test_tables_of_benchmarks_agree():
     assert list(evaluate.READERS) == list(evaluate.BENCHES) and set(evaluate.TABLE) <= set(evaluate.BENCHES)
     assert set(evaluate.MEANS) <= set(evaluate.BENCHES) and set(evaluate.FUNCTIONS) == set(evaluate.COMMANDS)
-    with pytest.raises(ValueError, match="no bench 'sugarcrape': expected some of scenes, "):
+    with pytest.raises(ValueError, match="no bench 'sugarcrape': expected all, or one of scenes, "):
         command(["describe", "sugarcrape"])
 
 
