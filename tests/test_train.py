@@ -415,6 +415,96 @@ def test_processes_that_do_not_agree(what, tmp_path):
     assert says in ranks[1].stderr and "Traceback" not in ranks[0].stderr + ranks[1].stderr
 
 
+def wait_for(process, condition):
+    while not condition():
+        assert process.poll() is None, process.stdout + process.stderr
+        time.sleep(0.01)
+
+
+def test_a_signal_to_all_of_a_group_saves(tmp_path):
+    """slurm, systemd and docker signal the workers, too."""
+    process = start("train.py", *pairs(tmp_path, 64, 0), "--bench", "none", "--epochs", 100, "--log-every", 1,
+                    "--workers", 2, "--out-dir", tmp_path / "out")
+    wait_for(process, lambda: (tmp_path / "out" / "log.jsonl").exists() and curve(tmp_path / "out"))
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait() == 0 and "interrupted: saved step" in process.stdout
+    assert "saving after this step; again to quit now" in process.stderr and "Traceback" not in process.stderr
+
+
+def test_a_killed_worker_does_not_cost_what_is_trained(tmp_path):
+    process = start("train.py", *pairs(tmp_path, 64, 0), "--bench", "none", "--epochs", 100, "--log-every", 1,
+                    "--workers", 2, "--out-dir", tmp_path / "out")
+    wait_for(process, lambda: (tmp_path / "out" / "log.jsonl").exists() and curve(tmp_path / "out"))
+    os.kill(children_of(process.pid)[0], signal.SIGKILL)
+    assert process.wait() == 1 and "Traceback" not in process.stderr
+    assert "for want of memory" in process.stderr and "go on with --resume auto" in process.stderr
+    saved = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"]
+    assert saved == curve(tmp_path / "out", "step")[-1]
+
+
+@pytest.mark.parametrize("ended", ["killed", "stopped"])
+def test_a_process_that_hangs_or_dies_ends_all(ended, tmp_path):
+    """Process 1 is killed, or stopped: process 0 saves what is trained after --timeout."""
+    ranks = start("train.py", *SMALL, "--steps", 1000, "--timeout", 0.1, "--out-dir", tmp_path, processes=2)
+    wait_for(ranks[0], lambda: (tmp_path / "log.jsonl").exists() and len(curve(tmp_path)) > 2)
+    ranks[1].send_signal(signal.SIGKILL if ended == "killed" else signal.SIGSTOP)
+    assert ranks[0].wait(60) == 1
+    ranks[1].kill()
+    assert "process 0 waited in vain for another one" in ranks[0].stderr and "Traceback" not in ranks[0].stderr
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == curve(tmp_path, "step")[-1]
+
+
+def test_a_signal_is_not_deaf_while_others_hang(tmp_path):
+    ranks = start("train.py", *SMALL, "--steps", 1000, "--out-dir", tmp_path, processes=2)
+    wait_for(ranks[0], lambda: (tmp_path / "log.jsonl").exists() and len(curve(tmp_path)) > 2)
+    ranks[1].send_signal(signal.SIGSTOP)
+    time.sleep(1)       # until process 0 waits for it
+    ranks[0].send_signal(signal.SIGTERM)
+    assert ranks[0].wait(60) == 1
+    ranks[1].kill()
+    assert "did not end within 30 s" in ranks[0].stderr
+
+
+def test_what_a_run_needs_later_is_checked_before_it(tmp_path):
+    data = pairs(tmp_path, 32, 0)
+    (tmp_path / "val.csv").write_text("image,words\n0.png,a wall\n")
+    line = mistake(*data, "--val-data", tmp_path / "val.csv", "--bench", "retrieval", "--out-dir", tmp_path / "out")
+    assert "--val-data: " in line and "val.csv" in line and "words" in line
+    shutil.move(tmp_path / "val.csv", tmp_path / "other.csv")
+    (tmp_path / "val.csv").write_text("image,caption\nnone.png,a wall\n")
+    line = mistake(*data, "--val-data", tmp_path / "val.csv", "--bench", "retrieval", "--out-dir", tmp_path / "out")
+    assert "none.png" in line
+    line = mistake("--bench", "sugarcrepe", "--data-dir", tmp_path, "--dry-run", "--out-dir", tmp_path / "out")
+    assert "--bench: sugarcrepe" in line and "evaluate.py download sugarcrepe" in line
+    line = mistake("--out-dir", "/proc/x")
+    assert "--out-dir /proc/x cannot be written" in line
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in mistake("--out-dir", tmp_path / "file")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_without_git_and_without_a_driver(tmp_path):
+    run("train.py", *SMALL, "--steps", 1, "--out-dir", tmp_path, PATH="/nowhere")
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["commit"] == ""
+    line = mistake("--device", "cuda", "--out-dir", tmp_path / "b")
+    assert "--device cuda cannot be used here" in line and "give cpu" in line
+
+
+def test_a_failing_evaluation_does_not_cost_the_checkpoint(tmp_path):
+    """The held-out pairs go while training runs; when they are back, the evaluation is made up for."""
+    args = ["train.py", *pairs(tmp_path, 32, 0), "--epochs", 2, "--log-every", 1, "--out-dir", tmp_path / "out"]
+    args += ["--val-data", tmp_path / "val.csv"]
+    (tmp_path / "val.csv").write_text("image,caption\n" + "".join(f"{i}.png,a wall\n" for i in range(4)))
+    process = start(*args)
+    wait_for(process, lambda: (tmp_path / "out" / "log.jsonl").exists())        # after the check
+    (tmp_path / "val.csv").rename(tmp_path / "gone.csv")
+    assert process.wait() == 1 and "Traceback" not in process.stderr
+    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 4
+    (tmp_path / "gone.csv").rename(tmp_path / "val.csv")
+    done = run(*args, "--resume", "auto")
+    assert curve(tmp_path / "out", "eval") and "t2i_r1" in done.stdout and (tmp_path / "out" / "best.pt").exists()
+
+
 def test_resume_auto_passes_over_a_damaged_checkpoint(tmp_path):
     run("train.py", *SMALL, "--steps", 3, "--save-every", 1, "--keep", 3, "--out-dir", tmp_path)
     whole = (tmp_path / "last.pt").read_bytes()
