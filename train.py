@@ -13,6 +13,7 @@ import ast
 import contextlib
 import copy
 import glob
+import hashlib
 import json
 import math
 import os
@@ -20,10 +21,15 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import zipfile
 from dataclasses import asdict, replace
+from datetime import timedelta
 
 # ---- arguments -------------------------------------------------------------
 # They are parsed before torch and timm are imported, which takes seconds: --help and a flag that
@@ -180,6 +186,9 @@ group.add_argument("--out-dir", metavar="DIR",
 group.add_argument("--resume", metavar="FILE",
                    help="Go on from this checkpoint. The word auto: from the newest in --out-dir "
                         "that is whole, if there is one.")
+group.add_argument("--overwrite", action="store_true",
+                   help="Discard the run that --out-dir holds; without this flag, training does "
+                        "not begin in the folder of another run.")
 group.add_argument("--save-every", type=int, default=1000, metavar="N",
                    help="Steps between checkpoints. Default: 1000.")
 group.add_argument("--keep", type=int, default=1, metavar="N",
@@ -194,6 +203,9 @@ group.add_argument("--tensorboard", action="store_true",
 group = parser.add_argument_group("the machine")
 group.add_argument("--device", metavar="NAME",
                    help="cpu, cuda or cuda:1. Default: cuda, if there is one.")
+group.add_argument("--timeout", type=float, default=5, metavar="MINUTES",
+                   help="How long a process waits for the others in a step. Then one of them hangs "
+                        "or has died: process 0 saves, and all end. Default: 5.")
 group.add_argument("--dtype", choices=("float32", "bfloat16", "float64"),
                    help="What the towers compute in; the weights stay float32 under bfloat16. "
                         "Default: float32 on a CPU, the preset's on a GPU.")
@@ -213,6 +225,7 @@ import timm
 import tokenizers
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -227,6 +240,11 @@ from pooling import concept_similarity
 # ---- what was not given ----------------------------------------------------
 if args.device is None:
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
+try:
+    torch.empty(1, device=args.device)
+except (RuntimeError, AssertionError) as error:
+    reason = str(error).splitlines()[0]
+    parser.exit(1, f"train.py: --device {args.device} cannot be used here ({reason}): give cpu\n")
 gpu = args.device.startswith("cuda")
 
 from_scratch = args.init == "scratch" or (args.init is None and args.model in (None, "nano"))
@@ -263,7 +281,9 @@ if args.compile is None:
 if args.model is not None and args.model not in MODELS:
     parser.error(f"argument --model: invalid choice: {args.model!r} (choose from "
                  f"{', '.join(MODELS)})")
-for name in ("steps", "epochs", "batch_size", "accum", "lr", "save_every", "log_every", "keep"):
+POSITIVE = ("steps", "epochs", "batch_size", "accum", "lr", "save_every", "log_every", "keep",
+            "timeout")
+for name in POSITIVE:
     value = getattr(args, name)
     if value is not None and value <= 0:
         parser.error(f"--{name.replace('_', '-')} {value}: expected more than 0")
@@ -279,6 +299,7 @@ last_path = os.path.join(args.out_dir, "last.pt")
 log_path = os.path.join(args.out_dir, "log.jsonl")
 
 # ---- processes, randomness, signals ----------------------------------------
+PATIENT = 120       # minutes that a process waits for others that index data, compile or evaluate
 rank = int(os.environ.get("RANK", 0))
 world_size = int(os.environ.get("WORLD_SIZE", 1))
 if world_size > 1:
@@ -292,7 +313,7 @@ if world_size > 1:
     store, _, _ = next(dist.rendezvous("env://"))
     dist.init_process_group(
         "nccl" if gpu else "gloo", store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank,
-        world_size=world_size)
+        world_size=world_size, timeout=timedelta(minutes=PATIENT))
 torch.manual_seed(args.seed)
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 sys.stdout.reconfigure(line_buffering=True)     # a log file has each line at once
@@ -309,6 +330,14 @@ def stop(message, status=1):
     os._exit(status)
 
 
+def stop_all(message, status=1):
+    """The same, where all processes know it; one of them says it."""
+    if rank == 0:
+        stop(message, status)
+    time.sleep(3)
+    os._exit(status)
+
+
 def guard(function, *arguments, **keywords):
     """Call it; an error that the user can mend, which its text says, becomes that one line."""
     try:
@@ -317,17 +346,51 @@ def guard(function, *arguments, **keywords):
         stop(error)
 
 
-interrupted = []    # signals that came
+def wait_for_others(minutes):
+    """How long this process waits for the others from now on, before it takes one as hung."""
+    if world_size > 1:
+        # PyTorch before 2.9 has it under the second name alone
+        set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+        set_timeout(timedelta(minutes=minutes))
+
+
+interrupted = []        # signals that came
+noticed = threading.Event()     # set when the loop has reached the end of a step, and saves
+DEADLINE = 30           # seconds
 
 
 def interrupt(number, frame):
     if interrupted:     # the second ends at once
         os._exit(130)
     interrupted.append(number)
+    if rank == 0:       # print() could meet itself here
+        os.write(2, b"\nsaving after this step; again to quit now\n")
+
+
+def watch_for_signals(reader):
+    """Ends this process if a signal came, and the step does not end: it waits for one that hangs.
+
+    A process that waits for others runs no Python, hence no handler; but this thread runs.
+    """
+    while reader.recv(1)[0] not in (signal.SIGTERM, signal.SIGINT):
+        pass
+    if not noticed.wait(DEADLINE):
+        print(f"\ntrain.py: process {rank} was told to end, but its step did not end within "
+              f"{DEADLINE} s; last checkpoint: {last_good()}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def last_good():
+    return last_path if os.path.exists(last_path) else "none was written yet"
 
 
 signal.signal(signal.SIGTERM, interrupt)
 signal.signal(signal.SIGINT, interrupt)
+if world_size > 1:
+    signal_reader, signal_writer = socket.socketpair()
+    signal_writer.setblocking(False)
+    signal.set_wakeup_fd(signal_writer.fileno())
+    threading.Thread(target=watch_for_signals, args=(signal_reader,), daemon=True).start()
 
 
 def summed(x):
@@ -346,9 +409,14 @@ else:
     dataset = Scenes(scenes, "train", args.seed, relations=args.relations,
                      negative_images=method.negative_images, world=args.world)
 
+sampler = guard(Epochs, len(dataset), args.batch_size, args.seed, rank, world_size)
+if args.batch_size < world_size * args.accum:
+    stop(f"--batch-size {args.batch_size} is less than {world_size} processes x --accum "
+         f"{args.accum}", 2)
+if args.steps is None:
+    args.steps = max(1, round(args.epochs * sampler.steps_per_epoch))
+
 # ---- which checkpoint to resume --------------------------------------------
-
-
 def kept_checkpoints():
     """The step_*.pt in the folder, oldest first."""
     return sorted(glob.glob(os.path.join(glob.escape(args.out_dir), "step_*.pt")))
@@ -362,20 +430,154 @@ def checkpoints():
     return found
 
 
-def newest_checkpoint():
-    """The path of the newest checkpoint in the folder that is whole, or None."""
-    newest = None
-    for path in checkpoints():
+def damage(path):
+    """What is wrong with a checkpoint, or None. Each part of the file has a checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()
+    except Exception as error:      # damaged headers raise nearly anything
+        return f"{type(error).__name__}: {error}"
+    return f"its part {changed} has changed" if changed else None
+
+
+def choose_checkpoint():
+    """The path of the checkpoint to go on from; None: a new run. ValueError for neither."""
+    found = checkpoints()
+    if args.resume is None:
+        if found and not args.overwrite:
+            raise ValueError(
+                f"{args.out_dir} holds a run already, the newest checkpoint is {found[-1]}: go on "
+                "with it (--resume auto), choose another --out-dir, or discard it (--overwrite)")
+        return None
+    if args.resume != "auto":
+        check_choice(args.resume, found)
+        return args.resume
+    for path in reversed(found):
+        problem = damage(path)
+        if problem is None:
+            return path
+        print0(f"--resume auto passes over {path}, which is damaged ({problem})")
+    if found and not args.overwrite:
+        raise ValueError(f"--resume auto: no checkpoint in {args.out_dir} is whole; to begin anew "
+                         "there, discard them (--overwrite)")
+    return None
+
+
+def check_choice(path, found):
+    """Of a checkpoint that the user named; ValueError if going on from it would lose another."""
+    if not os.path.isfile(path):
+        raise ValueError(f"no checkpoint at {path}")
+    problem = damage(path)
+    if problem is not None and zipfile.is_zipfile(path):
+        raise ValueError(f"--resume {path}: the file is damaged ({problem})")
+    if not found or args.overwrite or os.path.samefile(path, found[-1]):
+        return
+    raise ValueError(
+        f"--resume {path} is not the newest checkpoint in {args.out_dir}, which is {found[-1]}: "
+        "choose another --out-dir, or discard what is newer (--overwrite)")
+
+
+def from_process_0(function):
+    """What the function returns there, on all processes; its error ends all, with one line."""
+    answer, error = None, None
+    if rank == 0:
         try:
-            torch.load(path, mmap=True, weights_only=True)
-            newest = path
-        except Exception as error:      # torch names many kinds of damage
-            print0(f"--resume auto passes over {path}, which is damaged ({type(error).__name__})")
-    return newest
+            answer = function()
+        except (ValueError, OSError) as problem:
+            error = str(problem)
+    if world_size > 1:
+        shared = [answer, error]
+        dist.broadcast_object_list(shared)
+        answer, error = shared
+    if error is not None:
+        stop_all(error)
+    return answer
 
 
-if args.resume == "auto":
-    args.resume = newest_checkpoint()
+# A run that goes on with other arguments would be neither the old run nor a new one.
+MAY_CHANGE = {      # these may differ,
+    "lr", "warmup", "steps", "epochs", "grad_clip", "max_skips", "max_bad", "eval_every",
+    "save_every", "log_every", "keep", "bench", "val_data", "data_dir", "tensorboard",
+    "image_root", "workers", "accum", "device", "dtype", "compile", "grad_checkpointing", "timeout"}
+SILENT = {          # and these say where weights came from, or what else this command does
+    "init", "preset", "tokenizer", "resume", "out_dir", "overwrite", "dry_run"}
+
+
+def read_header(path):
+    """Step, arguments and config of a checkpoint, without its tensors."""
+    try:
+        header = torch.load(path, mmap=True, weights_only=True)
+        name, step, saved_args = header["config"]["name"], header["step"], header["args"]
+    except Exception:       # of torch, nearly any
+        stop_all(f"no checkpoint at {path} that train.py wrote (--init reads weights of others)")
+    if "optimizer" not in header:
+        stop_all(f"--resume {path} holds weights but no optimizer: to start from them, give "
+                 f"--init {path}")
+    return name, step, saved_args
+
+
+def compare_arguments(saved_args):
+    """Stops where an argument is not the checkpoint's. Returns those that may differ, and do."""
+    allowed = []
+    for name, value in vars(args).items():
+        was = saved_args.get(name, value)       # an older checkpoint knows fewer
+        if was == value or name in SILENT:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if name not in MAY_CHANGE:
+            stop_all(f"--resume {args.resume} was trained with {flag} {was}, now it is {value}: go "
+                     "on with what it had, or begin a new run from its weights, --init "
+                     f"{args.resume}")
+        allowed.append(f"{flag} {value} instead of {was}")
+    return allowed
+
+
+def digest(path):
+    """Of a checkpoint, by the checksums of its parts; of a new run None."""
+    if path is None:
+        return None
+    if not os.path.exists(path):
+        return f"no file {path}"
+    with zipfile.ZipFile(path) as archive:
+        parts = [(part.filename, part.CRC) for part in archive.infolist()]
+    return f"{path} with digest {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+
+def check_agreement():
+    """Each node has its own command line and disk: stops where one differs from process 0."""
+    mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
+            if name not in ("device", "workers", "out_dir", "data_dir", "image_root")}
+    mine["data of so many rows:"] = len(dataset)
+    mine["--resume"] = digest(args.resume)
+    theirs = [None] * world_size
+    dist.all_gather_object(theirs, mine)
+    for name, value in theirs[0].items():
+        if mine[name] != value:
+            print(f"train.py: process {rank} has {name} {mine[name]}, process 0 has {value}: they "
+                  "must be the same", file=sys.stderr, flush=True)
+            break
+    if any(other != theirs[0] for other in theirs):
+        time.sleep(1)       # for the others to say theirs
+        os._exit(1)
+
+
+first_step = 0
+args.resume = from_process_0(choose_checkpoint)
+if world_size > 1:
+    check_agreement()
+if args.resume:
+    saved_name, first_step, saved_args = read_header(args.resume)
+    if args.model and args.model != saved_name:
+        stop_all(f"--resume {args.resume} holds a {saved_name}, but --model is {args.model}: give "
+                 "that model")
+    changed = compare_arguments(saved_args)
+    if args.steps < first_step:
+        stop_all(f"--steps {args.steps}: {args.resume} is at step {first_step:,} already")
+    print0(f"resuming {args.resume} at step {first_step:,} of {args.steps:,}")
+    for difference in changed:
+        print0(f"with {difference}")
+sampler.start = first_step
+sampler.stop = args.steps
 
 # ---- model -----------------------------------------------------------------
 
@@ -400,9 +602,6 @@ def model_from_scratch():
 
 if args.resume:
     model = guard(CLIP.load, args.resume)
-    if args.model and model.config.name != args.model:
-        stop(f"--resume {args.resume} holds a {model.config.name}, but --model is {args.model}: "
-             "give that model")
 elif from_scratch:
     model = guard(model_from_scratch)
 else:
@@ -454,39 +653,34 @@ def learning_rate(step):
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ---- resume ----------------------------------------------------------------
-first_step = 0
+# ---- the rest of the checkpoint --------------------------------------------
+def best_before():
+    """The mean in best.pt, which an evaluation after the last checkpoint may have raised."""
+    path = os.path.join(args.out_dir, "best.pt")
+    if args.overwrite or not os.path.exists(path) or damage(path) is not None:
+        return 0.0
+    found = torch.load(path, mmap=True, weights_only=True)
+    return found.get("mean", 0.0) if found["step"] <= first_step else 0.0
+
+
 best = 0.0      # the best mean of all figures so far
 thresholds = torch.zeros(4, device=args.device)     # of ce_clip, from one step to the next
 if args.resume:
     saved = torch.load(args.resume, map_location=args.device, weights_only=True)
-    if "optimizer" not in saved:
-        stop(f"--resume {args.resume} holds weights but no optimizer: to start from them, give "
-             f"--init {args.resume}")
     model.load_state_dict(saved["model"])       # once more, in this run's dtype
     optimizer.load_state_dict(saved["optimizer"])
     if teacher is not None:
         teacher.load_state_dict(saved["teacher"])
-    first_step = saved["step"]
-    best = saved["best"]
+    best = max(saved["best"], best_before())
     thresholds = saved["thresholds"]
     initial_scale = saved["initial_scale"]
     del saved       # as large as the model and the optimizer
 
-# ---- the stream of batches from there --------------------------------------
-sampler = guard(Epochs, len(dataset), args.batch_size, args.seed, rank, world_size)
-if args.batch_size < world_size * args.accum:
-    stop(f"--batch-size {args.batch_size} is less than {world_size} processes x --accum "
-         f"{args.accum}", 2)
-if args.steps is None:
-    args.steps = max(1, round(args.epochs * sampler.steps_per_epoch))
-sampler.start = min(first_step, args.steps)
-sampler.stop = args.steps
-
-
-def ignore_interrupts(worker):
-    """Ctrl-C reaches the workers, too; but what to do about it the main process decides."""
+# ---- the loader ------------------------------------------------------------
+def ignore_signals(worker):
+    """Signals often reach the whole process group; the main process decides what to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 collate = Collate(
@@ -505,12 +699,26 @@ loader = DataLoader(
     persistent_workers=args.workers > 0,
     pin_memory=gpu,
     multiprocessing_context="fork" if args.workers else None,
-    worker_init_fn=ignore_interrupts)
+    worker_init_fn=ignore_signals)
 
 
 def batches():
     """The batches of this process, on its device."""
-    for batch in loader:
+    iterator = iter(loader)
+    # The loader's own handler would raise an error as soon as a worker dies, also in the midst of a
+    # step. Without it the death is noticed here, when the next batch is due.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            saved_words = save_what_is_done()
+            stop("a process that reads data was killed, most often for want of memory: give fewer "
+                 f"--workers. {saved_words}")
         for name, value in batch.items():
             if torch.is_tensor(value):
                 batch[name] = value.to(args.device, non_blocking=True)
@@ -690,31 +898,54 @@ if unknown:
          "commas", 2)
 
 
+def is_evaluated(step):
+    """Whether an evaluation follows this step."""
+    if step == args.steps:
+        return True
+    return bool(benches) and args.eval_every > 0 and step % args.eval_every == 0
+
+
+def evaluation_options():
+    """Where the data of the benchmarks is, for evaluate.py."""
+    return {
+        "data_dir": args.data_dir, "data": args.val_data, "image_root": args.image_root,
+        "image_key": args.image_key, "caption_key": args.caption_key, "allow_missing": True}
+
+
 def score(network):
-    return guard(
-        evaluate.run, network.eval(), benches, data_dir=args.data_dir, image_root=args.image_root,
-        data=args.val_data, image_key=args.image_key, caption_key=args.caption_key,
-        allow_missing=True, quiet=True)
+    return guard(evaluate.run, network.eval(), benches, quiet=True, **evaluation_options())
 
 
 def evaluation(step):
     """One line for each benchmark; best.pt, if the mean of all figures is the best so far."""
     global best
+    if not benches:
+        return {}
+    wait_for_others(PATIENT)
     results = score(model)
     model.train()
-    figures = [r["accuracy"] for subsets in results.values() for r in subsets.values()]
+    mean = mean_figure(results)
     if averages:
         for bench, subsets in score(teacher).items():
             results[f"ema {bench}"] = subsets
+    if mean > best and rank == 0:
+        best_model = {**model.checkpoint(), "step": step, "mean": mean, "args": vars(args)}
+        write(best_model, "best.pt")
+    best = max(best, mean)
     for bench, subsets in results.items():
         shown = "  ".join(f"{name} {100 * r['accuracy']:.1f}" for name, r in subsets.items())
         print0(f"step {step}: {bench} {shown}")
     log({"step": step, "eval": results_for_log(results)})
-    mean = sum(figures) / len(figures)
-    if mean > best and rank == 0:
-        write({**model.checkpoint(), "step": step, "args": vars(args)}, "best.pt")
-    best = max(best, mean)
+    wait_for_others(args.timeout)
     return results
+
+
+def mean_figure(results):
+    """Of the figures of all benchmarks, without those that are means of others."""
+    figures = []
+    for subsets in results.values():
+        figures += [r["accuracy"] for r in subsets.values() if "parts" not in r]
+    return sum(figures) / len(figures)
 
 
 def results_for_log(results):
@@ -771,6 +1002,14 @@ def save(step):
             os.remove(old)
 
 
+def save_what_is_done():
+    """Before an end that nobody wanted: saves the last whole step, and says so."""
+    if rank == 0 and done > first_step:
+        save(done)
+        return f"Saved step {done:,}: go on with --resume auto"
+    return f"Last checkpoint: {last_good()}"
+
+
 def keep_copy(path):
     """A second name of last.pt, which stays when the next checkpoint takes the first."""
     try:
@@ -823,9 +1062,38 @@ def add_line(text):
         torn_line = "\n"
 
 
+def remove_unfinished():
+    """What an earlier kill left."""
+    for path in glob.glob(os.path.join(glob.escape(args.out_dir), "*.pt.tmp")):
+        os.remove(path)
+
+
+def discard_former_run():
+    """What --overwrite allows to lose: all that is younger than the checkpoint to go on from."""
+    found = checkpoints()
+    for name in ("best.pt", "ema.pt"):
+        found.append(os.path.join(args.out_dir, name))
+    for path in found:
+        if args.resume and os.path.exists(path):
+            if os.path.samefile(path, args.resume) or step_in(path) <= first_step:
+                continue
+        remove(path)
+
+
+def step_in(path):
+    """The step of a checkpoint; a damaged one is younger than any."""
+    if damage(path) is not None:
+        return math.inf
+    return torch.load(path, mmap=True, weights_only=True)["step"]
+
+
 def open_log():
-    """Begins log.jsonl. At a resume it keeps the lines that are no younger than the checkpoint."""
+    """Begins log.jsonl. At a resume it keeps the lines that are no younger than the checkpoint.
+
+    Returns whether the evaluation of the checkpoint's step is among them.
+    """
     kept = []
+    evaluated = False
     unreadable = 0
     if args.resume and os.path.exists(log_path):
         with open(log_path, encoding="utf-8", errors="replace") as f:
@@ -835,6 +1103,7 @@ def open_log():
                     unreadable += 1
                 elif step <= first_step:
                     kept.append(line)
+                    evaluated = evaluated or (step == first_step and '"eval"' in line)
     if unreadable:      # such as the last one, torn by a kill
         print0(f"{log_path}: {unreadable} lines cannot be read and are left out")
     with open(log_path + ".tmp", "w") as f:
@@ -842,6 +1111,7 @@ def open_log():
         f.flush()
         os.fsync(f.fileno())
     os.replace(log_path + ".tmp", log_path)     # a kill leaves the old log or the new one
+    return evaluated
 
 
 def step_of(line):
@@ -912,13 +1182,56 @@ def log_row(step, terms, grad_norm, window):
     return row
 
 
+# ---- is there all that this run will need? ---------------------------------
+def check_folder():
+    """That --out-dir can be written, and has room for two checkpoints, the old and the new one."""
+    try:
+        os.makedirs(args.out_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out_dir) as f:
+            f.write(b"x")
+    except OSError as error:
+        raise ValueError(f"--out-dir {args.out_dir} cannot be written ({error.strerror}): give a "
+                         "folder of yours") from None
+    size = 0
+    for p in model.parameters():
+        moments = 2 if p.requires_grad else 0
+        averaged = 1 if teacher is not None else 0
+        size += p.numel() * p.element_size() * (1 + moments + averaged)
+    free = shutil.disk_usage(args.out_dir).free
+    if free < 2 * size:
+        raise ValueError(f"--out-dir {args.out_dir} has {free / 2**30:.2f} GiB free; two "
+                         f"checkpoints need {2 * size / 2**30:.2f} GiB")
+
+
+def check_evaluation():
+    """That benchmarks and --val-data can be read, which are needed only later."""
+    if not benches:
+        return
+    try:
+        evaluate.check(benches, **evaluation_options())
+    except (ValueError, OSError) as error:
+        flag = "--val-data" if benches == ["retrieval"] and args.val_data else "--bench"
+        raise ValueError(f"{flag}: {error}") from None
+
+
+from_process_0(check_folder)
+from_process_0(check_evaluation)
+
 # ---- the plan --------------------------------------------------------------
-guard(os.makedirs, args.out_dir, exist_ok=True)
+def prepare_folder():
+    """Makes room in --out-dir; returns whether the step to go on from was evaluated."""
+    if args.overwrite:
+        discard_former_run()
+    remove_unfinished()
+    return open_log()
+
+
 board = None
-if rank == 0 and not args.dry_run:
-    if args.tensorboard:
+was_evaluated = False
+if not args.dry_run:
+    was_evaluated = from_process_0(prepare_folder)
+    if args.tensorboard and rank == 0:
         board = guard(open_board)
-    guard(open_log)
 operations = operations_for_each_number(model)
 millions = sum(p.numel() for p in model.parameters()) / 1e6
 shown_weights = ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight)
@@ -949,14 +1262,25 @@ if args.dry_run:
            "MiB. Nothing was trained")
     sys.exit()
 
-git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=sys.path[0], capture_output=True, text=True)
+
+def commit():
+    """Of the code, "" without git or a repository."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, cwd=sys.path[0], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return git.stdout.strip()
+
+
 log({"args": vars(args),
      "config": {**asdict(model.config), "tokenizer": len(model.config.tokenizer)},
-     "commit": git.stdout.strip(),
+     "commit": commit(),
      "world_size": world_size,
      "versions": {module.__name__: module.__version__ for module in (torch, timm, tokenizers)}})
 
 # ---- the loop --------------------------------------------------------------
+done = first_step   # the last whole step
 seen = 0        # rows of this process that were read, and that could not be
 bad = 0
 fallback = 0    # captions that are their own concept, for want of a noun phrase in them
@@ -988,9 +1312,24 @@ def leave_out(step, batch, loss, grad_norm):
     log({"step": step, "left_out": left_out, "why": why})
     tqdm.write(f"{why}; its first rows: {', '.join(batch['keys'][:4])}")
     if left_out > args.max_skips:
-        last_good = last_path if os.path.exists(last_path) else "none was written yet"
         stop(f"{why}, as {left_out} steps in a row (--max-skips {args.max_skips}). Try a smaller "
-             f"--lr, or --grad-clip 1; last good checkpoint: {last_good}")
+             f"--lr, or --grad-clip 1; last good checkpoint: {last_good()}")
+
+
+def ask_all(loss, grad_norm):
+    """Whether any process has a loss or gradient that is not finite, and whether any is to end."""
+    is_bad = not (loss.isfinite() and math.isfinite(grad_norm))
+    flags = torch.tensor([float(is_bad), float(len(interrupted))], device=args.device)
+    return summed(flags).tolist()
+
+
+def end_if_others_died(error):
+    """The exchange with a process that hangs or has died is an error, and this step is lost."""
+    if isinstance(error, dist.DistError) or (world_size > 1 and "gloo" in str(error)):
+        reason = " ".join(str(error).split())[-100:]
+        saved_words = save_what_is_done()
+        stop(f"process {rank} waited in vain for another one, which has died or did not answer "
+             f"within --timeout {args.timeout:g} minutes ({reason}). {saved_words}")
 
 
 @torch.no_grad()
@@ -1002,6 +1341,8 @@ def after_step():
         torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - args.ema)
 
 
+if args.resume and is_evaluated(first_step) and not was_evaluated:
+    results = evaluation(first_step)    # what a kill between the two prevented
 window = Window()
 was_interrupted = False
 bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=rank != 0, dynamic_ncols=True)
@@ -1014,11 +1355,13 @@ for step, batch in enumerate(batches(), first_step + 1):    # step is 1 for the 
     if (step - 1) % sampler.steps_per_epoch == 0:
         thresholds = torch.zeros_like(thresholds)
 
-    terms = step_function(batch)
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip).item()
-    is_bad = not (terms["loss"].isfinite() and math.isfinite(grad_norm))
-    flags = summed(torch.tensor([float(is_bad), float(len(interrupted))], device=args.device))
-    any_bad, any_interrupted = flags.tolist()   # the same on all processes
+    try:
+        terms = step_function(batch)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip).item()
+        any_bad, any_interrupted = ask_all(terms["loss"], grad_norm)
+    except RuntimeError as error:
+        end_if_others_died(error)
+        raise
     if any_bad:
         leave_out(step, batch, terms["loss"].item(), grad_norm)
     else:
@@ -1026,6 +1369,7 @@ for step, batch in enumerate(batches(), first_step + 1):    # step is 1 for the 
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     after_step()
+    done = step
 
     window.images += len(batch["keys"])
     window.operations += operations_in(batch)
@@ -1038,16 +1382,19 @@ for step, batch in enumerate(batches(), first_step + 1):    # step is 1 for the 
         window = Window()
     bar.update()
 
+    if step == first_step + 1:      # which compiles
+        wait_for_others(args.timeout)
     if any_interrupted:
+        noticed.set()
         was_interrupted = True
         save(step)
         bar.close()
         print0(f"interrupted: saved step {step} to {last_path}; continue with --resume {last_path}")
         break
-    if benches and (step == args.steps or args.eval_every and step % args.eval_every == 0):
+    if step % args.save_every == 0 or is_evaluated(step):
+        save(step)      # before the evaluation, which may fail
+    if is_evaluated(step):
         results = evaluation(step)
-    if step % args.save_every == 0 or step == args.steps:
-        save(step)
     before = time.time()
 bar.close()
 

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,14 +35,14 @@ class Forked:
 
     It has the part of subprocess.Popen's interface that is used here. It leads a process group of its own.
     """
-    def __init__(self, script, *args, folder, environment=None):
+    def __init__(self, script, *args, folder, environment=None, cwd=ROOT):
         self.returncode = None
         self.files = [tempfile.mkstemp(dir=folder)[1] for _ in range(2)]
         self.pid = os.fork()
         if self.pid == 0:
-            self.become(script, [str(arg) for arg in args], {**ENV, **(environment or {})})
+            self.become(script, [str(arg) for arg in args], {**ENV, **(environment or {})}, cwd)
 
-    def become(self, script, args, environment):
+    def become(self, script, args, environment, cwd):
         """The child; never returns."""
         status = 1
         try:
@@ -54,7 +55,7 @@ class Forked:
             os.environ.update(environment)
             sys.argv = [script, *args]
             sys.path[0] = ROOT
-            os.chdir(ROOT)
+            os.chdir(cwd)
             runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
             status = 0
         except SystemExit as stop:
@@ -109,14 +110,19 @@ def start(script, *args, processes=1, **environment):
     """A running script, or a list of one for each process, as torchrun would start them."""
     if processes == 1:
         return Forked(script, *args, folder=OUTPUTS, environment=environment)
+    return start_each([((script, *args), ROOT)] * processes, **environment)
+
+
+def start_each(commands, **environment):
+    """A process for each (script and arguments, folder to start in), which find each other."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     ranks = []
-    for rank in range(processes):
-        places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+    for rank, (command, cwd) in enumerate(commands):
+        places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(commands)),
                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks.append(Forked(script, *args, folder=OUTPUTS, environment={**places, **environment}))
+        ranks.append(Forked(*command, folder=OUTPUTS, environment={**places, **environment}, cwd=cwd))
     return ranks
 
 
@@ -328,6 +334,175 @@ def test_killed_at_any_moment_and_resumed_is_bit_equal(whole, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
     kept = ["best.pt", "last.pt", "step_00000011.pt", "step_00000012.pt"]
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == kept
+
+
+def mistake(*args, status=1, **environment):
+    """The one line that train.py ends with."""
+    done = run("train.py", *SMALL, *args, check=False, **environment)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert done.returncode == status and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def test_a_new_run_does_not_begin_in_the_folder_of_another(tmp_path):
+    run("train.py", *SMALL, "--steps", 6, "--save-every", 3, "--keep", 2, "--out-dir", tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    line = mistake("--seed", 1, "--out-dir", tmp_path)
+    assert "holds a run already" in line and "--resume auto" in line and "--overwrite" in line
+    line = mistake("--steps", 6, "--resume", tmp_path / "step_00000003.pt", "--out-dir", tmp_path)
+    assert "is not the newest checkpoint" in line and "last.pt" in line
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    run("train.py", *SMALL, "--seed", 1, "--steps", 2, "--keep", 2, "--overwrite", "--out-dir", tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "log.jsonl", "step_00000002.pt"]
+    assert curve(tmp_path, "step") == [1, 2]
+
+
+def test_going_back_discards_what_followed(tmp_path):
+    args = ["train.py", *SMALL, "--save-every", 2, "--keep", 5, "--out-dir", tmp_path]
+    run(*args, "--steps", 8)
+    back = ["--resume", tmp_path / "step_00000004.pt", "--overwrite"]
+    run(*args, *back, "--steps", 5)
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["last.pt"] + [f"step_0000000{i}.pt" for i in (2, 4, 5)]
+    assert curve(tmp_path, "step") == [1, 2, 3, 4, 5]
+
+
+def test_resuming_with_other_arguments(tmp_path):
+    run("train.py", *SMALL, "--steps", 2, "--out-dir", tmp_path)
+    resume = ["--steps", 3, "--resume", "auto", "--out-dir", tmp_path]
+    for flag, value in (("--batch-size", 16), ("--seed", 1), ("--method", "siglip"), ("--freeze", "visual"),
+                        ("--loss", "clip"), ("--ema", 0.9), ("--relations", 0.5), ("--xac-weight", 1)):
+        line = mistake(*resume, flag, value)
+        assert "was trained with --" in line and "--init" in line
+    line = mistake(*resume, "--steps", 1)
+    assert "--steps 1: " in line and "is at step 2 already" in line
+    done = run("train.py", *SMALL, *resume, "--lr", "1e-4", "--eval-every", 3)
+    for text in (f"resuming {tmp_path}/last.pt at step 2 of 3", "with --lr 0.0001 instead of 0.0003",
+                 "with --steps 3 instead of 2", "with --eval-every 3 instead of 0"):
+        assert text in done.stdout
+    done = run("train.py", *SMALL, *resume)     # there is nothing left to do
+    assert curve(tmp_path, "step") == [1, 2, 3]
+
+
+def test_changed_bytes_of_a_checkpoint_are_found(tmp_path):
+    run("train.py", *SMALL, "--steps", 2, "--out-dir", tmp_path)
+    content = bytearray((tmp_path / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "last.pt").write_bytes(content)
+    line = mistake("--resume", "auto", "--out-dir", tmp_path)
+    assert "no checkpoint in" in line and "is whole" in line
+    assert "is damaged" in mistake("--resume", tmp_path / "last.pt", "--out-dir", tmp_path)
+
+
+@pytest.mark.parametrize("what", ["no file", "another step", "another rate"])
+def test_processes_that_do_not_agree(what, tmp_path):
+    """Two nodes, each with its own command line and its own disk, here a folder to start in."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        (folder / "out").mkdir(parents=True)
+    run("train.py", *SMALL, "--steps", 4, "--save-every", 2, "--keep", 2, "--out-dir", first / "out")
+    args = ["train.py", *SMALL, "--steps", 6, "--resume", "auto", "--out-dir", "out"]
+    theirs = args
+    if what == "another step":
+        shutil.copy(first / "out" / "step_00000002.pt", second / "out" / "last.pt")
+    if what == "another rate":
+        shutil.copy(first / "out" / "last.pt", second / "out")
+        theirs = [*args, "--lr", "1e-4"]
+    ranks = finish(start_each([(args, first), (theirs, second)]))
+    says = {"no file": "process 1 has --resume no file out/last.pt, process 0 has out/last.pt with digest",
+            "another step": "process 1 has --resume out/last.pt with digest",
+            "another rate": "process 1 has --lr 0.0001, process 0 has 0.0003"}[what]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert says in ranks[1].stderr and "Traceback" not in ranks[0].stderr + ranks[1].stderr
+
+
+def wait_for(process, condition):
+    while not condition():
+        assert process.poll() is None, process.stdout + process.stderr
+        time.sleep(0.01)
+
+
+def test_a_signal_to_all_of_a_group_saves(tmp_path):
+    """slurm, systemd and docker signal the workers, too."""
+    process = start("train.py", *pairs(tmp_path, 64, 0), "--bench", "none", "--epochs", 100, "--log-every", 1,
+                    "--workers", 2, "--out-dir", tmp_path / "out")
+    wait_for(process, lambda: (tmp_path / "out" / "log.jsonl").exists() and curve(tmp_path / "out"))
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait() == 0 and "interrupted: saved step" in process.stdout
+    assert "saving after this step; again to quit now" in process.stderr and "Traceback" not in process.stderr
+
+
+def test_a_killed_worker_does_not_cost_what_is_trained(tmp_path):
+    process = start("train.py", *pairs(tmp_path, 64, 0), "--bench", "none", "--epochs", 100, "--log-every", 1,
+                    "--workers", 2, "--out-dir", tmp_path / "out")
+    wait_for(process, lambda: (tmp_path / "out" / "log.jsonl").exists() and curve(tmp_path / "out"))
+    os.kill(children_of(process.pid)[0], signal.SIGKILL)
+    assert process.wait() == 1 and "Traceback" not in process.stderr
+    assert "for want of memory" in process.stderr and "go on with --resume auto" in process.stderr
+    saved = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"]
+    assert saved == curve(tmp_path / "out", "step")[-1]
+
+
+@pytest.mark.parametrize("ended", ["killed", "stopped"])
+def test_a_process_that_hangs_or_dies_ends_all(ended, tmp_path):
+    """Process 1 is killed, or stopped: process 0 saves what is trained after --timeout."""
+    ranks = start("train.py", *SMALL, "--steps", 1000, "--timeout", 0.1, "--out-dir", tmp_path, processes=2)
+    wait_for(ranks[0], lambda: (tmp_path / "log.jsonl").exists() and len(curve(tmp_path)) > 2)
+    ranks[1].send_signal(signal.SIGKILL if ended == "killed" else signal.SIGSTOP)
+    assert ranks[0].wait(60) == 1
+    ranks[1].kill()
+    assert "process 0 waited in vain for another one" in ranks[0].stderr and "Traceback" not in ranks[0].stderr
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == curve(tmp_path, "step")[-1]
+
+
+def test_a_signal_is_not_deaf_while_others_hang(tmp_path):
+    ranks = start("train.py", *SMALL, "--steps", 1000, "--out-dir", tmp_path, processes=2)
+    wait_for(ranks[0], lambda: (tmp_path / "log.jsonl").exists() and len(curve(tmp_path)) > 2)
+    ranks[1].send_signal(signal.SIGSTOP)
+    time.sleep(1)       # until process 0 waits for it
+    ranks[0].send_signal(signal.SIGTERM)
+    assert ranks[0].wait(60) == 1
+    ranks[1].kill()
+    assert "did not end within 30 s" in ranks[0].stderr
+
+
+def test_what_a_run_needs_later_is_checked_before_it(tmp_path):
+    data = pairs(tmp_path, 32, 0)
+    (tmp_path / "val.csv").write_text("image,words\n0.png,a wall\n")
+    line = mistake(*data, "--val-data", tmp_path / "val.csv", "--bench", "retrieval", "--out-dir", tmp_path / "out")
+    assert "--val-data: " in line and "val.csv" in line and "words" in line
+    shutil.move(tmp_path / "val.csv", tmp_path / "other.csv")
+    (tmp_path / "val.csv").write_text("image,caption\nnone.png,a wall\n")
+    line = mistake(*data, "--val-data", tmp_path / "val.csv", "--bench", "retrieval", "--out-dir", tmp_path / "out")
+    assert "none.png" in line
+    line = mistake("--bench", "sugarcrepe", "--data-dir", tmp_path, "--dry-run", "--out-dir", tmp_path / "out")
+    assert "--bench: sugarcrepe" in line and "evaluate.py download sugarcrepe" in line
+    line = mistake("--out-dir", "/proc/x")
+    assert "--out-dir /proc/x cannot be written" in line
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in mistake("--out-dir", tmp_path / "file")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_without_git_and_without_a_driver(tmp_path):
+    run("train.py", *SMALL, "--steps", 1, "--out-dir", tmp_path, PATH="/nowhere")
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["commit"] == ""
+    line = mistake("--device", "cuda", "--out-dir", tmp_path / "b")
+    assert "--device cuda cannot be used here" in line and "give cpu" in line
+
+
+def test_a_failing_evaluation_does_not_cost_the_checkpoint(tmp_path):
+    """The held-out pairs go while training runs; when they are back, the evaluation is made up for."""
+    args = ["train.py", *pairs(tmp_path, 32, 0), "--epochs", 2, "--log-every", 1, "--out-dir", tmp_path / "out"]
+    args += ["--val-data", tmp_path / "val.csv"]
+    (tmp_path / "val.csv").write_text("image,caption\n" + "".join(f"{i}.png,a wall\n" for i in range(4)))
+    process = start(*args)
+    wait_for(process, lambda: (tmp_path / "out" / "log.jsonl").exists())        # after the check
+    (tmp_path / "val.csv").rename(tmp_path / "gone.csv")
+    assert process.wait() == 1 and "Traceback" not in process.stderr
+    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 4
+    (tmp_path / "gone.csv").rename(tmp_path / "val.csv")
+    done = run(*args, "--resume", "auto")
+    assert curve(tmp_path / "out", "eval") and "t2i_r1" in done.stdout and (tmp_path / "out" / "best.pt").exists()
 
 
 def test_resume_auto_passes_over_a_damaged_checkpoint(tmp_path):
