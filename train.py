@@ -108,6 +108,9 @@ group.add_argument("--caption-key", metavar="COLUMN",
 group.add_argument("--captions", metavar="TABLE",
                    help="A table of other captions for the images of tar shards, joined by key or "
                         "url.")
+group.add_argument("--world", choices=("small", "large"), default="small",
+                   help="Scenes only: small shows two objects of 8 colours and 6 shapes, large "
+                        "three of 12 and 12, so that near misses are rare. Default: small.")
 group.add_argument("--relations", type=float, default=0.0, metavar="SHARE",
                    help="Scenes only: the share of captions that say where the objects are. "
                         "Default: 0.")
@@ -404,7 +407,7 @@ if args.data:
 else:
     scenes = args.steps * args.batch_size if args.steps else 100_000
     dataset = Scenes(scenes, "train", args.seed, relations=args.relations,
-                     negative_images=method.negative_images)
+                     negative_images=method.negative_images, world=args.world)
 
 sampler = guard(Epochs, len(dataset), args.batch_size, args.seed, rank, world_size)
 if args.batch_size < world_size * args.accum:
@@ -884,7 +887,7 @@ def join_parts(outs):
 # ---- evaluation ------------------------------------------------------------
 benches = []
 if args.bench is None and not args.data:
-    benches = ["scenes"]
+    benches = ["scenes" if args.world == "small" else "scenes_large"]
 elif args.bench and args.bench != "none":
     benches = args.bench.split(",")
 if args.val_data and "retrieval" not in benches:
