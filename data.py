@@ -1523,10 +1523,17 @@ def concepts_of(rows):
 
 # ---- order of an epoch -----------------------------------------------------
 
+# A checkpoint is resumed only by code that puts the rows into the same order: "permute" below is
+# the second; the first shuffled an array of all rows.
+ORDER = 2
+FEISTEL_ROUNDS = 6
+
+
 class Epochs(Sampler):
     """Batches of (epoch, index) for one process, over all epochs.
 
-    The order is a function of (seed, epoch) and nothing else. An epoch has
+    The order is a function of (seed, epoch) and nothing else, and of constant cost: a process
+    computes its own rows only, at any step, for any length. An epoch has
     ceil(length / batch_size) batches, equal up to one row, and every row once; the batch of all
     processes together is the same for any world_size.
 
@@ -1552,21 +1559,59 @@ class Epochs(Sampler):
         return self.stop - self.start
 
     def __iter__(self):
-        current = None
         for step in range(self.start, self.stop):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            if epoch != current:
-                current = epoch
-                batches = self.permutation(epoch).tensor_split(self.steps_per_epoch)
-            batch = batches[step_in_epoch]
-            mine = batch.tensor_split(self.world_size)[self.rank]
-            yield [(epoch, index) for index in mine.tolist()]
+            first, size = share(self.length, self.steps_per_epoch, step_in_epoch)
+            offset, size = share(size, self.world_size, self.rank)
+            positions = np.arange(first + offset, first + offset + size)
+            rows = permute(positions, self.length, f"{self.seed} {epoch}")
+            yield [(epoch, row) for row in rows.tolist()]
 
-    def permutation(self, epoch):
-        """All rows in the order of an epoch, LongTensor (length,)."""
-        generator = torch.Generator()
-        generator.manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
-        return torch.randperm(self.length, generator=generator)
+
+def share(length, parts, number):
+    """Start and size of part `number` of a range, cut into parts that are equal up to one."""
+    size, larger = divmod(length, parts)        # the first parts are the larger ones
+    return number * size + min(number, larger), size + (number < larger)
+
+
+def permute(positions, length, key):
+    """Where a random permutation of range(length) takes some positions; no array of all is made.
+
+    positions   int array of numbers in range(length)
+    key         str; another key is another permutation
+
+    A Feistel network (a cipher, Luby and Rackoff 1988) permutes the numbers of an even number of
+    bits, at least as many numbers as length; what falls outside of the range is put through it
+    again until it falls inside, which is a permutation of the range (Black and Rogaway 2002).
+    """
+    half = max(4, -(-(length - 1).bit_length() // 2))
+    digest = hashlib.blake2b(key.encode(), digest_size=8 * FEISTEL_ROUNDS).digest()
+    round_keys = np.frombuffer(digest, "<u8")
+    values = np.array(positions, np.uint64)
+    outside = np.ones(len(values), bool)
+    while outside.any():
+        values[outside] = encipher(values[outside], half, round_keys)
+        outside = values >= length
+    return values.astype(np.int64)
+
+
+def encipher(values, half, round_keys):
+    """A permutation of the numbers of 2 * half bits, uint64 (N,)."""
+    bits = np.uint64(half)
+    mask = np.uint64((1 << half) - 1)
+    left = values >> bits
+    right = values & mask
+    for round_key in round_keys:
+        left, right = right, left ^ (scramble(right, round_key) & mask)
+    return (left << bits) | right
+
+
+def scramble(values, key):
+    """A function of uint64 that looks random in all its bits (the finalizer of splitmix64)."""
+    values = (values + key) * np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 class Seeded(Dataset):

@@ -24,7 +24,7 @@ from torchvision import transforms
 import data as data_module
 from concepts import negate, swap_negatives
 from data import (COLOURS, SHAPES, CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers, load_fast, load_image,
-                  normalize_images, string_id, train_tokenizer, train_transform)
+                  normalize_images, permute, string_id, train_tokenizer, train_transform)
 from model import MODELS, Tokenizer, image_transform
 
 
@@ -1220,6 +1220,49 @@ def test_every_row_once_an_epoch_at_any_world_size(length, batch, world):
         assert sorted(seen) == list(range(length))
     assert whole[0] != [(0, i) for _, i in whole[steps]]                    # another order in the second epoch
     assert list(Epochs(length, batch, 5, start_step=1, stop_step=2 * steps)) == whole[1:]      # resumed
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 15, 16, 17, 255, 256, 257, 1000, 4095, 4097, 65_536, 65_537, 100_003])
+def test_the_order_is_a_permutation(length):
+    for key in ("0 0", "0 1"):
+        rows = permute(np.arange(length), length, key)
+        assert rows.dtype == np.int64 and sorted(rows.tolist()) == list(range(length))
+        some = np.arange(0, length, 3)
+        assert (permute(some, length, key) == rows[some]).all()     # each by itself
+    if length > 10:
+        assert (permute(np.arange(length), length, "0 0") != rows).any()
+
+
+def test_the_order_is_random_in_every_place():
+    """Over keys, each position takes each row equally often, and neighbours fall apart: chi-square, 5 sigma."""
+    length, keys = 23, 4000
+    orders = np.stack([permute(np.arange(length), length, f"{key} 0") for key in range(keys)])
+    for counts, cells in ((np.stack([np.bincount(column, minlength=length) for column in orders.T]), length - 1),
+                          (np.bincount(np.diff(orders) .ravel() % length, minlength=length)[1:][None], length - 2)):
+        expected = counts.sum(1, keepdims=True) / counts.shape[1]
+        chi = ((counts - expected) ** 2 / expected).sum(1)
+        assert (np.abs(chi - cells) < 5 * (2 * cells) ** 0.5).all()
+    counts = np.bincount((orders[:, :2] @ [length, 1]), minlength=length ** 2)      # pairs of first and second
+    counts = counts[counts > 0]
+    assert len(counts) == length * (length - 1)
+    cells = len(counts) - 1
+    assert abs(((counts - keys / len(counts)) ** 2 / (keys / len(counts))).sum() - cells) < 5 * (2 * cells) ** 0.5
+    rows = permute(np.arange(100_000), 100_000, "7 3")          # one long order: runs, halves, correlation
+    assert abs(np.corrcoef(np.arange(100_000), rows)[0, 1]) < 5 / 100_000 ** 0.5
+    assert abs((np.diff(rows) > 0).mean() - 0.5) < 5 * (1 / 12 / 100_000) ** 0.5
+    assert abs((rows[:50_000] < 50_000).sum() - 25_000) < 5 * (100_000 / 16) ** 0.5
+
+
+def test_the_order_of_huge_data_takes_no_array():
+    tracemalloc.start()
+    length, stream = 10 ** 12, Epochs(10 ** 12, 768, 1, 1, 2, start_step=10 ** 10, stop_step=10 ** 10 + 3)
+    batches = list(stream)
+    assert tracemalloc.get_traced_memory()[1] < 3e6
+    tracemalloc.stop()
+    assert [len(batch) for batch in batches] == [384] * 3
+    rows = [index for batch in batches for _, index in batch]
+    assert len(set(rows)) == len(rows) and 0 <= min(rows) < length / 100 and 0.99 * length < max(rows) < length
+    assert {epoch for batch in batches for epoch, _ in batch} == {10 ** 10 // stream.steps_per_epoch}
 
 
 def test_batch_larger_than_the_data():
