@@ -1,26 +1,26 @@
 """compare, plot, show and interpolate against plain computations, and what they say to wrong inputs."""
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from data import Scenes, train_tokenizer
 import evaluate
-import pictures
-from evaluate import interpolate, paired
+from evaluate import interpolate_weights as interpolate, paired
 from model import CLIP, MODELS
 
 
 def command(argv):
-    module = pictures if argv[0] in ("plot", "show") else evaluate
-    args = module.parser().parse_args(argv)
-    module.COMMANDS[args.command](args)
+    evaluate.call(argv)
 
 
 def nano(seed, **changes):
@@ -130,6 +130,33 @@ def test_compare_of_something_else(tmp_path, text):
             command(["compare", good, str(other)])
 
 
+def test_compare_shows_the_means_with_their_intervals(tmp_path, capsys):
+    """Means over subsets, over items (micro) and over labels, against the plain bootstrap with the same draws."""
+    rng, files, summaries = random.Random(0), [], []
+    names = [f"image {rng.randrange(30)}" for _ in range(120)]
+    labels = [rng.choice("abc") for _ in names]
+    for number in range(2):
+        margins = [torch.tensor([float(rng.random() < 0.5 + 0.2 * number) - 0.5 for _ in names]) for _ in range(2)]
+        outcomes = [("x", margins[0], 0.5, names, names, labels), ("y", margins[1][:50], 0.5, names[:50], names[:50], None)]
+        summaries.append(evaluate.summarize(outcomes, {"both": ["x", "y"], "nested": ["both", "x"], "micro": ["x", "y"]}))
+        files.append(results(tmp_path / f"{number}.json", {"crepe": summaries[-1]}))
+    command(["compare", *files])
+    out = capsys.readouterr().out.splitlines()
+    a, b = summaries
+    images = {"x": a["x"]["image"], "y": a["y"]["image"]}
+    change = {name: np.subtract(b[name]["correct"], a[name]["correct"]) for name in "xy"}
+    columns = [(np.array(images[name]), change[name], np.ones(len(change[name]))) for name in "xy"]
+    columns += [(np.array(images["x"]), change["x"], np.array([1 / labels.count(label) for label in labels]))]
+    x, y, macro = 100 * evaluate.bootstrap(columns).T
+    draws = {"x_macro": macro, "both": (x + y) / 2, "nested": (3 * x + y) / 4, "micro": (120 * x + 50 * y) / 170}
+    for name, some in draws.items():
+        row = next(line for line in out if line.startswith(f"crepe {name} ")).split()[2:]
+        low, high = np.quantile(some[1:], (0.025, 0.975))
+        assert row[1:] == [f"{100 * a[name]['accuracy']:.1f}", f"{100 * b[name]['accuracy']:.1f}", f"{some[0]:+.1f}",
+                           f"{low:+.1f}", "..", f"{high:+.1f}", "mean"]
+        assert some[0] == pytest.approx(100 * (b[name]["accuracy"] - a[name]["accuracy"]))
+
+
 # ------------------------------------------------------------------------------------------------- plot
 
 def log_file(folder, rows):
@@ -144,41 +171,49 @@ def run_log(folder, slope):
     return log_file(folder, rows)
 
 
-def coloured(image, colour):
-    """(x, y) of the pixels close to a colour."""
-    away = np.abs(np.asarray(image.convert("RGB")).astype(int) - colour).sum(-1)
-    return np.argwhere(away < 30)[:, ::-1]
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures of matplotlib that were saved, beside their files."""
+    kept, save = [], evaluate.save_figure
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, output: (kept.append(figure), save(figure, output)))
+    return kept
 
 
-def test_plot_draws_each_run_where_its_values_are(tmp_path):
+def lines(panel):
+    return {line.get_color(): (list(line.get_xdata()), list(line.get_ydata())) for line in panel.get_lines()}
+
+
+def test_plot_draws_each_run_where_its_values_are(tmp_path, figures):
     up, down = run_log(tmp_path / "up", lambda i: i / 100), run_log(tmp_path / "down", lambda i: 1 - i / 100)
     command(["plot", up, down, "--output", str(tmp_path / "c.png")])
-    image = Image.open(tmp_path / "c.png")
-    assert image.format == "PNG" and image.size == (720, 60 + 240)      # two panels beside each other, under the legend
-    command(["plot", up, down, "--keys", "scenes.swap", "--output", str(tmp_path / "c.png")])
-    image = Image.open(tmp_path / "c.png")
-    assert image.size == (360, 300)
-    for colour, rises in ((0, 114, 178), True), ((213, 94, 0), False):
-        found = coloured(image, colour)
-        curve = found[found[:, 1] > 70]                                 # below the legend
-        left, right = curve[curve[:, 0].argmin()], curve[curve[:, 0].argmax()]
-        assert len(found) > len(curve) and abs(left[0] - 116) <= 4 and abs(right[0] - 340) <= 4     # steps 20 and 100
-        low, high = (left, right) if rises else (right, left)
-        assert high[1] < low[1] - 100
-        assert abs(high[1] - (85 if rises else 120)) <= 4               # of 0 .. 100 %, 80 % is a fifth below the top
+    assert Image.open(tmp_path / "c.png").format == "PNG" and Image.open(tmp_path / "c.png").width > 1500
+    loss, swap = figures[0].axes                                        # two panels beside each other
+    steps = list(range(1, 101))
+    for colour in evaluate.CURVES[:2]:
+        assert lines(loss)[colour] == (steps, [9.0 / i for i in steps])
+    steps = list(range(20, 101, 20))
+    assert lines(swap)[evaluate.CURVES[0]] == (steps, pytest.approx(steps))
+    assert lines(swap)[evaluate.CURVES[1]] == (steps, pytest.approx([100 - i for i in steps]))
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["up", "down"]
+    # in plain words, and steps in whole numbers
+    assert loss.get_title() == "loss" and swap.get_title() == "swap (scenes)"
+    for panel in (loss, swap):
+        assert panel.get_xlabel() == "step" and all(tick == int(tick) for tick in panel.get_xticks())
+    command(["plot", up, down, "--keys", "scenes.swap", "--output", str(tmp_path / "c.svg")])
+    assert len(figures[1].axes) == 1 and (tmp_path / "c.svg").read_text().startswith("<?xml")
 
 
-def test_plot_counts_torn_lines_and_takes_the_later_of_two(tmp_path, capsys):
+def test_plot_counts_torn_lines_and_takes_the_later_of_two(tmp_path, capsys, figures):
     rows = [{"step": 1, "loss": 5.0}, '{"step": 2, "lo\n', "7\n", {"step": 2, "loss": float("nan")},
             {"step": 3, "loss": 9.0}, {"step": 3, "loss": 2.0}]
-    assert pictures.read_log(log_file(tmp_path / "read", rows)) == {"step": {1: 1, 2: 2, 3: 3}, "loss": {1: 5.0, 3: 2.0}}
+    assert evaluate.read_log(log_file(tmp_path / "read", rows)) == {"step": {1: 1, 2: 2, 3: 3}, "loss": {1: 5.0, 3: 2.0}}
     assert capsys.readouterr().out.count("a line skipped") == 2
     command(["plot", log_file(tmp_path / "torn", rows), "--output", str(tmp_path / "c.png")])
-    assert capsys.readouterr().out.count("a line skipped") == 2 and Image.open(tmp_path / "c.png").size == (360, 280)
+    assert capsys.readouterr().out.count("a line skipped") == 2 and len(figures[0].axes) == 1
     run, other = run_log(tmp_path / "run", lambda i: 0.5), tmp_path / "other" / "log.jsonl"
     log_file(tmp_path / "other", [{"step": 4, "eval": {"retrieval": {"i2t_r1": {"accuracy": 0.5}}}}])
     command(["plot", run, str(other), "--output", str(tmp_path / "c.png")])     # curves that only one of them has
-    assert Image.open(tmp_path / "c.png").size == (3 * 360, 300)
+    assert [len(panel.get_lines()) for panel in figures[1].axes] == [1, 1, 1]
     constant = log_file(tmp_path / "flat", [{"step": 0, "loss": 0.0}])      # one point, no range on either axis
     command(["plot", constant, "--output", str(tmp_path / "c.png")])
 
@@ -187,11 +222,19 @@ def test_plot_mistakes(tmp_path):
     good, empty = run_log(tmp_path / "good", lambda i: 0.5), log_file(tmp_path / "empty", [{"args": {}}])
     bare = log_file(tmp_path / "bare", [{"step": 1}])       # neither loss nor evaluation
     for argv in ([bare], [empty], [good, empty], [good, "--keys", "lss"], [good] * 8):
-        with pytest.raises(ValueError, match="plot takes up to 7 logs, none empty, and --keys from"):
+        with pytest.raises(ValueError, match="plot takes up to 7 .*none empty, and --keys from"):
             command(["plot", *argv, "--output", str(tmp_path / "c.png")])
     with pytest.raises(FileNotFoundError, match="none.jsonl"):
         command(["plot", str(tmp_path / "none.jsonl")])
+    with pytest.raises(ValueError, match="--output .*c.xyz"):
+        command(["plot", good, "--output", str(tmp_path / "c.xyz")])
     assert not (tmp_path / "c.png").exists()
+
+
+def test_pictures_say_what_draws_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)     # as if it were not installed
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        command(["plot", run_log(tmp_path / "good", lambda i: 0.5), "--output", str(tmp_path / "c.png")])
 
 
 # ------------------------------------------------------------------------------------------------- show
@@ -201,51 +244,60 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for seed in (0, 1):
         model = nano(seed, patch_size=8 if seed else 16)
-        torch.save(model.checkpoint(), folder / f"{seed}.pt")
-    return [str(folder / "0.pt"), str(folder / "1.pt")]
+        os.makedirs(folder / f"run{seed}")
+        torch.save(model.checkpoint(), folder / f"run{seed}" / "last.pt")
+    return [str(folder / "run0" / "last.pt"), str(folder / "run1" / "last.pt")]
 
 
-def test_show_draws_the_attention_and_writes_its_scores(checkpoints, tmp_path, monkeypatch):
-    texts, text = [], ImageDraw.ImageDraw.text
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *args: (texts.append(args[2]), text(*args)))
+def test_show_draws_the_similarities_on_one_scale(checkpoints, tmp_path, figures):
     command(["show", "--checkpoint", ",".join(checkpoints), "--scene", "5", "--output", str(tmp_path / "a.png")])
-    picture, scene = Image.open(tmp_path / "a.png"), Scenes(9, "val", 1)[5]
-    assert picture.format == "PNG" and picture.size == (3 * 240, 2 * 280) and len(texts) == 6
-    assert [t.split("\n")[0] for t in texts[1:3]] == scene["concepts"]
+    assert Image.open(tmp_path / "a.png").format == "PNG"
+    scene, scales = Scenes(9, "val", 1)[5], set()
+    panels = figures[0].axes[:6]                    # a row a checkpoint: the scene and two phrases; then the colour bar
+    assert [panel.get_title() for panel in panels] == ["run0", *scene["concepts"], "run1", *scene["concepts"]]
+    assert "cosine" in figures[0].axes[6].get_ylabel()
+    every = []
     for row, path in enumerate(checkpoints):
+        photograph, = panels[3 * row].get_images()
+        assert np.array_equal(photograph.get_array(), np.asarray(scene["image"]))       # its own size, untinted
         model = CLIP.load(path).eval()
         with torch.no_grad():
             v = model.encode_image(model.transform(scene["image"])[None], True, True)[1][0].double()     # (T, D)
             p = model.encode_text(model.tokenize(scene["concepts"]), True).double()                      # (2, D)
-        weights = []
-        for n in range(2):      # the definition, a patch at a time
-            e = [math.exp(sum(x * y for x, y in zip(t, p[n].tolist()))) for t in v.tolist()]
-            weights.append([x / sum(e) for x in e])
-            pooled = sum(w * t for w, t in zip(weights[n], v))
-            cosine = (pooled @ p[n] / pooled.norm() / p[n].norm()).item()
-            assert texts[3 * row + 1 + n].endswith(f"cosine {cosine:.2f}")
-        largest, side = max(map(max, weights)), math.isqrt(len(v))
-        assert f"maximum {largest:.3f}, mean {1 / side ** 2:.3f}" in texts[3 * row]
-        seen = picture.crop((8, 280 * row + 8, 232, 280 * row + 232))
-        assert np.abs(np.asarray(seen.resize((32, 32), 0), int) - np.asarray(scene["image"], int)).mean() < 12
-        seen = seen.convert("L")
-        for n in range(2):
-            for t in range(side ** 2):
-                x, y = (int((i + 0.5) * 224 / side) for i in (t % side, t // side))
-                share, grey = weights[n][t] / largest, seen.getpixel((x, y))
-                # green of the colour scale: 0 for none, 55 in the middle, 255 for the row's largest
-                green = 0.8 * (110 * share if share < 0.5 else 55 + 400 * (share - 0.5)) + 0.2 * grey
-                assert abs(picture.getpixel((240 * (n + 1) + 8 + x, 280 * row + 8 + y))[1] - green) < 5
+        side = math.isqrt(len(v))
+        for n, panel in enumerate(panels[3 * row + 1:3 * row + 3]):
+            values = [[float(v[y * side + x] @ p[n]) for x in range(side)] for y in range(side)]    # a patch at a time
+            drawn = panel.get_images()[1]
+            assert np.allclose(drawn.get_array(), values, atol=1e-5)
+            scales.add((drawn.norm.vmin, drawn.norm.vmax))
+            every += sum(values, [])
+            y, x = np.unravel_index(np.argmax(values), (side, side))
+            peak = panel.get_lines()[0]
+            assert peak.get_xdata()[0] == (x + 0.5) * 32 / side and peak.get_ydata()[0] == (y + 0.5) * 32 / side
+    (scale,) = scales
+    assert scale == pytest.approx((min(every), max(every)), abs=1e-5)
 
 
-def test_show_of_an_image_file_with_a_caption_or_concepts(checkpoints, tmp_path):
+def test_show_puts_the_map_where_the_model_looks(tmp_path, figures):
+    """A model that sees the square in the middle."""
+    model = nano(0, resize="shortest")
+    torch.save(model.checkpoint(), tmp_path / "m.pt")
+    Image.effect_noise((90, 50), 90).convert("RGB").save(tmp_path / "i.png")
+    command(["show", "--checkpoint", str(tmp_path / "m.pt"), "--image", str(tmp_path / "i.png"),
+             "--concepts", "a dog", "--output", str(tmp_path / "a.svg")])
+    panel = figures[0].axes[1]
+    assert panel.get_images()[1].get_extent() == [20, 70, 50, 0]
+    assert panel.get_xlim() == (0, 90) and panel.get_ylim() == (50, 0)     # the whole photograph stays
+
+
+def test_show_of_an_image_file_with_a_caption_or_concepts(checkpoints, tmp_path, figures):
     Image.effect_noise((50, 70), 90).save(tmp_path / "i.jpg")
     show = ["show", "--checkpoint", checkpoints[1], "--image", str(tmp_path / "i.jpg"),
             "--output", str(tmp_path / "a.png")]
     command([*show, "--caption", "A cat sits on a mat beside the old dog."])
-    assert Image.open(tmp_path / "a.png").size == (4 * 240, 280)
+    assert [panel.get_title() for panel in figures[0].axes] == ["run1", "A cat", "a mat", "the old dog", ""]
     command([*show, "--concepts", "a red couch"])
-    assert Image.open(tmp_path / "a.png").size == (2 * 240, 280)
+    assert [panel.get_title() for panel in figures[1].axes] == ["run1", "a red couch", ""]
     for extra in ([], ["--caption", " "]):
         with pytest.raises(ValueError, match="give --concepts, or a --caption"):
             command([*show, *extra])
@@ -298,3 +350,91 @@ def test_interpolate_of_models_that_do_not_fit():
     interpolate(tuned, softmax, 0)
     assert torch.equal(tuned.logit_bias, (before["logit_bias"] + other.logit_bias) / 2)
     assert torch.equal(tuned.visual.blocks[0].attn.qkv.weight, softmax.visual.blocks[0].attn.qkv.weight)
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+def evaluate_py(*args):
+    return subprocess.run([sys.executable, os.path.join(evaluate.ASSETS.parent, "evaluate.py"), *args],
+                          capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", ["", *evaluate.COMMANDS])
+def test_each_command_has_its_own_help_and_imports_nothing_for_it(command):
+    before = os.times()
+    done = evaluate_py(*command.split(), "--help")
+    seconds = sum(os.times()[2:4]) - sum(before[2:4])       # of processors, not of the clock
+    assert done.returncode == 0 and done.stdout.startswith("usage: evaluate.py") and seconds < 2
+    if command in ("", "evaluate"):
+        for name, text in {**evaluate.BENCHES, **evaluate.COMMANDS}.items():
+            assert f"  {name:14s} {text}\n" in done.stdout
+    else:
+        assert f"usage: evaluate.py {command}" in done.stdout and "--bench" not in done.stdout
+
+
+def test_a_wrong_flag_costs_two_lines():
+    done = evaluate_py("download", "sugarcrepe", "--date-dir", "x")
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        "evaluate.py: unrecognized arguments: --date-dir x", "see: evaluate.py --help"]
+    done = evaluate_py("compare", "a.json")
+    assert done.stderr.splitlines()[1] == "see: evaluate.py compare --help"
+
+
+@pytest.mark.parametrize("bench", evaluate.BENCHES)
+def test_describe_says_protocol_source_and_files(bench, capsys):
+    command(["describe", bench, "--data-dir", "here"])
+    out = capsys.readouterr().out
+    spec = evaluate.TABLE.get(bench, {})
+    assert out.startswith(f"{bench}: {evaluate.BENCHES[bench]}\n")
+    assert evaluate.READERS[bench].__doc__.split(".")[0].split("\n")[0] in out and len(out) > 300
+    assert spec.get("source", "") in out
+    for file in spec.get("files", {}).values():
+        assert f"here/{file['path']}" in out and file.get("url", "by hand") in out
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["plot", "nope.jsonl"], "evaluate.py: no file nope.jsonl"),
+    (["compare", "a.json", "b.json"], "evaluate.py: compare a.json b.json: expected two files of --json"),
+    (["show", "--checkpoint", "nope.pt"], "evaluate.py: no checkpoint at nope.pt"),
+    (["plot", "/"], "evaluate.py: /: Is a directory")])
+def test_unknown_files_in_plain_words(argv, says):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(argv)
+    assert str(stopped.value).startswith(says) and "Errno" not in says
+
+
+def test_tables_of_benchmarks_agree():
+    assert list(evaluate.READERS) == list(evaluate.BENCHES) and set(evaluate.TABLE) <= set(evaluate.BENCHES)
+    assert set(evaluate.MEANS) <= set(evaluate.BENCHES) and set(evaluate.FUNCTIONS) == set(evaluate.COMMANDS)
+    with pytest.raises(ValueError, match="no bench 'sugarcrape': expected all, or one of scenes, "):
+        command(["describe", "sugarcrape"])
+
+
+class Plain:
+    """The four members that run needs, and nothing else."""
+
+    def __init__(self, model):
+        self.encode_image, self.encode_text = model.encode_image, model.encode_text
+        self.tokenize, self.transform = model.tokenize, model.transform
+
+
+def test_run_takes_any_object_with_four_members():
+    model = nano(0).eval()
+    results = evaluate.run(Plain(model), ["scenes"], quiet=True)
+    assert results == evaluate.run(model, ["scenes"], quiet=True)
+    with pytest.raises(TypeError, match="image_rot"):
+        evaluate.run(model, ["scenes"], image_rot="x")
+
+
+def test_check_finds_what_run_would_find(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
+    (tmp_path / "pairs.csv").write_text("image,caption\nnone.png,a dog\n1.png,a cat\n")
+    good = dict(data=str(tmp_path / "pairs.csv"), image_root=str(tmp_path), allow_missing=True)
+    evaluate.check(["scenes", "retrieval"], **good)
+    for benches, changes, says in (
+            (["scnes"], {}, "no bench 'scnes'"), (["sugarcrepe"], {"data_dir": str(tmp_path)}, "download sugarcrepe"),
+            (["retrieval"], {"image_root": "elsewhere"}, "no image .* can be read"),
+            (["retrieval"], {"allow_missing": False}, "cannot read .*none.png"),
+            (["retrieval"], {"image_key": "picture"}, "no images with captions")):
+        with pytest.raises(ValueError, match=says):
+            evaluate.check(benches, **{**good, **changes})
