@@ -108,12 +108,25 @@ def siglip2_config(patch_size, image_size, tower, vision_act):
     return replace(config, vision_act=vision_act, text_act="gelu_tanh", vocab_size=256000, pad_id=0)
 
 
+def scratch_config(patch_size, image_size, vision, text, siglip):
+    """A small model of either family that has no released weights: to be trained from nothing."""
+    return CLIPConfig(
+        family="siglip" if siglip else "clip", embed_dim=text[0],
+        image_size=image_size, patch_size=patch_size, vision=vision, text=text,
+        vocab_size=4096, context_length=32, logit_scale=math.log(10 if siglip else 1 / 0.07),
+        logit_bias=-10.0 if siglip else None)
+
+
 SMALL = (512, 12, 8, 2048)  # towers: width, layers, heads, hidden units of each MLP
 BASE = (768, 12, 12, 3072)
 LARGE = (1024, 24, 16, 4096)
 SO400M = (1152, 27, 16, 4304)
-MODELS = {  # by the names that open_clip gives them: patch size, image size, towers, activation
+MODELS = {  # patch size, image size, towers, activation; ViT-...: by the names of open_clip
     "nano": CLIPConfig(),
+    "micro": scratch_config(8, 64, (192, 6, 3, 768), (192, 4, 3, 768), siglip=False),
+    "micro-siglip": scratch_config(8, 64, (192, 6, 3, 768), (192, 4, 3, 768), siglip=True),
+    "small-112": scratch_config(16, 112, (384, 12, 6, 1536), (384, 6, 6, 1536), siglip=False),
+    "small-112-siglip": scratch_config(16, 112, (384, 12, 6, 1536), (384, 6, 6, 1536), siglip=True),
     "ViT-B-32": clip_config(32, 224, BASE, SMALL),
     "ViT-B-32-quickgelu": clip_config(32, 224, BASE, SMALL, "quick_gelu"),
     "ViT-B-16": clip_config(16, 224, BASE, SMALL),
@@ -593,9 +606,11 @@ def timm_name(config):
 SOURCES = {}  # {name in MODELS: hub id of its weights}; a CLIP's are OpenAI's
 TOWERS = {}  # {timm's name: a named SigLIP with this image tower}
 for model_name, model_config in MODELS.items():
+    if not model_name.startswith("ViT-"):
+        continue  # trained from nothing
     if model_config.family == "clip":
         SOURCES[model_name] = f"timm/{timm_name(model_config)}.openai"
-    elif model_name != "nano":
+    else:
         SOURCES[model_name] = f"timm/{model_name}"
         TOWERS[timm_name(model_config)] = model_config
 

@@ -281,7 +281,7 @@ def test_transformers_real_shape(kind, tmp_path, clip_tokenizer, siglip_tokenize
 def test_every_name_agrees_with_open_clip_and_is_accepted():
     """Structure and activation of each named model are those that open_clip's config of the same name says."""
     for name, ours in MODELS.items():
-        if name == "nano":
+        if name not in M.SOURCES:
             continue
         cfg = open_clip.get_model_config(name)
         config = M.read_open_clip({"model_cfg": cfg})
