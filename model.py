@@ -448,6 +448,15 @@ class CLIP(nn.Module):
         return fill(cls(config), state, source)
 
 
+def no_decay(name, parameter):
+    """Whether weight decay should pass over a parameter of CLIP, as in open_clip's trainer.
+
+    These are the vectors: biases, norms, logit_scale, logit_bias, and the class token, which is a
+    vector in open_clip but (1, 1, C) in timm. Position embeddings decay in both.
+    """
+    return parameter.ndim < 2 or name.endswith("cls_token")
+
+
 def span_features(outputs, spans):
     """outputs (B, L, D) of a caption's tokens, spans (B, M, 2) -> their unit means (B M, D)."""
     position = torch.arange(outputs.shape[1], device=outputs.device)  # (L,)

@@ -953,6 +953,18 @@ def test_checkpoints_of_earlier_versions(tmp_path, siglip_tokenizer):
         CLIP.load(save(tmp_path / "b.pt", saved))
 
 
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_no_decay_is_that_of_open_clip(family):
+    """open_clip_train/main.py leaves these out, by its own names and shapes."""
+    model = CLIP(replace(MODELS["nano"], family=family))
+    theirs = {parts[0].data_ptr(): (name, parts[0]) for name, parts in
+              M.named_as(model, f"open_clip {family}").items()}
+    for ours, parameter in model.named_parameters():
+        name, p = theirs[parameter.data_ptr()]
+        excluded = p.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name
+        assert M.no_decay(ours, parameter) == excluded, (ours, name)
+
+
 # -----------------------------------------------------------------------------
 # concepts as spans of the caption, negatives
 
