@@ -19,6 +19,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -43,8 +44,7 @@ PRESETS = {
     # the paper's recipe for SigLIP ViT-B/16 on CC3M, on 8 GPUs of 96 images
     "c2lip": {
         "model": "ViT-B-16-SigLIP", "epochs": 5, "batch_size": 768, "lr": 1e-5, "weight_decay": 0.1,
-        "beta2": 0.98, "warmup": 50, "dtype": "bfloat16", "workers": min(8, os.cpu_count() or 1),
-        "eval_every": 1000,
+        "beta2": 0.98, "warmup": 50, "dtype": "bfloat16", "eval_every": 1000,
     },
 }
 
@@ -68,7 +68,7 @@ def read_table(file, name):
 
 TERMS = read_table("losses.py", "TERMS")    # {term: what it does}
 parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     usage="python train.py [--method NAME] [--model NAME] [--data FILE] [more: see --help]")
 
 group = parser.add_argument_group("what to train")
@@ -117,8 +117,15 @@ group.add_argument("--relations", type=float, default=0.0, metavar="SHARE",
 group.add_argument("--max-bad", type=float, default=0.01, metavar="SHARE",
                    help="Training stops when more than this share of the rows cannot be read. "
                         "Default: 0.01.")
+group.add_argument("--max-pixels", type=int, metavar="N",
+                   help="Images with more pixels are bad rows, and are not decoded. Default: 89 "
+                        "million, at which pillow warns.")
+group.add_argument("--exact-decode", action="store_true",
+                   help="Decode JPEGs with pillow, as evaluation does. Default: with torchvision, "
+                        "about twice as fast, and off by a few levels in 255 at most.")
 group.add_argument("--workers", type=int, metavar="N",
-                   help="Processes that read and prepare data, for each process that trains.")
+                   help="Processes that read and prepare data, for each process that trains. "
+                        "Default: one for each core that it has; 0 for the nano preset.")
 
 group = parser.add_argument_group("losses")
 group.add_argument("--loss", choices=("siglip", "clip"),
@@ -170,6 +177,12 @@ group.add_argument("--seed", type=int, default=0, metavar="N",
 group = parser.add_argument_group("evaluation")
 group.add_argument("--val-data", metavar="FILES",
                    help="Held-out pairs, in the formats of --data: retrieval is evaluated on them.")
+group.add_argument("--val-image-root", metavar="DIR",
+                   help="The folder that its image paths are relative to. Default: --image-root.")
+group.add_argument("--val-image-key", metavar="COLUMN",
+                   help="Its column of image paths. Default: --image-key.")
+group.add_argument("--val-caption-key", metavar="COLUMN",
+                   help="Its column of captions. Default: --caption-key.")
 group.add_argument("--bench", metavar="NAMES",
                    help="Benchmarks of evaluate.py to run, joined by commas, or the word none. "
                         "Default: scenes, where those are the training data.")
@@ -217,6 +230,8 @@ group.add_argument("--grad-checkpointing", action="store_true",
 group.add_argument("--dry-run", action="store_true",
                    help="Check files, weights and one batch, print the plan, and train nothing.")
 args = parser.parse_args()
+if args.steps is not None and args.epochs is not None:
+    parser.error("--steps and --epochs are two ways to say how long: give one of them")
 
 # ---- what takes long to import ---------------------------------------------
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning threads starve other processes
@@ -231,7 +246,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import evaluate
-from data import CaptionFile, Collate, Epochs, Scenes, Seeded, train_tokenizer, train_transform
+from data import (CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers, normalize_images,
+                  train_tokenizer, train_transform)
 from losses import (METHODS, Features, concept_columns, extra_terms, first_row, gather_features,
                     share_concepts)
 from model import CLIP, MODELS, read_tokenizer, set_tokenizer
@@ -277,7 +293,12 @@ if with_teacher and args.ema is None:
 averages = args.ema is not None and args.ema < 1
 if args.compile is None:
     args.compile = gpu
+if args.workers is None:
+    args.workers = default_workers()
 
+if args.init in MODELS and not os.path.exists(args.init):
+    parser.error(f"--init {args.init} is the name of a model: give --model {args.init}, whose "
+                 "public weights are the default")
 if args.model is not None and args.model not in MODELS:
     parser.error(f"argument --model: invalid choice: {args.model!r} (choose from "
                  f"{', '.join(MODELS)})")
@@ -285,8 +306,11 @@ POSITIVE = ("steps", "epochs", "batch_size", "accum", "lr", "save_every", "log_e
             "timeout")
 for name in POSITIVE:
     value = getattr(args, name)
-    if value is not None and value <= 0:
-        parser.error(f"--{name.replace('_', '-')} {value}: expected more than 0")
+    if value is not None and not 0 < value < math.inf:
+        parser.error(f"--{name.replace('_', '-')} {value}: expected a number above 0")
+for name, value in vars(args).items():
+    if isinstance(value, float) and math.isnan(value):
+        parser.error(f"--{name.replace('_', '-')} nan: expected a number")
 
 if args.out_dir is None:
     folder = args.model or re.sub(r"\W+", "-", args.init).strip("-")
@@ -299,6 +323,11 @@ last_path = os.path.join(args.out_dir, "last.pt")
 log_path = os.path.join(args.out_dir, "log.jsonl")
 
 # ---- processes, randomness, signals ----------------------------------------
+missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+           if name not in os.environ]
+if int(os.environ.get("WORLD_SIZE", 1)) > 1 and missing:
+    parser.exit(1, f"train.py: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} "
+                "is not set: start processes with torchrun, or unset WORLD_SIZE for one\n")
 PATIENT = 120       # minutes that a process waits for others that index data, compile or evaluate
 rank = int(os.environ.get("RANK", 0))
 world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -324,8 +353,13 @@ def print0(text):
         tqdm.write(text)
 
 
+bar = None      # of progress, once training has begun
+
+
 def stop(message, status=1):
     """End at once, with one line for the user; torchrun ends the other processes with this one."""
+    if bar is not None:
+        bar.close()     # else the message would be glued to it
     print(f"train.py: {message}", file=sys.stderr, flush=True)
     os._exit(status)
 
@@ -403,7 +437,13 @@ def summed(x):
 # ---- data ------------------------------------------------------------------
 if args.data:
     dataset = guard(CaptionFile, args.data, args.image_root, args.image_key, args.caption_key,
-                    args.captions)
+                    args.captions, max_pixels=args.max_pixels,
+                    fast_decode=not args.exact_decode)
+    rows = len(dataset) + dataset.lost_rows
+    if dataset.lost_rows > args.max_bad * rows:
+        name, why = dataset.skipped[0]
+        stop(f"{dataset.lost_rows:,} of {rows:,} rows could not be read, more than --max-bad "
+             f"{args.max_bad:g}; the first is {name}: {why}. Mend the file, or raise --max-bad")
 else:
     scenes = args.steps * args.batch_size if args.steps else 100_000
     dataset = Scenes(scenes, "train", args.seed, relations=args.relations,
@@ -498,7 +538,8 @@ def from_process_0(function):
 MAY_CHANGE = {      # these may differ,
     "lr", "warmup", "steps", "epochs", "grad_clip", "max_skips", "max_bad", "eval_every",
     "save_every", "log_every", "keep", "bench", "val_data", "data_dir", "tensorboard",
-    "image_root", "workers", "accum", "device", "dtype", "compile", "grad_checkpointing", "timeout"}
+    "image_root", "workers", "accum", "device", "dtype", "compile", "grad_checkpointing", "timeout",
+    "max_pixels", "val_image_root", "val_image_key", "val_caption_key"}
 SILENT = {          # and these say where weights came from, or what else this command does
     "init", "preset", "tokenizer", "resume", "out_dir", "overwrite", "dry_run"}
 
@@ -746,9 +787,6 @@ def share_phrases(batch):
     where a process encodes its own phrases.
     """
     inputs = {name: batch[name] for name in INPUTS if name in batch}
-    for name in ("images", "negative_images"):
-        if name in inputs:
-            inputs[name] = inputs[name].to(model.logit_scale.dtype)     # in float64 runs
     if world_size == 1 or not args.dedupe or "concept_tokens" not in batch:
         return inputs, None
     inputs["concept_tokens"], phrase_ids = share_concepts(
@@ -757,6 +795,11 @@ def share_phrases(batch):
 
 
 def forward(network, inputs):
+    inputs = dict(inputs)
+    for name in ("images", "negative_images"):      # which come as bytes
+        if name in inputs:
+            pixels = normalize_images(inputs[name], model.config)
+            inputs[name] = pixels.to(model.logit_scale.dtype)       # float64 in float64 runs
     device = torch.device(args.device).type
     with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         return network(**inputs, return_tokens=weights["xac"] > 0)
@@ -907,9 +950,11 @@ def is_evaluated(step):
 
 def evaluation_options():
     """Where the data of the benchmarks is, for evaluate.py."""
-    return {
-        "data_dir": args.data_dir, "data": args.val_data, "image_root": args.image_root,
-        "image_key": args.image_key, "caption_key": args.caption_key, "allow_missing": True}
+    options = {"data_dir": args.data_dir, "data": args.val_data, "allow_missing": True}
+    for name in ("image_root", "image_key", "caption_key"):
+        own = getattr(args, f"val_{name}")
+        options[name] = getattr(args, name) if own is None else own
+    return options
 
 
 def score(network):
@@ -1248,6 +1293,8 @@ if gpu and args.data and not args.workers:
 skipped_rows = getattr(dataset, "skipped", [])
 for name, why in skipped_rows[:5]:
     print0(f"skipped {name}: {why} ({len(skipped_rows):,} in all)")
+for name, what in getattr(dataset, "remarks", []):
+    print0(f"{name}: {what}")
 
 step_function = train_step if args.accum == 1 else train_step_in_parts
 if args.dry_run:
@@ -1345,7 +1392,9 @@ if args.resume and is_evaluated(first_step) and not was_evaluated:
     results = evaluation(first_step)    # what a kill between the two prevented
 window = Window()
 was_interrupted = False
-bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=rank != 0, dynamic_ncols=True)
+on_terminal = sys.stderr.isatty()       # elsewhere a line for each row of the log, and no bar
+bar = tqdm(total=args.steps, initial=first_step, unit="step", dynamic_ncols=True,
+           disable=rank != 0 or not on_terminal)
 started = before = time.time()
 for step, batch in enumerate(batches(), first_step + 1):    # step is 1 for the first batch
     window.waiting += time.time() - before
@@ -1378,7 +1427,10 @@ for step, batch in enumerate(batches(), first_step + 1):    # step is 1 for the 
         row = log_row(step, terms, grad_norm, window)
         log(row)
         shown = " ".join(f"{name} {row[name]:.2f}" for name in terms)
-        bar.set_postfix_str(f"{shown} {row['images_per_second']:.0f} img/s", refresh=False)
+        shown += f" {row['images_per_second']:.0f} img/s"
+        bar.set_postfix_str(shown, refresh=False)
+        if not on_terminal:
+            print0(f"step {step:,}/{args.steps:,}: {shown}")
         window = Window()
     bar.update()
 
@@ -1399,6 +1451,52 @@ for step, batch in enumerate(batches(), first_step + 1):    # step is 1 for the 
 bar.close()
 
 # ---- the end ---------------------------------------------------------------
+def own_arguments(without):
+    """The user's own command line, without these flags and their values."""
+    kept = []
+    is_kept = True
+    for word in sys.argv[1:]:
+        if word.startswith("--"):
+            is_kept = word.split("=")[0] not in without
+        if is_kept:
+            kept.append(word)
+    return kept
+
+
+def baseline_command():
+    """The same run with the plain contrastive loss alone."""
+    launcher = ["python"]
+    if world_size > 1:
+        here = os.environ.get("LOCAL_WORLD_SIZE", world_size)
+        launcher = ["torchrun", f"--nproc_per_node={here}"]
+    command = [*launcher, "train.py", "--method", "siglip" if args.loss != "clip" else "clip"]
+    command += own_arguments(without=(
+        "--method", "--out-dir", "--resume", "--overwrite", "--npc-weight", "--xac-weight"))
+    if "--out-dir" in " ".join(sys.argv):
+        command += ["--out-dir", f"{args.out_dir}-plain"]
+    return shlex.join(command)
+
+
+def next_commands():
+    """What to do with what was made."""
+    checkpoint = shlex.quote(last_path)
+    names = ",".join(benches) or "scenes"
+    score_it = f"python evaluate.py --checkpoint {checkpoint} --bench {names}"
+    for name in ("data_dir", "image_root", "image_key", "caption_key", "data"):
+        value = evaluation_options()[name]
+        if benches and value not in (None, "", parser.get_default(name)):
+            score_it += f" --{name.replace('_', '-')} {shlex.quote(value)}"
+    lines = [
+        f"{score_it}     # its figures, with intervals",
+        f"python evaluate.py plot {shlex.quote(log_path)}     # its curves",
+        f"python evaluate.py show --checkpoint {checkpoint}     # where it sees a phrase",
+        f"python model.py export --checkpoint {checkpoint} --format open_clip --output "
+        f"{shlex.quote(os.path.join(args.out_dir, 'open_clip'))}"]
+    if with_concepts:
+        lines.insert(0, f"{baseline_command()}     # the baseline, to compare")
+    return "next: " + "\n      ".join(lines)
+
+
 if not was_interrupted:
     if rank == 0 and averages:
         write({**teacher.checkpoint(), "step": args.steps, "args": vars(args)}, "ema.pt")
@@ -1409,15 +1507,12 @@ if not was_interrupted:
     minutes = (time.time() - started) / 60
     print0(f"\n{args.steps - first_step:,} steps in {minutes:.1f} minutes; wrote {last_path} and "
            "log.jsonl")
+    bad += getattr(dataset, "lost_rows", 0)
     if bad:
         print0(f"{bad} rows were skipped")
     if fallback:
         print0(f"{fallback} captions, without another noun phrase in them, were their own concept")
-    if with_concepts:
-        print0("next: python train.py --method siglip     # the baseline, to compare")
-    else:
-        print0(f"next: python evaluate.py --checkpoint {last_path} --bench "
-               f"{','.join(benches) or 'scenes'}")
+    print0(next_commands())
 if board is not None:
     board.close()
 if world_size > 1:

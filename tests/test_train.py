@@ -3,9 +3,11 @@ import ast
 import contextlib
 import json
 import os
+import pty
 import random
 import resource
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -21,6 +23,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
+from losses import METHODS, TERMS
 from model import CLIP, CLIPConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -338,7 +341,8 @@ def test_killed_at_any_moment_and_resumed_is_bit_equal(whole, tmp_path):
 
 def mistake(*args, status=1, **environment):
     """The one line that train.py ends with."""
-    done = run("train.py", *SMALL, *args, check=False, **environment)
+    small = [] if "--epochs" in args else SMALL
+    done = run("train.py", *small, *args, check=False, **environment)
     lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert done.returncode == status and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     return lines[0]
@@ -730,7 +734,12 @@ def test_too_many_bad_rows_end_training(tmp_path):
 
 @pytest.mark.parametrize("script, args, status, says", [
     ("train.py", ["--model", "ViT-B-31"], 2, "invalid choice: 'ViT-B-31' (choose from"),
-    ("train.py", ["--batch-size", "0"], 2, "--batch-size 0: expected more than 0"),
+    ("train.py", ["--batch-size", "0"], 2, "--batch-size 0: expected a number above 0"),
+    ("train.py", ["--lr", "nan"], 2, "--lr nan: expected a number above 0"),
+    ("train.py", ["--weight-decay", "nan"], 2, "--weight-decay nan: expected a number"),
+    ("train.py", ["--epochs", "1", "--steps", "3"], 2, "--steps and --epochs are two ways to say how long"),
+    ("train.py", ["--init", "ViT-B-32"], 2, "--init ViT-B-32 is the name of a model: give --model ViT-B-32"),
+    ("train.py", ["--batchsize", "3"], 2, "unrecognized arguments: --batchsize"),
     ("train.py", ["--data", "none.csv"], 1, "no file none.csv"),
     ("train.py", ["--data", "README.md"], 1, "expected a .csv, .tsv or .jsonl"),
     ("train.py", ["--resume", "none.pt"], 1, "no checkpoint at none.pt"),
@@ -745,6 +754,78 @@ def test_mistakes_get_one_line(tmp_path, script, args, status, says):
     done = run(script, *args, *extra, check=False)
     message = [line for line in done.stderr.splitlines() if says in line]
     assert done.returncode == status and message and "Traceback" not in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) <= (1 if status == 1 else 2), done.stderr
+
+
+def test_help_does_not_import_torch():
+    """Below two seconds, and complete: each argument has a sentence, each term of the losses its own."""
+    command = [sys.executable, "-X", "importtime", "train.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    imported = [line.split("|")[-1].strip() for line in done.stderr.splitlines()]
+    assert done.returncode == 0 and not {"torch", "timm", "torchvision", "numpy"} & set(imported)
+    for term, text in TERMS.items():
+        assert f"--{term}-weight" in done.stdout and text[:20] in " ".join(done.stdout.split())
+    assert all(name in done.stdout for name in METHODS)
+
+
+def test_world_size_without_torchrun(tmp_path):
+    line = mistake("--out-dir", tmp_path, WORLD_SIZE="2")
+    assert "WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set" in line
+
+
+def test_not_on_a_terminal_there_is_a_line_a_log_interval(whole):
+    process, (folder, stdout) = run("train.py", *SMALL, "--steps", 3, "--out-dir", str(whole[0]) + "-b"), whole
+    assert "\r" not in stdout + process.stdout + process.stderr and process.stderr == ""
+    assert sum(line.startswith("step ") and "img/s" in line for line in process.stdout.splitlines()) == 3
+
+
+def test_on_a_terminal_an_error_stands_on_a_line_of_its_own(tmp_path):
+    leader, follower = pty.openpty()
+    command = [sys.executable, "train.py", *map(str, pairs(tmp_path, 32, 3)), "--out-dir", str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=follower, stderr=follower)
+    os.close(follower)
+    output = b""
+    with contextlib.suppress(OSError):      # at its end
+        while part := os.read(leader, 1000):
+            output += part
+    assert process.wait() == 1
+    lines = [line for line in output.decode().replace("\r", "\n").splitlines() if "more than --max-bad" in line]
+    assert len(lines) == 1 and lines[0].startswith("train.py: ")
+
+
+def test_what_to_do_next_repeats_the_own_arguments(tmp_path):
+    args = [*pairs(tmp_path, 32, 0), "--out-dir", tmp_path / "my out", "--val-data", tmp_path / "pairs.csv"]
+    done = run("train.py", *args)
+    lines = done.stdout[done.stdout.index("next: "):].splitlines()
+    assert f"--method siglip --data {tmp_path}/pairs.csv" in lines[0] and "my out-plain'" in lines[0]
+    assert all(f"{tmp_path}/my out" in line for line in lines) and len(lines) == 5
+    for line in lines[1:3]:     # the commands run as they stand
+        command = shlex.split(line, comments=True)
+        done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, env={**ENV, "MPLBACKEND": "agg"},
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    os.remove(os.path.join(ROOT, "curves.png"))
+
+
+def test_held_out_pairs_may_have_other_columns_and_folders(tmp_path):
+    data = pairs(tmp_path, 32, 0)
+    (tmp_path / "held").mkdir()
+    for i in range(4):
+        (tmp_path / f"{i}.png").rename(tmp_path / "held" / f"v{i}.png")
+    (tmp_path / "val.tsv").write_text("picture\twords\n" + "".join(f"v{i}.png\ta wall\n" for i in range(4)))
+    done = run("train.py", *data, "--max-bad", 0.5, "--val-data", tmp_path / "val.tsv", "--val-image-root",
+               tmp_path / "held", "--val-image-key", "picture", "--val-caption-key", "words", "--out-dir",
+               tmp_path / "out")
+    assert "t2i_r1" in done.stdout
+
+
+def test_lost_rows_count_against_max_bad(tmp_path):
+    args = pairs(tmp_path, 40, 0)
+    text = (tmp_path / "pairs.csv").read_text()
+    (tmp_path / "pairs.csv").write_text(text + "0.png,\n1.png,\n")
+    assert "2 of 42 rows could not be read, more than --max-bad 0.01" in mistake(*args, "--out-dir", tmp_path / "o")
+    done = run("train.py", *args, "--max-bad", 0.1, "--bench", "none", "--out-dir", tmp_path / "o")
+    assert "2 rows were skipped" in done.stdout
 
 
 def test_checkpoint_of_another_architecture(whole, tmp_path):
