@@ -24,6 +24,7 @@ import hashlib
 import http.client
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -45,6 +46,7 @@ from typing import Any, Callable
 
 BENCHES = {
     "scenes": "built-in drawings of two objects: which colour belongs to which shape (no files)",
+    "scenes_large": "the same with three objects of more colours and shapes",
     "sugarcrepe": "7,511 captions of COCO against hard negatives: replace, swap, add",
     "sugarcrepe_pp": "two captions that mean the same against one that does not: 4,757 items",
     "aro": "relations and attributes of Visual Genome, and the order of a caption's words",
@@ -231,8 +233,8 @@ from torch.utils.data import DataLoader, Dataset                                
 from tqdm import tqdm                                                                 # noqa: E402
 
 from concepts import default_extractor, extract                                      # noqa: E402
-from data import (COLOURS, SHAPES, CaptionFile, Scenes, load_image,                   # noqa: E402
-                  parse_list, read_rows)
+from data import (CaptionFile, Scenes, load_image, parse_list, read_rows,             # noqa: E402
+                  relation)
 from model import CLIP, set_tokenizer                                                 # noqa: E402
 
 PROTOCOL = 5        # raised whenever a change here or in benchmarks.json may change a figure
@@ -934,12 +936,13 @@ def parts_of(bench, options):
 
 # ---- benchmarks: the docstring is the protocol -------------------------------------------------
 
-SCENE_CAPTIONS = {      # a scene's caption and its negative; colours c, shapes s, objects 1 and 2
+# A scene's caption and its negative: colours c, shapes s, objects 1 and 2, and the rest of them.
+SCENE_CAPTIONS = {
     "np_binding": ("a {c1} {s1}", "a {c1} {s2}"),
-    "swap_att": ("a {c1} {s1} and a {c2} {s2}", "a {c2} {s1} and a {c1} {s2}"),
-    "replace_att": ("a {c1} {s1} and a {c2} {s2}", "a {c3} {s1} and a {c2} {s2}"),
-    "replace_obj": ("a {c1} {s1} and a {c2} {s2}", "a {c1} {s3} and a {c2} {s2}"),
-    "swap_obj": ("a {c1} {s1} {where} a {c2} {s2}", "a {c2} {s2} {where} a {c1} {s1}"),
+    "swap_att": ("a {c1} {s1} and a {c2} {s2}{rest}", "a {c2} {s1} and a {c1} {s2}{rest}"),
+    "replace_att": ("a {c1} {s1} and a {c2} {s2}{rest}", "a {c3} {s1} and a {c2} {s2}{rest}"),
+    "replace_obj": ("a {c1} {s1} and a {c2} {s2}{rest}", "a {c1} {s3} and a {c2} {s2}{rest}"),
+    "swap_obj": ("a {c1} {s1} {where} a {c2} {s2}{rest}", "a {c2} {s2} {where} a {c1} {s1}{rest}"),
     "add": ("a {c1} {s1}", "a {c1} {s1} and a {c3} {s3}"),
 }
 
@@ -959,17 +962,30 @@ def scenes(source, n=1000, seed=1):
     right. single: one object alone among the 48 captions "a red circle"; single_colour and
     single_shape ask for its colour and its shape only.
     """
-    held_out = Scenes(n, "val", seed, source.image_size)
+    yield from scene_tasks("small", source, n, seed)
+
+
+def scenes_large(source, n=1000, seed=1):
+    """Built-in drawings of three objects of 12 colours and 12 shapes, which few captions share.
+
+    As `scenes`, of which `python evaluate.py describe scenes` tells the subsets. They change the
+    first two objects; the third stays as it is. single asks for one of 144 objects.
+    """
+    yield from scene_tasks("large", source, n, seed)
+
+
+def scene_tasks(world, source, n, seed):
+    held_out = Scenes(n, "val", seed, source.image_size, world=world)
     captions = scene_captions(held_out, n, seed)
-    images = scene_pictures(held_out, f"val {seed}", n)
+    images = scene_pictures(held_out, f"{world} val {seed}", n)
     for subset, texts in captions.items():
         yield Choices(subset, first_text_wins, 1 / 2, images, texts)
         if subset == "swap_att":
             yield scene_retrieval(images, [caption for caption, _ in texts])
 
-    seen = Scenes(n, "train", seed + 1000, source.image_size)
+    seen = Scenes(n, "train", seed + 1000, source.image_size, world=world)
     texts = scene_captions(seen, n, seed)["np_binding"]
-    images = scene_pictures(seen, f"train {seed + 1000}", n)
+    images = scene_pictures(seen, f"{world} train {seed + 1000}", n)
     yield Choices("seen_np_binding", first_text_wins, 1 / 2, images, texts)
     yield from single_objects(seen, n, seed)
 
@@ -987,22 +1003,19 @@ def scene_captions(data, n, seed):
     rng = random.Random(seed)
     captions = {subset: [] for subset in SCENE_CAPTIONS}
     for i in range(n):
-        ((c1, s1), (c2, s2)), cells, _ = data.objects(i)
-        c3 = rng.choice([colour for colour in COLOURS if colour not in (c1, c2)])
-        s3 = rng.choice([shape for shape in SHAPES if shape not in (s1, s2)])
-        words = dict(c1=c1, s1=s1, c2=c2, s2=s2, c3=c3, s3=s3, where=relation(*cells))
+        objects, cells, _ = data.objects(i)
+        colours = [colour for colour, _ in objects]
+        shapes = [shape for _, shape in objects]
+        words = {
+            "c1": colours[0], "s1": shapes[0], "c2": colours[1], "s2": shapes[1],
+            "c3": rng.choice([colour for colour in data.world.colours if colour not in colours]),
+            "s3": rng.choice([shape for shape in data.world.shapes if shape not in shapes]),
+            "rest": "".join(f" and a {colour} {shape}" for colour, shape in objects[2:]),
+            "where": relation(*cells[:2]),
+        }
         for subset, (true, false) in SCENE_CAPTIONS.items():
             captions[subset].append((true.format(**words), false.format(**words)))
     return captions
-
-
-def relation(first, second):
-    """Where one quadrant of 0 1 / 2 3 lies, seen from another."""
-    x1, y1 = first % 2, first // 2
-    x2, y2 = second % 2, second // 2
-    if x1 != x2:
-        return "left of" if x1 < x2 else "right of"
-    return "above" if y1 < y2 else "below"
 
 
 def scene_retrieval(images, captions):
@@ -1013,9 +1026,9 @@ def scene_retrieval(images, captions):
 
 
 def single_objects(data, n, seed):
-    """One object in each image, in turn each of the 48; a class is right if its object is the
-    same, or its colour, or its shape."""
-    objects = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    """One object in each image, in turn each that the world has; a class is right if its object is
+    the same, or its colour, or its shape."""
+    objects = list(itertools.product(data.world.colours, data.world.shapes))
     texts = [(f"a {colour} {shape}",) for colour, shape in objects]
 
     def load(name, i):
@@ -1518,6 +1531,7 @@ def class_numbers(data):
 
 READERS = {
     "scenes": scenes,
+    "scenes_large": scenes_large,
     "sugarcrepe": sugarcrepe,
     "sugarcrepe_pp": sugarcrepe_pp,
     "aro": aro,
