@@ -47,6 +47,7 @@ from typing import Any, Callable
 BENCHES = {
     "scenes": "built-in drawings of two objects: which colour belongs to which shape (no files)",
     "scenes_large": "the same with three objects of more colours and shapes",
+    "scenes_pointing": "in drawings, the patch most similar to an object's name is in its quadrant",
     "sugarcrepe": "7,511 captions of COCO against hard negatives: replace, swap, add",
     "sugarcrepe_pp": "two captions that mean the same against one that does not: 4,757 items",
     "aro": "relations and attributes of Visual Genome, and the order of a caption's words",
@@ -56,6 +57,7 @@ BENCHES = {
     "whatsup": "left, right, on, under, in front, behind: the preposition that fits",
     "cola": "210 pairs of images that share objects and attributes, bound otherwise",
     "retrieval": "R@1, 5, 10 both ways on COCO and Flickr30k, or on your own --data",
+    "pointing": "on COCO val2017, the patch most similar to a category lies in a box of it",
     "imagenet": "zero-shot classification, 1,000 classes, 80 prompts (by hand)",
     "folder": "zero-shot classification of your own --data DIR with --classes FILE",
     "choices": "your own captions against negatives: --data FILE with image, caption, negative",
@@ -345,6 +347,7 @@ class Choices:
     images: list                    # N tuples of I Pictures
     texts: list                     # N tuples of K strings
     labels: list | None = None      # N strings or None: SUBSET_macro is the mean of their means
+    partial: str = ""               # what the table says of a file that is not whole
 
     def outcomes(self, image_features, text_features):
         """The two functions give (n, I, D) and (n, K, D) for lists of tuples. Yields one outcome:
@@ -374,6 +377,7 @@ class Ranking:
     texts: list                     # M tuples of strings, whose features are averaged
     positive: torch.Tensor          # (N, M) bool
     recalls: dict                   # {name of the result: ("i2t" or "t2i", k)}
+    partial: str = ""               # as in Choices
 
     def outcomes(self, image_features, text_features):
         """As Choices.outcomes; yields one outcome for each of recalls."""
@@ -403,6 +407,73 @@ class Ranking:
                 yield row, ()
         for texts in self.texts:
             yield (), texts
+
+
+@dataclass
+class Pointing:
+    """N items of an image and a phrase: does the patch whose token is most similar to the phrase
+    lie in a box of what it names? The margin is the largest similarity inside minus that outside;
+    chance is the share of patches that are inside, which blind pointing would hit."""
+    subset: str
+    images: list                    # N tuples of one Picture
+    texts: list                     # N tuples of one string
+    boxes: list                     # N lists of (x, y, width, height) in pixels of the image
+    labels: list | None = None      # as in Choices
+    partial: str = ""
+
+    def outcome(self, model, text_features, options):
+        """As Choices.outcomes yields; under torchrun the processes share the images."""
+        numbers = {}                # {picture: its items}
+        for number, (picture,) in enumerate(self.images):
+            if not picture.missing:
+                numbers.setdefault(picture, []).append(number)
+        texts = text_features(self.texts)[:, 0]                             # (N, D)
+        parts = []
+        for picture, pixels, size in patch_batches(model, list(numbers), options):
+            tokens = patch_tokens(model, pixels, options)                   # (T, D)
+            box = seen_box(model, size)
+            found = []
+            for number in numbers[picture]:
+                inside = patches_inside(self.boxes[number], box, math.isqrt(len(tokens)))   # (T,)
+                found.append(point(tokens @ texts[number], inside))
+            parts.append((torch.tensor(numbers[picture]), torch.tensor(found)))
+        margins, chances = share(parts, len(self.images), width=2).T        # (N,) each
+        chance = chances[~margins.isnan()].mean().item()
+        names = [picture.name for picture, in self.images]
+        items = [f"{name} | {text}" for name, (text,) in zip(names, self.texts)]
+        return self.subset, margins, chance, names, items, self.labels
+
+    def needed(self):
+        """The texts; images are encoded to patch tokens, and not by encode_images."""
+        for texts in self.texts:
+            yield (), texts
+
+
+def point(similarity, inside):
+    """(T,), (T,) bool -> margin, and the share of the patches that are inside."""
+    best = similarity[inside].max().item()
+    other = -2.0                    # less than any cosine, where no patch is outside
+    if not inside.all():
+        other = similarity[~inside].max().item()
+    return best - other, inside.float().mean().item()
+
+
+def patches_inside(boxes, seen, side):
+    """Which of side x side patches lie in a box: its middle does, or that of the box lies in it (or
+    nearest to it), so that small things have a patch, too. seen: see seen_box -> (T,) bool."""
+    left, right, bottom, top = seen
+    width, height = (right - left) / side, (bottom - top) / side            # of a patch
+    x = left + width * (torch.arange(side) + 0.5)
+    y = top + height * (torch.arange(side) + 0.5)
+    inside = torch.zeros(side, side, dtype=torch.bool)                      # rows, columns
+    for box_x, box_y, box_width, box_height in boxes:
+        columns = (x >= box_x) & (x <= box_x + box_width)
+        rows = (y >= box_y) & (y <= box_y + box_height)
+        inside |= rows[:, None] & columns
+        column = int((box_x + box_width / 2 - left) // width)
+        row = int((box_y + box_height / 2 - top) // height)
+        inside[min(max(row, 0), side - 1), min(max(column, 0), side - 1)] = True
+    return inside.flatten()
 
 
 def rank(queries, targets, positive, k):
@@ -546,13 +617,42 @@ def model_place(model):
     return torch.device("cpu"), torch.float32
 
 
-def share(parts, count):
-    """Each process's [(numbers (n,), features (n, D)), ...] -> features (count, D) of all."""
+def patch_batches(model, pictures, options):
+    """Yield (picture, pixels (3, S, S), size of the image) of this process's pictures; what cannot
+    be read is left out, if that is allowed."""
+    def transform(image):
+        return model.transform(image), image.size
+
+    pictures = pictures[RANK::WORLD]
+    data = PictureData(pictures, transform, options.allow_missing)
+    loader = DataLoader(data, batch_size=None, num_workers=options.workers,
+                        multiprocessing_context="fork" if options.workers else None)
+    for number, item in progress(loader, len(pictures)):
+        if item is not None:
+            yield pictures[number], *item
+
+
+@torch.inference_mode()
+def patch_tokens(model, pixels, options):
+    """One image (3, S, S) -> its normalised patch tokens (T, D), float32 on the CPU."""
+    device, dtype = model_place(model)
+    with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+        _, tokens = model.encode_image(pixels[None].to(device, dtype), return_tokens=True)
+    return F.normalize(tokens[0].float(), dim=-1).cpu()
+
+
+def gives_patch_tokens(model):
+    return "return_tokens" in inspect.signature(model.encode_image).parameters
+
+
+def share(parts, count, width=None):
+    """Each process's [(numbers (n,), features (n, D)), ...] -> features (count, D) of all; D is
+    width where there are none."""
     if WORLD > 1:
         gathered = [None] * WORLD
         dist.all_gather_object(gathered, parts)
         parts = sum(gathered, [])
-    width = parts[0][1].shape[1] if parts else 1
+    width = parts[0][1].shape[1] if parts else width or 1
     features = torch.full((count, width), float("nan"))
     for numbers, some in parts:
         features[numbers] = some
@@ -686,7 +786,7 @@ def run(model, benches, **options):
     options = Options(**options)
     if options.device is not None and hasattr(model, "to"):
         model.to(options.device)
-    tasks, _ = read(benches, options, image_size(model))
+    tasks, _ = read(benches, options, image_size(model), gives_patch_tokens(model))
     results = score(model, tasks, options)
     if not options.quiet:
         for bench, subsets in results.items():
@@ -699,7 +799,7 @@ def check(benches, **options):
     benchmarks, files or columns that are missing, and where no image of a task can be opened."""
     check_names(benches)
     options = Options(**options)
-    tasks, _ = read(benches, options, image_size=32)
+    tasks, _ = read(benches, options)
     for parts in tasks.values():
         for task in parts:
             check_pictures(task, options)
@@ -737,13 +837,21 @@ def score(model, tasks, options):
     results = {}
     for bench, parts in tasks.items():
         outcomes = []
+        partial = {}                    # {subset: what is to be said of it}
         for task in parts:
-            outcomes.extend(task.outcomes(image_features, text_features))
+            if isinstance(task, Pointing):
+                found = [task.outcome(model, text_features, options)]
+            else:
+                found = list(task.outcomes(image_features, text_features))
+            outcomes.extend(found)
+            partial.update((outcome[0], task.partial) for outcome in found if task.partial)
         means = MEANS.get(bench, {})
         subsets = [outcome[0] for outcome in outcomes]
         if bench == "choices" and len(subsets) > 1:
             means = {"macro": subsets, "micro": subsets}
         results[bench] = summarize(outcomes, means)
+        for subset, text in partial.items():
+            results[bench][subset]["partial"] = text
     return results
 
 
@@ -779,7 +887,7 @@ def print_table(bench, results, published=None):
         if "right" in r:
             count = f"{r['right']:6d} / {r['n']:<6d} {r['ties']:5d}"
         print0(f"{name:{width}s}  {100 * r['chance']:8.1f}  {100 * r['accuracy']:8.1f}  {count:21s}"
-               f"    {100 * r['low']:5.1f} .. {100 * r['high']:5.1f}")
+               f"    {100 * r['low']:5.1f} .. {100 * r['high']:5.1f}  {r.get('partial', '')}")
     if published:
         print_published(results, published, width)
 
@@ -808,11 +916,13 @@ def print_published(results, published, width):
 class Source:
     """The files of one part of a benchmark, as benchmarks.json lists them."""
 
-    def __init__(self, bench, subset, options, image_size):
+    def __init__(self, bench, subset, options, image_size=32, has_patches=True):
         self.bench = bench
         self.subset = subset
         self.options = options
-        self.image_size = image_size
+        self.image_size = image_size        # of the model, for built-in drawings
+        self.has_patches = has_patches      # whether the model gives patch tokens
+        self.partial = ""                   # what is to be said of a file that is not whole
         self.spec = TABLE.get(bench, {})
 
     def rows(self, keys):
@@ -829,7 +939,11 @@ class Source:
             rows = parse_rows(content, path.suffix)
             whole = all(has_keys(row, keys) for row in rows)
             digest = hashlib.sha256(content).hexdigest()
-            if not whole or len(rows) != file["n"] or file.get("sha256") not in (None, digest):
+            fewer = whole and 0 < len(rows) < file["n"] and self.options.allow_missing
+            official = len(rows) == file["n"] and file.get("sha256") in (None, digest)
+            if fewer:
+                self.partial = f"partial: {len(rows):,} of the official {file['n']:,} rows"
+            elif not whole or not official:
                 extent = "all" if whole else "not all"
                 raise ValueError(f"{len(rows)} rows, {extent} with {', '.join(map(str, keys))}")
         except (ValueError, TypeError, RecursionError) as error:
@@ -904,7 +1018,7 @@ def find_file(name, folders):
     return paths[0]
 
 
-def read(benches, options, image_size):
+def read(benches, options, image_size=32, has_patches=True):
     """-> {bench: [Choices or Ranking, ...]} and a list of what is not there, a line each.
 
     What is not there is an error, unless all benches are asked for, or --allow-missing is given and
@@ -916,9 +1030,12 @@ def read(benches, options, image_size):
         tasks[bench] = []
         parts = parts_of(bench, options)
         for part in parts:
-            source = Source(bench, part, options, image_size)
+            source = Source(bench, part, options, image_size, has_patches)
             try:
-                tasks[bench].extend(READERS[bench](source))
+                found = list(READERS[bench](source))
+                for task in found:
+                    task.partial = source.partial
+                tasks[bench].extend(found)
             except Missing as error:
                 missing.append(str(error))
                 rest = tasks[bench] or part != parts[-1]
@@ -972,6 +1089,29 @@ def scenes_large(source, n=1000, seed=1):
     first two objects; the third stays as it is. single asks for one of 144 objects.
     """
     yield from scene_tasks("large", source, n, seed)
+
+
+def scenes_pointing(source, n=1000, seed=1):
+    """Built-in drawings of two objects that training never showed together, 1,000 of them; for each
+    object the patch most similar to "a red circle" must lie in its quadrant (chance 25)."""
+    need_patches(source)
+    data = Scenes(n, "val", seed, source.image_size)
+    pictures = [picture for picture, in scene_pictures(data, f"small val {seed}", n)]
+    half = source.image_size / 2
+    images, texts, boxes = [], [], []
+    for i, picture in enumerate(pictures):
+        objects, cells, _ = data.objects(i)
+        for (colour, shape), cell in zip(objects, cells):
+            images.append((picture,))
+            texts.append((f"a {colour} {shape}",))
+            boxes.append([(half * (cell % 2), half * (cell // 2), half, half)])
+    yield Pointing("quadrant", images, texts, boxes)
+
+
+def need_patches(source):
+    if not source.has_patches:
+        raise Missing(f"{source.bench}: this model's encode_image gives no patch tokens "
+                      "(return_tokens=True)")
 
 
 def scene_tasks(world, source, n, seed):
@@ -1389,6 +1529,51 @@ def pairs_to_ranking(pictures, keys, texts, prefix):
     return Ranking(tuples(rows), tuples(text_of[key] for key in columns), positive, recalls)
 
 
+def pointing(source):
+    """Each photograph of COCO val2017 and each category with a box in it: the patch whose token is
+    most similar to "a photo of a NAME" must lie in a box of that category. coco is the mean over
+    these pairs, coco_macro over categories. Chance is the share of the patches in the boxes.
+
+        coco/annotations/instances_val2017.json, as COCO gives it out, or --data FILE:
+        boxes.json  {"000000000139.jpg": [["chair", x, y, width, height], ...], ...}
+    """
+    need_patches(source)
+    boxes = {}          # {(file name, category): its boxes}
+    for name, category, box in read_boxes(source):
+        boxes.setdefault((name, category), []).append(box)
+    images = tuples(source.pictures([name for name, _ in boxes]))
+    categories = [category for _, category in boxes]
+    texts = tuples(f"a photo of a {category}" for category in categories)
+    yield Pointing("coco", images, texts, list(boxes.values()), categories)
+
+
+def read_boxes(source):
+    """Yield (file name, category, [x, y, width, height])."""
+    path = source.options.data
+    if not path:
+        path = os.path.join(source.options.data_dir, "coco/annotations/instances_val2017.json")
+    if not os.path.isfile(path):
+        raise Missing(f"{source.bench}: no {path}; get it: {GET} {source.bench}")
+    number = (int, float)
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+        if "annotations" in content:
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            categories = {category["id"]: category["name"] for category in content["categories"]}
+            rows = [(names[a["image_id"]], [categories[a["category_id"]], *a["bbox"]])
+                    for a in content["annotations"]]
+        else:
+            rows = [(name, row) for name, some in content.items() for row in some]
+        for name, row in rows:
+            if not has_keys(row, {0: str, 1: number, 2: number, 3: number, 4: number}):
+                raise ValueError(f"a box is {row!r:.60}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected COCO's instances, or {{file: [[category, x, y, width, "
+                         f"height], ...]}} ({error!r:.200})") from None
+    for name, (category, *box) in rows:
+        yield name, category, box
+
+
 def imagenet(source):
     """Zero-shot classification of ImageNet's 50,000 validation images, top 1 and 5.
 
@@ -1532,6 +1717,7 @@ def class_numbers(data):
 READERS = {
     "scenes": scenes,
     "scenes_large": scenes_large,
+    "scenes_pointing": scenes_pointing,
     "sugarcrepe": sugarcrepe,
     "sugarcrepe_pp": sugarcrepe_pp,
     "aro": aro,
@@ -1541,6 +1727,7 @@ READERS = {
     "whatsup": whatsup,
     "cola": cola,
     "retrieval": retrieval,
+    "pointing": pointing,
     "imagenet": imagenet,
     "folder": folder,
     "choices": choices,
@@ -1566,7 +1753,7 @@ def download(benches, data_dir):
     for bench in benches:
         spec = TABLE.get(bench, {})
         if bench in TORCHVISION:
-            source = Source(bench, bench, Options(data_dir=data_dir), image_size=None)
+            source = Source(bench, bench, Options(data_dir=data_dir))
             list(torchvision_set(source, download=True))
         for file in spec.get("files", {}).values():
             if "url" in file:
@@ -2138,9 +2325,10 @@ def similarity_maps(model, image, phrases):
     return maps.unflatten(1, (side, side))
 
 
-def seen_box(model, image):
-    """What a model sees of an image: left, right, bottom, top in pixels, as imshow's extent."""
-    width, height = image.size
+def seen_box(model, size):
+    """What a model sees of an image of size (width, height): left, right, bottom, top in pixels, as
+    imshow's extent."""
+    width, height = size
     if model.config.resize == "shortest":       # the square in the middle
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
@@ -2164,7 +2352,7 @@ def show(checkpoint, image=None, scene=0, caption=None, concepts=None, output="a
         raise ValueError("show has no phrases for --image: give --concepts, or a --caption with "
                          "noun phrases")
     maps = [similarity_maps(model, picture, phrases) for model in models]
-    boxes = [seen_box(model, picture) for model in models]
+    boxes = [seen_box(model, picture.size) for model in models]
     save_figure(draw_maps(picture, phrases, names, maps, boxes), output)
 
 
@@ -2187,7 +2375,7 @@ def draw_maps(picture, phrases, names, maps, boxes):
             panel.set_axis_off()
         row[0].set_title(name)
         for panel, phrase, values in zip(row[1:], phrases, model_maps):
-            shown = panel.imshow(values, cmap="viridis", norm=scale, alpha=0.65,
+            shown = panel.imshow(values.numpy(), cmap="viridis", norm=scale, alpha=0.65,
                                  interpolation="bicubic", extent=box)
             x, y = peak_place(values, box)
             panel.plot(x, y, "+", color="black", markersize=15, markeredgewidth=4)
@@ -2332,7 +2520,8 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
         if files:       # not the first
             print0(f"\n{label}:")
         network.to(options.device).eval()
-        tasks, missing = read(benches, options, image_size(network))
+        size, patches = image_size(network), gives_patch_tokens(network)
+        tasks, missing = read(benches, options, size, patches)
         results = score(network, tasks, options)
         for name, subsets in results.items():
             print_table(name, subsets, TABLE.get(name, {}).get("published") if reference else None)

@@ -1,4 +1,5 @@
 """compare, plot, show and interpolate against plain computations, and what they say to wrong inputs."""
+import argparse
 import csv
 import json
 import math
@@ -12,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data import Scenes, load_image, train_tokenizer
 import evaluate
@@ -455,7 +456,7 @@ def test_describe_says_protocol_source_and_files(bench, capsys):
     out = capsys.readouterr().out
     spec = evaluate.TABLE.get(bench, {})
     assert out.startswith(f"{bench}: {evaluate.BENCHES[bench]}\n")
-    assert evaluate.READERS[bench].__doc__.split(".")[0].split("\n")[0] in out and len(out) > 300
+    assert evaluate.READERS[bench].__doc__.split(".")[0].split("\n")[0] in out and len(out) > 250
     assert spec.get("source", "") in out
     for file in spec.get("files", {}).values():
         assert f"here/{file['path']}" in out and file.get("url", "by hand") in out
@@ -627,3 +628,113 @@ def test_several_models_in_one_call(checkpoints, own, capsys):
     assert table[0].split() == ["choices", "macro", "micro"]
     for line, name, found in zip(table[1:], ("run0", "run1", "run1"), alone):
         assert line.split()[:2] == [name, f"{100 * found['macro']['accuracy']:.1f}"]
+
+
+# ------------------------------------------------------------------------------------------------- pointing
+
+class Colours:
+    """A model whose patch tokens are the patches' mean colours, and whose texts are colours: it points right."""
+
+    def __init__(self, side=4, shortest=False):
+        self.side = side
+        self.config = argparse.Namespace(resize="shortest" if shortest else "squash")
+        self.words = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
+
+    def transform(self, image):
+        if self.config.resize == "shortest":
+            image = ImageOps.fit(image, (min(image.size),) * 2)
+        return torch.from_numpy(np.asarray(image.resize((8, 8)), dtype=np.float32)).permute(2, 0, 1) / 255
+
+    def tokenize(self, texts):
+        return torch.tensor([[list(self.words).index(text.split()[-1])] for text in texts])
+
+    def encode_text(self, tokens):
+        return torch.tensor(list(self.words.values())).float()[tokens[:, 0]]
+
+    def encode_image(self, images, normalize=False, return_tokens=False):
+        tokens = torch.nn.functional.adaptive_avg_pool2d(images, self.side).flatten(2).transpose(1, 2) + 0.01
+        return (tokens.mean(1), tokens) if return_tokens else tokens.mean(1)
+
+
+def test_pointing_at_colours(tmp_path):
+    """A red field at the left, a blue one at the lower right; boxes of the size of the fields, and wrong ones."""
+    image = Image.new("RGB", (160, 80), "black")
+    image.paste("red", (0, 0, 40, 80))
+    image.paste("blue", (120, 40, 160, 80))
+    image.save(tmp_path / "1.png")
+    content = {"1.png": [["red", 0, 0, 40, 80], ["blue", 120, 40, 40, 40], ["green", 0, 0, 160, 80]],
+               "2.png": [["red", 120, 40, 40, 40], ["blue", 0, 0, 40, 40], ["blue", 121, 41, 5, 4]]}
+    image.save(tmp_path / "2.png")
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    options = dict(data=str(tmp_path / "boxes.json"), image_root=str(tmp_path), quiet=True)
+    found = evaluate.run(Colours(), ["pointing"], **options)["pointing"]
+    assert found["coco"]["correct"] == [1, 1, 1, 0, 0]
+    # patches inside: 4 of 16 red, 2 blue, all; then 2 red; 2 for one box of blue, and 1 for the small one
+    assert found["coco"]["chance"] == pytest.approx((4 / 16 + 2 / 16 + 1 + 2 / 16 + 3 / 16) / 5)
+    assert found["coco_macro"]["accuracy"] == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
+    assert found["coco"]["items"][0].endswith("1.png | a photo of a red")
+
+    # a model that sees the square in the middle sees neither field; its boxes are moved to where it looks
+    middle = evaluate.patches_inside([(60, 0, 40, 80)], evaluate.seen_box(Colours(shortest=True), (160, 80)), 4)
+    assert middle.view(4, 4).tolist() == [[False, True, True, False]] * 4
+
+    instances = {"images": [{"id": 7, "file_name": "1.png"}], "categories": [{"id": 3, "name": "blue"}],
+                 "annotations": [{"image_id": 7, "category_id": 3, "bbox": [120, 40, 40, 40], "iscrowd": 0}]}
+    os.makedirs(tmp_path / "coco" / "annotations")
+    (tmp_path / "coco" / "annotations" / "instances_val2017.json").write_text(json.dumps(instances))
+    official = evaluate.run(Colours(), ["pointing"], data_dir=str(tmp_path), image_root=str(tmp_path), quiet=True)
+    assert official["pointing"]["coco"]["correct"] == [1]
+
+
+def test_pointing_in_scenes_equals_a_plain_loop():
+    model = nano(0).eval()
+    found = evaluate.run(model, ["scenes_pointing"], quiet=True)["scenes_pointing"]["quadrant"]
+    data, correct = Scenes(1000, "val", 1), []
+    for i in range(20):
+        objects, cells, _ = data.objects(i)
+        with torch.no_grad():
+            tokens = model.encode_image(model.transform(data[i]["image"])[None], True, True)[1][0]
+            for (colour, shape), cell in zip(objects, cells):
+                text = model.encode_text(model.tokenize([f"a {colour} {shape}"]), True)[0]
+                y, x = divmod(int((tokens @ text).argmax()), math.isqrt(len(tokens)))
+                half = math.isqrt(len(tokens)) // 2
+                correct.append(int((x // half, y // half) == (cell % 2, cell // 2)))
+    assert found["correct"][:40] == correct and found["n"] == 2000 and found["chance"] == 0.25
+    assert len(set(found["image"])) == 1000
+
+
+def test_pointing_mistakes(tmp_path):
+    plain = Plain(nano(0))
+    plain.encode_image = lambda pixels: None
+    with pytest.raises(ValueError, match="scenes_pointing: this model's encode_image gives no patch tokens"):
+        evaluate.run(plain, ["scenes_pointing"])
+    for text in ("3", "[]", '{"1.png": [["a", 1, 2, 3]]}', '{"1.png": [["a", 1, 2, 3, null]]}', '{"annotations": [{}]}', "{"):
+        (tmp_path / "b.json").write_text(text)
+        with pytest.raises(ValueError, match="b.json: expected COCO's instances, or|coco"):
+            evaluate.run(Colours(), ["pointing"], data=str(tmp_path / "b.json"), data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="instances_val2017.json; get it: python evaluate.py download pointing"):
+        evaluate.run(Colours(), ["pointing"], data_dir=str(tmp_path))
+
+
+def test_files_with_fewer_rows_are_scored_if_that_is_allowed(tmp_path, capsys, monkeypatch):
+    model = nano(0).eval()
+    for name in ("1.jpg", "2.jpg"):
+        Image.new("RGB", (40, 40), "red" if name == "1.jpg" else "blue").save(tmp_path / name)
+    rows = {str(i): {"filename": f"{i % 3 + 1}.jpg", "caption": f"a red ring {'and' * i}", "negative_caption": "a blue ring"}
+            for i in range(9)}
+    os.makedirs(tmp_path / "sugarcrepe")
+    (tmp_path / "sugarcrepe" / "swap_obj.json").write_text(json.dumps(rows))
+    options = dict(data_dir=str(tmp_path), image_root=str(tmp_path))
+    with pytest.raises(ValueError, match="sugarcrepe"):
+        evaluate.run(model, ["sugarcrepe"], **options)
+    counted = {"texts": 0, "images": 0}
+    for name, key in ("encode_image", "images"), ("encode_text", "texts"):
+        def counting(x, *rest, function=getattr(model, name), key=key):
+            counted[key] += len(x)
+            return function(x, *rest)
+        monkeypatch.setattr(model, name, counting)
+    found = evaluate.run(model, ["sugarcrepe"], allow_missing=True, **options)["sugarcrepe"]
+    assert list(found) == ["swap_obj"] and found["swap_obj"]["n"] == 6
+    assert counted == {"images": 2, "texts": 7}     # 3.jpg is missing: its items cost nothing
+    out = capsys.readouterr().out
+    assert "partial: 9 of the official 245 rows" in out and "swap_obj: 3 of 9 items skipped" in out
