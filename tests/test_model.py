@@ -605,6 +605,43 @@ def test_open_clip_configs_that_cannot_be_built(tmp_path, clip_tokenizer):
         CLIP.from_pretrained(folder)
 
 
+@torch.no_grad()
+def test_every_config_of_open_clip_is_built_or_refused(tmp_path):
+    """One line that says which tower, what is supported, and how it can be evaluated all the same."""
+    refused = {}
+    write_text(tmp_path, "open_clip_model.safetensors", "")
+    for name in open_clip.list_models():
+        cfg = open_clip.get_model_config(name)
+        write_json(tmp_path, "open_clip_config.json", {"model_cfg": cfg})
+        try:
+            config, _ = M.read_folder(str(tmp_path))
+        except ValueError as error:
+            refused[name] = str(error)
+            assert "open_clip_config.json: " in refused[name] and "\n" not in refused[name], refused[name]
+            assert "evaluate.py --init open_clip:NAME/PRETRAINED" in refused[name]
+            continue
+        if name in M.SOURCES:
+            continue        # another test's
+        cfg["text_cfg"]["layers"] = 1           # the shapes of what is left are those of open_clip
+        if config.family == "clip":
+            cfg["vision_cfg"]["layers"] = 1
+        kwargs = {k: v for k, v in cfg.items() if k != "custom_text"}
+        with torch.device("meta"):
+            peer = (open_clip.model.CustomTextCLIP if "custom_text" in cfg else open_clip.model.CLIP)(**kwargs)
+            model = CLIP(layers(config, text=1, **{"vision": 1} if config.family == "clip" else {}))
+        parts = M.named_as(model, f"open_clip {config.family}")
+        ours = {k: tuple(torch.cat(x).shape) if len(x) > 1 else tuple(x[0].shape) for k, x in parts.items()}
+        theirs = {k: tuple(x.shape) for k, x in peer.state_dict().items() if k.split(".")[-1] not in M.NO_WEIGHTS}
+        assert ours == theirs, name
+    for name, why in (("RN50", "a ResNet"), ("EVA02-B-16", "eva02_base_patch16_clip_224"), ("convnext_base", "timm's"),
+                      ("ViTamin-L", "vitamin_large_224"), ("PE-Core-B-16", "vit_pe_core"), ("MobileCLIP-S1", "fastvit"),
+                      ("ViT-gopt-16-SigLIP2-256", "vit_giantopt_patch16_siglip_256"), ("coca_ViT-B-32", "CoCa"),
+                      ("roberta-ViT-B-32", "roberta-base"), ("ViT-L-14-CLIPA", "pool_type is 'avg'"),
+                      ("ViT-M-16-alt", "ls_init_value is 0.0001")):
+        assert why in refused[name], (name, refused[name])
+    assert len(refused) < len(open_clip.list_models()) - len(M.SOURCES)
+
+
 def test_quickgelu_name_contradicts_a_gelu_config(tmp_path, clip_tokenizer, monkeypatch):
     folder, _ = write_hf(tmp_path, "clip", clip_tokenizer[0], hidden_act="gelu")
     config = CLIP.from_pretrained(folder).config
@@ -951,6 +988,26 @@ def test_checkpoints_of_earlier_versions(tmp_path, siglip_tokenizer):
     saved["config"]["value_tokens"] = "B"
     with pytest.raises(ValueError, match="b.pt holds no readable weights .*value_tokens is 'B', .* only do 'A'"):
         CLIP.load(save(tmp_path / "b.pt", saved))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_features_are_float32_under_autocast(family, siglip_tokenizer):
+    """On a CPU too, where autocast runs the norm in bfloat16; and float64 stays float64."""
+    model = nano_of(family, siglip_tokenizer)
+    tokens, images = captions_with_an_end(model), torch.randn(4, 3, 32, 32)
+    spans, negatives = torch.tensor([[[0, 3], [1, 2]]] * 4), torch.stack([tokens, tokens], 1)
+    given = dict(spans=spans, negative_tokens=negatives, return_tokens=True)
+    assert {x.dtype for x in model(images.double(), tokens, negative_images=images.double(), **given).values()
+            if x is not None} == {torch.float64}
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images, tokens, negative_images=images, **given)
+        out["concepts"] = model(images, tokens, tokens)["concept_features"]
+        assert model.encode_image(images).dtype == torch.bfloat16
+    for key, x in out.items():
+        if "logit" not in key:
+            assert x.dtype == torch.float32 and difference(x.norm(dim=-1), torch.ones(1)) < 1e-6, key
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
