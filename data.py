@@ -10,7 +10,6 @@ A row is a dict with
     neighbour       optional row, a hard negative for this one
 A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
 """
-import csv
 import glob
 import io
 import json
@@ -22,7 +21,6 @@ import warnings
 import zlib
 from array import array
 from bisect import bisect_right
-from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +33,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from concepts import extract_batch, index_phrases, negate, string_id, swap_negatives
+from concepts import (CAPTION_KEYS, DELIMITERS, extract_batch, index_phrases, negate, read_table,
+                      string_id, swap_negatives)
 from model import clean_text
 
 # The loader's workers are the parallelism; threads of the tokenizer would only get in their way.
@@ -235,7 +234,6 @@ def draw_shape(draw, shape, x, y, r, fill):
 # ---- tables and tars: pairs on disk ----------------------------------------
 
 IMAGE_KEYS = ("image", "image_path", "filepath", "file_name", "filename", "path")
-CAPTION_KEYS = ("txt", "caption", "title", "text", "caption_text")
 JOIN_KEYS = ("url", "image_url", "key", "__key__", "Image Path", *IMAGE_KEYS)
 # What the members of a tar are, by their ending; others are passed over.
 MEMBERS = {
@@ -251,8 +249,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # Train the tokenizer on the captions of so many rows at most, and on so many letters of a word.
 TOKENIZER_ROWS = 200_000
 TOKENIZER_LETTERS = 100
-# A csv record of more lines is taken for a quote that is not closed.
-MAX_LINES = 1000
 # The longest name that a tar may give to a member, in bytes.
 MAX_NAME = 2**20
 
@@ -623,24 +619,26 @@ def read_rows(path):
     if kind not in (".csv", ".tsv", ".jsonl"):
         raise ValueError(f"{path}: expected a .csv, .tsv or .jsonl file, or .tar, "
                          f"got {kind or 'no ending'!r}")
-    empty = True
-    replaced = Tally()
+    number = 0
+    odd_lines = Tally()
+    odd_rows = {}           # what is odd about them -> Tally
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
-        lines = replaced.watch(f, "\ufffd")
-        if kind == ".jsonl":
-            rows = read_json_lines(path, lines)
-        elif kind == ".tsv":
-            rows = name_cells(path, split_at_tabs(lines))
-        else:
-            rows = name_cells(path, split_at_commas(lines))
-        for row in rows:
-            empty = False
+        lines = odd_lines.watch(f, "\ufffd")
+        rows = read_json_lines(lines) if kind == ".jsonl" else read_table(lines, DELIMITERS[kind])
+        for number, (row, problem) in enumerate(rows, 1):
+            if row is None:
+                yield Report(path, f"row {number:,}: {problem}", 1)
+                continue
+            if problem:
+                odd_rows.setdefault(problem, Tally()).add(number)
             yield row
-    if empty:
+    if number == 0:
         raise ValueError(f"{path}: no rows")
-    if replaced.count:
-        yield Report(path, f"{replaced.count:,} lines hold bytes that are no UTF-8, read as "
-                           f"\ufffd; the first is line {replaced.first:,}. Save it as UTF-8")
+    for problem, tally in odd_rows.items():
+        yield Report(path, f"{tally.count:,} rows, the first is row {tally.first:,}: {problem}")
+    if odd_lines.count:
+        yield Report(path, f"{odd_lines.count:,} lines, the first is line {odd_lines.first:,}: "
+                           "bytes that are no UTF-8, read as \ufffd. Save the file as UTF-8")
 
 
 class Tally:
@@ -663,95 +661,16 @@ class Tally:
             yield line
 
 
-def read_json_lines(path, lines):
-    """Yield the object of each line, or a Report; blank lines do not count."""
-    number = 0
+def read_json_lines(lines):
+    """Yield (object, ""), or (None, what is wrong), for each line that is not blank."""
     for line in lines:
         if not line.strip():
             continue
-        number += 1
         row = parse_json(line)
         if row:
-            yield row
+            yield row, ""
         else:
-            yield Report(path, f"row {number} is not an object in json", 1)
-
-
-def name_cells(path, records):
-    """Yield dicts of column names and cells, and Reports, from (cells, number of lines) of the
-    records of a table. The first record has the names; blank lines do not count."""
-    header = None
-    number = 0
-    several = Tally()
-    for cells, lines in records:
-        if header is None:
-            header = cells
-            continue
-        if cells == []:
-            continue
-        number += 1
-        if cells is None:
-            yield Report(path, f"row {number} begins a quote that is not closed", 1)
-            continue
-        if lines > 1:
-            several.add(number)
-        if any(cells[len(header):]):
-            yield Report(path, f"row {number} has {len(cells)} cells for {len(header)} columns: a "
-                               "text that holds the separator needs quotes, in a .csv", 1)
-            continue
-        cells += [None] * (len(header) - len(cells))
-        yield dict(zip(header, cells))
-    if several.count:
-        yield Report(path, f"{several.count:,} rows hold line breaks, the first is row "
-                           f"{several.first:,}: as they should, unless a quote is missing there")
-
-
-def split_at_tabs(lines):
-    """Yield (cells, 1) for each line. Quotes are letters like others: what these data sets
-    export as .tsv is not quoted, and captions do begin with quotes."""
-    for line in lines:
-        line = line.rstrip("\r\n")
-        yield (line.split("\t") if line else []), 1
-
-
-def split_at_commas(lines):
-    """Yield (cells, number of lines) for each record of a .csv; None in place of the cells of a
-    line with a quote that is not closed, behind which reading goes on with the next line."""
-    csv.field_size_limit(2**31 - 1)     # long captions are no mistake
-    lines = iter(lines)
-    waiting = deque()       # lines to be read once more
-    taken = []              # the lines of the record that is being read
-
-    def feed():
-        while len(taken) < MAX_LINES:
-            line = waiting.popleft() if waiting else next(lines, None)
-            if line is None:
-                return
-            taken.append(line)
-            yield line
-
-    more = True
-    while more:
-        more = False
-        for cells in csv.reader(feed()):
-            if len(taken) == 1 or is_well_formed(taken):
-                yield cells, len(taken)
-                taken.clear()
-                continue
-            waiting.extendleft(reversed(taken[1:]))
-            taken.clear()
-            yield None, 1
-            more = True
-            break
-
-
-def is_well_formed(lines):
-    """Whether some lines are one record by the letter: every quote closed, before a comma or the
-    end. Where a quote is missing, the next one closes it in the midst of a text."""
-    try:
-        return len(list(csv.reader(lines, strict=True))) == 1
-    except csv.Error:
-        return False
+            yield None, "not an object in json"
 
 
 def read_shard(path):
