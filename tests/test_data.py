@@ -4,8 +4,10 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import re
+import shutil
 import tarfile
 import tracemalloc
 from collections import Counter
@@ -358,7 +360,7 @@ def test_shards_and_tables_are_one_data_set(shards, folder):
     assert data[42]["image"].size == (40, 30) and "(row 2)" in data[42]["key"]
     assert CaptionFile(shards, caption_key="caption").captions[3] == "json 3"
     for part in data.parts:     # no object for each sample
-        assert isinstance(part.lines, bytes) and isinstance(part.ends, np.ndarray)
+        assert isinstance(part.index.content, np.ndarray) and isinstance(part.index.ends, np.ndarray)
 
 
 def test_one_of_several_captions_by_seed_epoch_and_index(shards):
@@ -408,13 +410,12 @@ def test_index_is_cached_and_follows_the_shard(tmp_path, monkeypatch):
     shard(path, [(n, c.replace(b"text", b"TEXT")) for n, c in samples(5, 10)])
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
     assert os.path.getsize(path) == stat.st_size and CaptionFile(path).captions[0] == "TEXT 5" and len(scans) == 3
-    for name in os.listdir(tmp_path):
-        if name.endswith(".jsonl"):
-            os.remove(tmp_path / name)
+    assert len(os.listdir(tmp_path)) == 2 and len(os.listdir(tmp_path / ".c2lip-index")) == 1     # old ones are removed
+    shutil.rmtree(tmp_path / ".c2lip-index")
 
-    def refuse(*args):
+    def refuse(*args, **options):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(os, "replace", refuse)      # a folder that cannot be written
+    monkeypatch.setattr(os, "makedirs", refuse)      # a folder that cannot be written
     with pytest.warns(UserWarning, match="kept in memory only"):
         assert len(CaptionFile(path)) == 5
     with pytest.warns(UserWarning):
@@ -546,6 +547,208 @@ def test_large_tables_are_read_row_by_row(tmp_path, kind):
     tracemalloc.stop()
     assert len(data) == n and data.sample(n - 1)["captions"][0].startswith("a wall 4999 ")
     assert peak < 8e6, peak     # all rows at once: 19e6
+
+
+# ------------------------------------------------------------------------------------------- indices of large files
+
+@pytest.fixture
+def large(monkeypatch):
+    """Tables of any size have an index."""
+    monkeypatch.setattr(data_module, "INDEX_FROM", 0)
+
+
+def index_of(folder):
+    """The one index in a folder."""
+    [name] = os.listdir(folder / ".c2lip-index")
+    return folder / ".c2lip-index" / name
+
+
+def table_of(folder, count=50, name="t.csv"):
+    return write(folder, name, "image,caption,neighbours\n" + "".join(
+        f"{'ab'[i % 2]}.{('png', 'jpg')[i % 2]},caption {i},{i - 1}\n" for i in range(count)))
+
+
+def rows_of(data):
+    return [data.sample(i) for i in range(len(data))]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_an_index_gives_the_rows_that_reading_gives(folder, kind, monkeypatch):
+    rows = [{"image": "a.png", "caption": f"a cät {i}" * (i % 7), "concepts": f"x{i}|y", "neighbours": f"{i - 1}|{i + 1}"}
+            for i in range(300)]
+    path = folder / f"t.{kind}"
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        if kind == "jsonl":
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            table = csv.DictWriter(f, rows[0], delimiter="\t" if kind == "tsv" else ",")
+            table.writeheader()
+            table.writerows(rows)
+    plain = CaptionFile(str(path), str(folder))
+    assert not os.path.exists(folder / ".c2lip-index")
+    monkeypatch.setattr(data_module, "INDEX_FROM", 0)
+    for _ in range(2):      # written, then found
+        indexed = CaptionFile(str(path), str(folder))
+        assert rows_of(indexed) == rows_of(plain) and len(plain) == 257
+        assert [indexed[i]["neighbours"] for i in range(9)] == [plain[i]["neighbours"] for i in range(9)]
+        assert indexed.skipped == plain.skipped and indexed.lost_rows == plain.lost_rows == 43
+        monkeypatch.setattr(data_module, "read_rows", None)
+    with pytest.raises(TypeError):      # another column: another index, so the table is read
+        CaptionFile(str(path), str(folder), caption_key="concepts")
+
+
+@pytest.mark.parametrize("harm", ["cut", "short", "zeroed", "zeros inside", "empty", "one bit", "other"])
+def test_a_damaged_index_is_made_anew_with_a_word(folder, large, harm):
+    path = table_of(folder)
+    before = rows_of(CaptionFile(path, str(folder)))
+    place = index_of(folder)
+    content = bytearray(place.read_bytes())
+    if harm == "cut":
+        del content[1000:]
+    elif harm == "short":
+        del content[500:508]
+    elif harm == "zeroed":
+        content[:] = bytes(len(content))
+    elif harm == "zeros inside":
+        content[100:300] = bytes(200)
+    elif harm == "empty":
+        content = b""
+    elif harm == "one bit":
+        content[700] ^= 1
+    else:
+        content = b"something else\n" * 40 + data_module.INDEX_MARK
+    os.remove(place)        # not in place: an open one stays as it was
+    place.write_bytes(content)
+    data = CaptionFile(path, str(folder))
+    assert rows_of(data) == before and index_of(folder) == place
+    assert len(data.remarks) == 1 and data.remarks[0][1].startswith("its index was damaged")
+    assert CaptionFile(path, str(folder)).remarks == []
+
+
+def test_what_a_kill_leaves_of_an_index_is_removed(folder, large):
+    path = table_of(folder)
+    CaptionFile(path, str(folder))
+    place = index_of(folder)
+    os.rename(place, f"{place}.0123456789abcdef.partial")
+    (folder / ".c2lip-index" / f"{place.name}.lock").write_text("")
+    assert len(CaptionFile(path, str(folder))) == 50 and index_of(folder) == place
+
+
+def killed(path, root, rows):
+    """Index a table, and be killed after some rows."""
+    data_module.INDEX_FROM = 0
+    number = data_module.IndexWriter.number
+
+    def kill(self, column, value):
+        if column == "numbers" and value == rows:
+            os.kill(os.getpid(), 9)
+        number(self, column, value)
+    data_module.IndexWriter.number = kill
+    CaptionFile(path, root)
+
+
+def test_killed_while_indexing(folder, large):
+    path = table_of(folder)
+    process = multiprocessing.get_context("fork").Process(target=killed, args=(path, str(folder), 30))
+    process.start()
+    process.join()
+    assert process.exitcode == -9 and len(os.listdir(folder / ".c2lip-index")) == 2     # partial and lock
+    assert len(CaptionFile(path, str(folder))) == 50 and index_of(folder).name.endswith(".index")
+
+
+def test_a_full_disk_while_indexing(folder, large, monkeypatch, tmp_path_factory):
+    path, text = table_of(folder), data_module.IndexWriter.text
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+    def full(self, value):
+        if self.path and self.path.startswith(str(folder)) and "40" in str(value):
+            raise data_module.CannotWrite("No space left on device")
+        text(self, value)
+    monkeypatch.setattr(data_module.IndexWriter, "text", full)
+    assert len(CaptionFile(path, str(folder))) == 50
+    assert os.listdir(folder / ".c2lip-index") == []        # nothing is left behind
+    assert len(os.listdir(cache / "c2lip" / "index")) == 1  # the next place
+    os.remove(cache / "c2lip" / "index" / os.listdir(cache / "c2lip" / "index")[0])
+    monkeypatch.setattr(data_module.IndexWriter, "finish", lambda self, about, finish=data_module.IndexWriter.finish: (
+        finish(self, about) if self.path is None else (_ for _ in ()).throw(data_module.CannotWrite("No space left"))))
+    with pytest.warns(UserWarning, match="No space left: indices of its files are kept in memory only.*--index-dir"):
+        assert len(CaptionFile(path, str(folder))) == 50
+    assert os.listdir(folder / ".c2lip-index") == os.listdir(cache / "c2lip" / "index") == []
+
+
+def test_a_source_that_cannot_be_read_on(folder, large, monkeypatch):
+    path, read = table_of(folder), data_module.read_rows
+
+    def broken(path):
+        yield from list(read(path))[:20]
+        raise OSError(5, "Input/output error")
+    monkeypatch.setattr(data_module, "read_rows", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        CaptionFile(path, str(folder))
+    assert os.listdir(folder / ".c2lip-index") == []
+
+
+def test_files_that_are_replaced(folder, large, monkeypatch):
+    path, read, times = table_of(folder), data_module.read_rows, []
+
+    def replaced(path):
+        times.append(1)
+        yield from read(path)
+        if len(times) == 1:
+            table_of(folder, 60)
+    monkeypatch.setattr(data_module, "read_rows", replaced)
+    assert len(CaptionFile(path, str(folder))) == 60 and len(times) == 2
+    tar = shard(folder / "a.tar", samples(0, 4))
+    data = CaptionFile(tar)
+    assert "error" not in data[1]
+    shard(folder / "a.tar", samples(4, 8))
+    assert "has changed since" in data[1]["error"]
+
+
+def test_another_folder_for_indices(folder, large, tmp_path_factory):
+    place = tmp_path_factory.mktemp("indices")
+    os.makedirs(folder / "other")
+    one, two = table_of(folder), table_of(folder, 20, "other/t.csv")
+    for _ in range(2):
+        assert len(CaptionFile(f"{one}::{two}", str(folder), index_dir=str(place))) == 70
+        assert len(os.listdir(place)) == 2 and not os.path.exists(folder / ".c2lip-index")
+    assert len(CaptionFile(two, str(folder), index_dir=str(place / "new/folder"))) == 20
+
+
+def test_an_index_moves_with_its_folder(tmp_path, monkeypatch):
+    os.makedirs(tmp_path / "old")
+    shard(tmp_path / "old" / "a.tar", samples(0, 4))
+    assert len(CaptionFile(str(tmp_path / "old" / "a.tar"))) == 4
+    os.rename(tmp_path / "old", tmp_path / "new")
+    monkeypatch.setattr(data_module, "tar_members", None)
+    monkeypatch.chdir(tmp_path)
+    data = CaptionFile("new/a.tar")
+    assert data[3]["key"] == "new/a.tar 000000003" and data.sample(0)["image"][0] == "new/a.tar"
+
+
+def test_a_row_of_ten_megabytes(folder, large):
+    path = write(folder, "t.jsonl", "".join(json.dumps({"image": "a.png", "caption": c * 10_000_000}) + "\n" for c in "ab"))
+    data = CaptionFile(path, str(folder))
+    assert [len(text) for text in data.captions] == [10_000_000] * 2
+
+
+def test_an_index_is_mapped_by_workers_that_are_spawned(folder, large):
+    data = CaptionFile(table_of(folder), str(folder))
+    copied = pickle.loads(pickle.dumps(data))
+    assert len(pickle.dumps(data)) < 3000 and rows_of(copied) == rows_of(data)
+    assert copied[0]["image"].size == (40, 30)
+
+
+def test_joined_captions_by_their_index(shards, tmp_path, large):
+    table = write(tmp_path, "c.csv", "key,caption\n" + "".join(f"{i:09d},new {i}\n" for i in range(50) if i != 7))
+    results = [CaptionFile(shards, captions=table) for _ in range(2)]
+    for data in results:
+        assert data.captions == [f"new {i}" for i in range(41) if i != 7] and data.lost_rows == 1
+        assert data.skipped[0] == (table, "9 key fit no image, the first is '000000041'")
+    write(tmp_path, "c.csv", "key,caption\n" + "".join(f"{i:09d},newer {i}\n" for i in range(41)))
+    data = CaptionFile(shards, captions=table)
+    assert data.captions == [f"newer {i}" for i in range(41)] and data.skipped == []
 
 
 # ----------------------------------------------------------------------------------- nothing lost, nothing silent
