@@ -39,6 +39,7 @@ import zipfile
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Callable
 
@@ -56,9 +57,20 @@ BENCHES = {
     "colorswap": "300 pairs of images with two colours exchanged in the caption",
     "whatsup": "left, right, on, under, in front, behind: the preposition that fits",
     "cola": "210 pairs of images that share objects and attributes, bound otherwise",
+    "bivlc": "2,933 images and captions of COCO with made negatives of both",
+    "vismin": "2,084 pairs of images that differ little: object, attribute, count, relation",
+    "mmvp": "135 pairs of images that CLIP confuses, in 9 visual patterns",
+    "negbench": "captions with and without negation, four for each image",
+    "hard_positives": "captions whose meaning stays, or changes, by one word",
+    "vl_checklist": "objects, attributes and relations: 56 sets of captions with one word changed",
     "retrieval": "R@1, 5, 10 both ways on COCO and Flickr30k, or on your own --data",
+    "flickr8k": "R@1, 5, 10 both ways on the 1,000 test images of Flickr8k",
     "pointing": "on COCO val2017, the patch most similar to a category lies in a box of it",
     "imagenet": "zero-shot classification, 1,000 classes, 80 prompts (by hand)",
+    "imagenet_v2": "zero-shot classification, 10,000 new photographs of the 1,000 classes",
+    "imagenet_a": "zero-shot classification, 7,500 photographs that fool ResNets, 200 classes",
+    "imagenet_r": "zero-shot classification, 30,000 drawings, toys, ..., 200 classes",
+    "imagenet_sketch": "zero-shot classification, 50,889 sketches of the 1,000 classes",
     "folder": "zero-shot classification of your own --data DIR with --classes FILE",
     "choices": "your own captions against negatives: --data FILE with image, caption, negative",
     "cifar10": "zero-shot classification, 10 classes",
@@ -231,6 +243,7 @@ import torch.distributed as dist                                                
 import torch.nn.functional as F                                                       # noqa: E402
 import torchvision                                                                    # noqa: E402
 from PIL import Image                                                                 # noqa: E402
+from timm.data import ImageNetInfo                                                    # noqa: E402
 from torch.utils.data import DataLoader, Dataset                                      # noqa: E402
 from tqdm import tqdm                                                                 # noqa: E402
 
@@ -845,14 +858,24 @@ def score(model, tasks, options):
                 found = list(task.outcomes(image_features, text_features))
             outcomes.extend(found)
             partial.update((outcome[0], task.partial) for outcome in found if task.partial)
-        means = MEANS.get(bench, {})
         subsets = [outcome[0] for outcome in outcomes]
-        if bench == "choices" and len(subsets) > 1:
-            means = {"macro": subsets, "micro": subsets}
-        results[bench] = summarize(outcomes, means)
+        results[bench] = summarize(outcomes, means_of(bench, subsets))
         for subset, text in partial.items():
             results[bench][subset]["partial"] = text
     return results
+
+
+def means_of(bench, subsets):
+    """{name: its parts}, see summarize: of MEANS, or where the data says what subsets there are,
+    the mean over all subsets (macro) and all items (micro), or over those of each of Winoground's
+    rules."""
+    if bench in MEANS:
+        return MEANS[bench]
+    if bench == "vismin":
+        return {rule: [name for name in subsets if name.endswith(f"_{rule}")] for rule in PAIRED}
+    if bench in ("choices", "mmvp") and len(subsets) > 1:
+        return {"macro": subsets, "micro": subsets}
+    return {}
 
 
 def report_cut(model, texts, tokens):
@@ -925,29 +948,31 @@ class Source:
         self.partial = ""                   # what is to be said of a file that is not whole
         self.spec = TABLE.get(bench, {})
 
-    def rows(self, keys):
-        """The rows of this part's file: dicts, or lists. keys {key or place: type of its value}.
+    def rows(self, keys, part=None):
+        """The rows of this part's file, or of another part's: dicts, or lists. keys {key or place:
+        type of its value}.
 
         Raises Missing if there is no file, ValueError if it is not the official one.
         """
-        file = self.spec["files"][self.subset]
+        file = self.spec["files"][part or self.subset]
+        n = file.get("n")               # None: not known
         path = Path(self.options.data_dir, file["path"])
         if not path.is_file():
             raise Missing(f"{self.bench}: no {path}; get it: {GET} {self.bench}")
         try:
             content = path.read_bytes()
-            rows = parse_rows(content, path.suffix)
+            rows = parse_rows(content, path.suffix.lower())
             whole = all(has_keys(row, keys) for row in rows)
             digest = hashlib.sha256(content).hexdigest()
-            fewer = whole and 0 < len(rows) < file["n"] and self.options.allow_missing
-            official = len(rows) == file["n"] and file.get("sha256") in (None, digest)
+            fewer = whole and n and 0 < len(rows) < n and self.options.allow_missing
+            official = n in (None, len(rows)) and rows and file.get("sha256") in (None, digest)
             if fewer:
-                self.partial = f"partial: {len(rows):,} of the official {file['n']:,} rows"
+                self.partial = f"partial: {len(rows):,} of the official {n:,} rows"
             elif not whole or not official:
                 extent = "all" if whole else "not all"
                 raise ValueError(f"{len(rows)} rows, {extent} with {', '.join(map(str, keys))}")
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} is not the official file of {file['n']} rows ({error}): "
+            raise ValueError(f"{path} is not the official file of {n or 'unknown'} rows ({error}): "
                              f"delete it and get it: {GET} {self.bench}"
                              ) from None
         return rows
@@ -975,10 +1000,15 @@ class Source:
 
 
 def parse_rows(content, suffix):
-    """The rows of a .jsonl file, or of a json list, or the values of a json dict."""
+    """The rows of a .csv or .jsonl file, of a json list, of Karpathy's json files, which have them
+    under images, or the values of another json dict."""
     if suffix == ".jsonl":
         return [json.loads(line) for line in content.splitlines()]
+    if suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
     rows = json.loads(content)
+    if isinstance(rows, dict) and isinstance(rows.get("images"), list):
+        return rows["images"]
     if isinstance(rows, dict):      # by number, with gaps in SugarCrepe's swap_obj
         rows = list(rows.values())
     return rows
@@ -1207,9 +1237,18 @@ def sugarcrepe(source):
                               "negative_caption": "..."}, "1": ...}
     """
     rows = source.rows({"filename": str, "caption": str, "negative_caption": str})
-    images = source.pictures([row["filename"] for row in rows])
-    texts = [(row["caption"], row["negative_caption"]) for row in rows]
+    images = source.pictures(column(rows, "filename"))
+    texts = columns(rows, "caption", "negative_caption")
     yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
+
+
+def column(rows, key):
+    return [row[key] for row in rows]
+
+
+def columns(rows, *keys):
+    """A list of tuples: the values of several keys in each row."""
+    return list(map(itemgetter(*keys), rows))
 
 
 def tuples(items):
@@ -1240,8 +1279,8 @@ def sugarcrepe_pp(source):
                          "caption2": "...", "negative_caption": "..."}, ...]
     """
     rows = source.rows({"filename": str, "caption": str, "caption2": str, "negative_caption": str})
-    images = tuples(source.pictures([row["filename"] for row in rows]))
-    texts = [(row["caption"], row["caption2"], row["negative_caption"]) for row in rows]
+    images = tuples(source.pictures(column(rows, "filename")))
+    texts = columns(rows, "caption", "caption2", "negative_caption")
     yield Choices(f"{source.subset}_itt", both_captions_win, 1 / 3, images, texts)
     yield Choices(f"{source.subset}_tot", captions_are_nearest, 1 / 3, images, texts)
 
@@ -1273,9 +1312,9 @@ def aro_swap(source, label_key, label_type, least):
     box = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
     rows = source.rows({"image_path": str, "true_caption": str, "false_caption": str,
                         label_key: label_type, **dict.fromkeys(box, (int, float))})
-    boxes = [[row[key] for key in box] for row in rows]
-    images = source.pictures([row["image_path"] for row in rows], boxes)
-    texts = [(row["true_caption"], row["false_caption"]) for row in rows]
+    boxes = columns(rows, *box)
+    images = source.pictures(column(rows, "image_path"), boxes)
+    texts = columns(rows, "true_caption", "false_caption")
     labels = [str(row[label_key]) for row in rows]
     count = Counter(labels)
     left_out = source.spec["files"][source.subset].get("left_out", ())
@@ -1346,8 +1385,8 @@ def valse(source):
     """
     rows = source.rows({"image_file": str, "caption": str, "foil": str, "mturk": dict})
     rows = [row for row in rows if row["mturk"]["caption"] >= 2]
-    images = source.pictures([row["image_file"] for row in rows])
-    texts = [(row["caption"], row["foil"]) for row in rows]
+    images = source.pictures(column(rows, "image_file"))
+    texts = columns(rows, "caption", "foil")
     yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
 
 
@@ -1363,7 +1402,7 @@ def winoground(source):
         PAIRED,
         source.pictures([f"{row['image_0']}.png" for row in rows]),
         source.pictures([f"{row['image_1']}.png" for row in rows]),
-        [(row["caption_0"], row["caption_1"]) for row in rows])
+        columns(rows, "caption_0", "caption_1"))
 
 
 def paired_choices(rules, first_images, second_images, texts):
@@ -1382,9 +1421,9 @@ def colorswap(source):
     rows = source.rows({"image_1": str, "image_2": str, "caption_1": str, "caption_2": str})
     yield from paired_choices(
         PAIRED,
-        source.pictures([row["image_1"] for row in rows]),
-        source.pictures([row["image_2"] for row in rows]),
-        [(row["caption_1"], row["caption_2"]) for row in rows])
+        source.pictures(column(rows, "image_1")),
+        source.pictures(column(rows, "image_2")),
+        columns(rows, "caption_1", "caption_2"))
 
 
 WHATSUP_MEANS = {
@@ -1414,13 +1453,13 @@ def whatsup(source):
         names = [f"val2017/{str(row[0]):0>12}.jpg" for row in rows]
     else:
         names = [f"data/vg_images/{row[0]}.jpg" for row in rows]
-    texts = [(row[1], row[2]) for row in rows]
+    texts = columns(rows, 1, 2)
     yield Choices(source.subset, first_text_wins, 1 / 2, tuples(source.pictures(names)), texts)
 
 
 def whatsup_controlled(source):
     rows = source.rows({"image_path": str, "caption_options": [str]})
-    images = source.pictures([row["image_path"] for row in rows])
+    images = source.pictures(column(rows, "image_path"))
     texts = [tuple(row["caption_options"]) for row in rows]
     yield Choices(source.subset, first_text_wins, 1 / 4, tuples(images), texts)
     pairs, sets = {}, {}        # {objects: [images, texts]} in which all must be right
@@ -1449,11 +1488,152 @@ def cola(source):
         {source.subset: PAIRED["image"]},
         source.pictures([file_name(row[0]) for row in rows]),
         source.pictures([file_name(row[2]) for row in rows]),
-        [(row[1], row[3]) for row in rows])
+        columns(rows, 1, 3))
 
 
 def file_name(url):
     return re.sub("http.*/", "", url)
+
+
+def bivlc(source):
+    """An image of COCO and its caption, and a negative caption of SugarCrepe with an image that was
+    made for it. As Winoground: text, image and group score, chance 1/4, 1/4 and 1/6. The 2,933
+    items of the test split.
+
+        test.jsonl  {"image": "0_image.jpg", "negative_image": "0_negative_image.jpg",
+                     "caption": "...", "negative_caption": "...", "type": "add", "subtype": "obj"}
+    (a hub data set: download writes it in this form, by the package datasets)
+    """
+    keys = ("image", "negative_image", "caption", "negative_caption")
+    rows = source.rows(dict.fromkeys(keys, str))
+    yield from paired_choices(
+        PAIRED,
+        source.pictures(column(rows, "image")),
+        source.pictures(column(rows, "negative_image")),
+        columns(rows, "caption", "negative_caption"))
+
+
+def vismin(source):
+    """Two images that differ in one object, attribute, count or spatial relation, and a caption of
+    each. As Winoground, by category: CATEGORY_text, _image and _group; text, image and group are
+    the means over categories. 2,084 items.
+
+        test.jsonl  {"image_0": "0_image_0.jpg", "image_1": "0_image_1.jpg", "text_0": "...",
+                     "text_1": "...", "category": "object", ...}
+    (a hub data set: download writes it in this form, by the package datasets)
+    """
+    keys = ("image_0", "image_1", "text_0", "text_1", "category")
+    rows = source.rows(dict.fromkeys(keys, str))
+    for category in dict.fromkeys(row["category"] for row in rows):
+        some = [row for row in rows if row["category"] == category]
+        yield from paired_choices(
+            {f"{category}_{rule}": found for rule, found in PAIRED.items()},
+            source.pictures(column(some, "image_0")),
+            source.pictures(column(some, "image_1")),
+            columns(some, "text_0", "text_1"))
+
+
+def mmvp(source):
+    """Two images that CLIP's image tower finds alike, and a statement about each: each text "a
+    photo of STATEMENT" must strictly prefer its own image. 135 pairs, 15 in each of 9 patterns.
+
+        Questions.csv  Question ID,Type,Statement: two rows in turn are a pair
+        MLLM_VLM Images/TYPE/ID.jpg, TYPE as in the first row of the pair
+    """
+    rows = [list(row.values()) for row in source.rows({})]
+    if any(len(row) != 3 or not all(row) for row in rows) or len(rows) % 2:
+        raise ValueError("mmvp: expected pairs of rows of three values: ID, type, statement")
+    pairs = {}          # {pattern: [(first row, second row), ...]}
+    for first, second in zip(rows[::2], rows[1::2]):
+        pairs.setdefault(first[1], []).append((first, second))
+    for pattern, some in pairs.items():
+        yield from paired_choices(
+            {pattern: PAIRED["image"]},
+            source.pictures([f"{pattern}/{first[0]}.jpg" for first, _ in some]),
+            source.pictures([f"{pattern}/{second[0]}.jpg" for _, second in some]),
+            [(f"a photo of {first[2]}", f"a photo of {second[2]}") for first, second in some])
+
+
+def negbench(source):
+    """Four captions of an image, of which one is true: it must score strictly highest. Some say
+    what is there (positive), some what is not (negative), some both (hybrid). coco and voc are over
+    all items, coco_negative and so on over those whose true caption is of that kind.
+
+        COCO_val_mcq_llama3.1_rephrased.csv  columns image_path, caption_0 to caption_3,
+            correct_answer (0 to 3), correct_answer_template (positive, negative, hybrid)
+    """
+    keys = [f"caption_{i}" for i in range(4)]
+    rows = source.rows(dict.fromkeys(
+        (*keys, "image_path", "correct_answer", "correct_answer_template"), str))
+    images = tuples(source.pictures([os.path.basename(row["image_path"]) for row in rows]))
+    texts = []
+    for row in rows:
+        captions = [row[key] for key in keys]
+        number = row["correct_answer"].removesuffix(".0")
+        if number not in ("0", "1", "2", "3"):
+            raise ValueError(f"negbench: correct_answer {number!r:.40}: expected 0 to 3")
+        true = captions.pop(int(number))
+        texts.append((true, *captions))
+    yield Choices(source.subset, first_text_wins, 1 / 4, images, texts)
+    for kind in ("positive", "negative", "hybrid"):
+        some = [i for i, row in enumerate(rows) if row["correct_answer_template"] == kind]
+        if some:
+            yield Choices(f"{source.subset}_{kind}", first_text_wins, 1 / 4,
+                          [images[i] for i in some], [texts[i] for i in some])
+
+
+def hard_positives(source):
+    """A caption, the same with a word or an order changed that keeps its meaning (hard positive),
+    and one that does not (hard negative): both of the first must strictly beat the third. swap: on
+    crops of Visual Genome; replace_att, replace_rel: on whole images. Chance is 1/3.
+
+        data/vl_checklist_attributes.json  [{"image_id": "2401814",
+            "image_path": "data/VG_100K_2/2401814.jpg", "true_caption": "walking elephant",
+            "false_caption": "jumping elephant"}, ...]
+        swapped_data/vl_checklist_attributes.json  the same with the hard positive as true_caption
+    """
+    if source.subset.endswith("_positive"):     # the second file of another part
+        return
+    keys = {"image_path": str, "true_caption": str, "false_caption": str}
+    box = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
+    if source.subset == "swap":
+        keys |= dict.fromkeys(box, (int, float))
+    rows = source.rows(keys)
+    positives = source.rows(keys, f"{source.subset}_positive")
+    if len(rows) != len(positives):
+        raise ValueError(f"hard_positives {source.subset}: {len(rows)} captions and "
+                         f"{len(positives)} hard positives")
+    names = [row["image_path"].removeprefix("data/") for row in rows]
+    boxes = columns(rows, *box) if source.subset == "swap" else None
+    texts = [(row["true_caption"], other["true_caption"], other["false_caption"])
+             for row, other in zip(rows, positives)]
+    images = tuples(source.pictures(names, boxes))
+    yield Choices(source.subset, both_captions_win, 1 / 3, images, texts)
+
+
+def vl_checklist(source):
+    """A caption must score strictly higher than the same with an object, attribute or relation
+    changed; where a row has several of either, the first counts. Published are the means of
+    attribute, object and relation, over sets; macro_3 is theirs.
+
+        Attribute/vg/color.json  [["VG_100K/2372476.jpg",
+                                   {"POS": ["red car"], "NEG": ["blue car"]}], ...]
+    """
+    rows = source.rows({0: str, 1: dict})
+    texts = []
+    for _, captions in rows:
+        if not has_keys(captions, {"POS": [str], "NEG": [str]}):
+            raise ValueError(f"vl_checklist {source.subset}: a row has no texts under POS and NEG")
+        texts.append((captions["POS"][0], captions["NEG"][0]))
+    images = source.pictures([name for name, _ in rows])
+    yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
+
+
+def vl_checklist_means():
+    subsets = list(TABLE["vl_checklist"]["files"])
+    kinds = ("attribute", "object", "relation")
+    means = {kind: [name for name in subsets if name.startswith(kind)] for kind in kinds}
+    return {**means, "macro_3": list(kinds)}
 
 
 RETRIEVAL_MEANS = {     # of both directions
@@ -1488,6 +1668,22 @@ def retrieval(source):
             texts.append(caption)
             keys.append(len(keys))
     yield pairs_to_ranking(source.pictures(images), keys, texts, f"{source.subset}_")
+
+
+def flickr8k(source):
+    """As retrieval, on the 1,000 test images of Flickr8k with 5 captions each (Karpathy's split).
+
+        dataset_flickr8k.json  {"images": [{"filename": "1000268201_693b08cb0e.jpg",
+            "split": "test", "sentences": [{"raw": "..."}, ...], ...}, ...], ...}
+    """
+    images, texts = [], []
+    for row in source.rows({"filename": str, "split": str, "sentences": list}):
+        for sentence in row["sentences"] if row["split"] == "test" else ():
+            if not has_keys(sentence, {"raw": str}):
+                raise ValueError("flickr8k: a sentence of dataset_flickr8k.json has no text (raw)")
+            images.append(row["filename"])
+            texts.append(sentence["raw"])
+    yield pairs_to_ranking(source.pictures(images), range(len(texts)), texts, prefix="")
 
 
 def own_retrieval(options):
@@ -1587,6 +1783,21 @@ def imagenet(source):
     data = image_folder(source, folder_name)
     count = source.spec["n"]
     yield classification(source, data, known["classes"], known["templates"], count)
+
+
+def imagenet_variant(source):
+    """Zero-shot classification, top 1 and 5, with the names and prompts of imagenet, of which only
+    the classes that have a folder compete. Folders are WordNet's numbers (n01440764), or for
+    ImageNet-V2 the numbers of the classes, 0 to 999."""
+    known = json.loads((ASSETS / "imagenet.json").read_text("utf-8"))
+    data = image_folder(source, os.path.join(source.options.data_dir, source.spec["folder"]))
+    synsets = ImageNetInfo().label_names()      # in the order of the 1,000 classes
+    try:
+        numbers = [int(name) if name.isdigit() else synsets.index(name) for name in data.classes]
+        classes = [known["classes"][number] for number in numbers]
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{source.bench}: a folder is no class of ImageNet: {error}") from None
+    yield classification(source, data, classes, known["templates"], source.spec["n"])
 
 
 def folder(source):
@@ -1726,9 +1937,20 @@ READERS = {
     "colorswap": colorswap,
     "whatsup": whatsup,
     "cola": cola,
+    "bivlc": bivlc,
+    "vismin": vismin,
+    "mmvp": mmvp,
+    "negbench": negbench,
+    "hard_positives": hard_positives,
+    "vl_checklist": vl_checklist,
     "retrieval": retrieval,
+    "flickr8k": flickr8k,
     "pointing": pointing,
     "imagenet": imagenet,
+    "imagenet_v2": imagenet_variant,
+    "imagenet_a": imagenet_variant,
+    "imagenet_r": imagenet_variant,
+    "imagenet_sketch": imagenet_variant,
     "folder": folder,
     "choices": choices,
     **dict.fromkeys(TORCHVISION, torchvision_set),
@@ -1737,6 +1959,9 @@ MEANS = {       # {benchmark: {name: its parts}}, see summarize
     "sugarcrepe": SUGARCREPE_MEANS,
     "sugarcrepe_pp": SUGARCREPE_PP_MEANS,
     "retrieval": RETRIEVAL_MEANS,
+    "flickr8k": RETRIEVAL_MEANS,
+    "hard_positives": {"macro_3": ["swap", "replace_att", "replace_rel"]},
+    "vl_checklist": vl_checklist_means(),
     "valse": VALSE_MEANS,
     "whatsup": WHATSUP_MEANS,
 }
@@ -1761,10 +1986,38 @@ def download(benches, data_dir):
                 fetch(file["url"], path, file.get("sha256"), data_dir)
         for name in spec.get("archives", []):
             fetch_archive(ARCHIVES[name], data_dir)
+        if "hub" in spec:
+            export_hub(**spec["hub"], folder=os.path.join(data_dir, bench))
         if "by_hand" in spec:
             print(f"{bench}, by hand: {spec['by_hand'].replace('DATA', data_dir)}")
         else:
             print(f"{bench}: there")
+
+
+def export_hub(repository, split, images, folder):
+    """Write a data set of the hub as FOLDER/SPLIT.jsonl and image files, byte for byte, through the
+    package datasets. images: its columns of images."""
+    path = os.path.join(folder, f"{split}.jsonl")
+    if os.path.isfile(path):
+        return
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{repository} is read by the package datasets: pip install datasets"
+                         ) from None
+    rows = datasets.load_dataset(repository, split=split)
+    for name in images:
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    os.makedirs(folder, exist_ok=True)
+    lines = []
+    for number, row in enumerate(rows):
+        for name in images:
+            content = row[name]["bytes"]
+            row[name] = f"{number}_{name}.jpg"      # whatever its format: pillow looks inside
+            Path(folder, row[name]).write_bytes(content)
+        lines.append(json.dumps(row))
+    Path(f"{path}.part").write_text("\n".join(lines), "utf-8")
+    os.replace(f"{path}.part", path)
 
 
 def fetch_archive(archive, data_dir):
