@@ -1,4 +1,4 @@
-"""The methods side by side, on scenes: python tests/study.py --output out/study
+"""The methods side by side, on scenes: python tests/study/scenes.py --output out/study
 
 Part 1 trains every method and ablation from scratch: same scenes in the same order, same optimizer, same steps. Part 2
 is fine-tuning, which should add binding and must not lose what was there: single is zero-shot classification of one
@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from tqdm import tqdm
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 METHODS = {     # name: flags of train.py
     "SigLIP, plain": ["--method", "siglip"],
     "C2LIP": [],
