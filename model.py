@@ -317,11 +317,11 @@ class CLIP(nn.Module):
         else:
             features, tokens = self._clip_features(x, return_tokens)
         if normalize:
-            features = F.normalize(features, dim=-1)
+            features = unit(features)
         if not return_tokens:
             return features
         if normalize:
-            tokens = F.normalize(tokens, dim=-1)
+            tokens = unit(tokens)
         return features, tokens
 
     def _siglip_features(self, x, return_tokens):
@@ -359,7 +359,7 @@ class CLIP(nn.Module):
         """
         features, outputs = self.text(tokens, return_tokens)
         if normalize:
-            features = F.normalize(features, dim=-1)
+            features = unit(features)
         return (features, outputs) if return_tokens else features
 
     def forward(self, images, tokens, concept_tokens=None, spans=None, negative_tokens=None,
@@ -448,6 +448,16 @@ class CLIP(nn.Module):
         return fill(cls(config), state, source)
 
 
+def unit(x):
+    """x / |x| along the last dimension, in float32 (or float64).
+
+    On a GPU autocast makes it float32 by itself, on a CPU it would be bfloat16: eight bits are not
+    enough for cosines that are multiplied by 100.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.normalize(x, dim=-1)
+
+
 def no_decay(name, parameter):
     """Whether weight decay should pass over a parameter of CLIP, as in open_clip's trainer.
 
@@ -464,7 +474,7 @@ def span_features(outputs, spans):
     inside = (first <= position) & (position < end)  # (B, M, L)
     # The sum is the mean but for its length. The padding (0, 0) gives zeros.
     sums = inside.to(outputs.dtype) @ outputs  # (B, M, D)
-    return F.normalize(sums.flatten(0, 1), dim=-1)
+    return unit(sums.flatten(0, 1))
 
 
 # -----------------------------------------------------------------------------

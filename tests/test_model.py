@@ -953,6 +953,26 @@ def test_checkpoints_of_earlier_versions(tmp_path, siglip_tokenizer):
         CLIP.load(save(tmp_path / "b.pt", saved))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_features_are_float32_under_autocast(family, siglip_tokenizer):
+    """On a CPU too, where autocast runs the norm in bfloat16; and float64 stays float64."""
+    model = nano_of(family, siglip_tokenizer)
+    tokens, images = captions_with_an_end(model), torch.randn(4, 3, 32, 32)
+    spans, negatives = torch.tensor([[[0, 3], [1, 2]]] * 4), torch.stack([tokens, tokens], 1)
+    given = dict(spans=spans, negative_tokens=negatives, return_tokens=True)
+    assert {x.dtype for x in model(images.double(), tokens, negative_images=images.double(), **given).values()
+            if x is not None} == {torch.float64}
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images, tokens, negative_images=images, **given)
+        out["concepts"] = model(images, tokens, tokens)["concept_features"]
+        assert model.encode_image(images).dtype == torch.bfloat16
+    for key, x in out.items():
+        if "logit" not in key:
+            assert x.dtype == torch.float32 and difference(x.norm(dim=-1), torch.ones(1)) < 1e-6, key
+
+
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_no_decay_is_that_of_open_clip(family):
     """open_clip_train/main.py leaves these out, by its own names and shapes."""
