@@ -27,6 +27,7 @@ import warnings
 import zlib
 from array import array
 from bisect import bisect_right
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -60,27 +61,54 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
+MORE_COLOURS = COLOURS | {
+    "pink": (250, 150, 190),
+    "brown": (125, 75, 35),
+    "gray": (140, 140, 140),
+    "olive": (130, 140, 30),
+}
+MORE_SHAPES = SHAPES + ("frame", "bar", "pillar", "funnel", "bowl", "slash")
+
+
+@dataclass(frozen=True)
+class World:
+    """What scenes may show: so many objects, each of another colour and another shape."""
+    objects: int
+    colours: dict       # name -> (red, green, blue)
+    shapes: tuple
+
+
+# In the small world a batch of 128 holds captions that differ in little but their binding, and from
+# those any contrastive loss can learn it. Natural captions are not like that. In the large world
+# such near misses are rare: a bag of words tells nearly all scenes of a batch apart.
+WORLDS = {
+    "small": World(2, COLOURS, SHAPES),
+    "large": World(3, MORE_COLOURS, MORE_SHAPES),
+}
 
 
 class Scenes(Dataset):
-    """Two objects of different colour and shape, each in its quadrant: only binding is hard here.
+    """Objects of different colours and shapes, each in its quadrant: only binding is hard here.
 
-    Scene i is a function of (seed, i) alone. Of all pairs of objects a tenth, chosen by a
-    checksum, is kept for split "val", so held-out scenes show pairs that were never trained on.
+    Scene i is a function of (seed, i) alone. Of all sets of objects a tenth, chosen by a
+    checksum, is kept for split "val", so held-out scenes show sets that were never trained on.
 
-    The four negatives of a scene are false by construction: the colours exchanged, another
-    colour, another shape, and the objects exchanged ("" where the caption has no relation).
+    The four negatives of a scene are false by construction. They change the first two objects:
+    the colours exchanged, another colour, another shape, and the objects exchanged ("" where the
+    caption has no relation).
 
     length           how many scenes there are
     split            "train" or "val"
     image_size       side of the square image in pixels
     relations        share of captions that say "left of", "right of", "above" or "below"
-                     instead of "and"
+                     instead of the first "and"
     negative_images  draw the first negative, too, as negative_image
+    world            name in WORLDS: "small" shows two objects, "large" three of more kinds
     """
 
     def __init__(self, length, split="train", seed=0, image_size=32, relations=0.0,
-                 negative_images=False):
+                 negative_images=False, world="small"):
+        self.world = WORLDS[world]
         self.length = length
         self.split = split
         self.seed = seed
@@ -92,35 +120,36 @@ class Scenes(Dataset):
         return self.length
 
     def objects(self, index):
-        """Return two (colour, shape) in the order of the caption, their quadrants (two of 0 to 3),
-        and the generator of everything else that is random in this scene."""
+        """Return the (colour, shape) of each object in the order of the caption, their quadrants
+        (different ones of 0 to 3), and the generator of all else that is random in this scene."""
+        world = self.world
         rng = random.Random(f"{self.seed} {self.split} {index}")
         while True:
-            colours = rng.sample(list(COLOURS), 2)
-            shapes = rng.sample(SHAPES, 2)
-            pair = list(zip(colours, shapes))
-            checksum = zlib.crc32(repr(sorted(pair)).encode())
+            colours = rng.sample(list(world.colours), world.objects)
+            shapes = rng.sample(world.shapes, world.objects)
+            objects = list(zip(colours, shapes))
+            checksum = zlib.crc32(repr(sorted(objects)).encode())
             held_out = checksum % 10 == 0
             if held_out == (self.split == "val"):
-                return pair, rng.sample(range(4), 2), rng
+                return objects, rng.sample(range(4), world.objects), rng
 
     def __getitem__(self, index):
-        pair, cells, rng = self.objects(index)
-        image = self.render(pair, cells, rng)
+        objects, cells, rng = self.objects(index)
+        image = self.render(objects, cells, rng)
         link = "and"
         if rng.random() < self.relations:
-            link = relation(*cells)
-        wrong = wrong_pairs(pair, rng)
-        negatives = [describe(objects, link) for objects in wrong]
+            link = relation(*cells[:2])
+        wrong = wrong_objects(objects, self.world, rng)
+        negatives = [describe(others, link) for others in wrong]
         if link == "and":
             negatives[3] = ""       # "b and a" is as true as "a and b"
-        caption = describe(pair, link)
+        caption = describe(objects, link)
         row = {
             "image": image,
             "caption": caption,
-            "concepts": caption.split(f" {link} "),
+            "concepts": [f"a {colour} {shape}" for colour, shape in objects],
             "negatives": negatives,
-            "objects": pair,
+            "objects": objects,
             "key": f"scene {self.split} {index}",
         }
         if self.negative_images:
@@ -128,25 +157,26 @@ class Scenes(Dataset):
             row["negative_image"] = self.render(wrong[0], cells, same_places)
         return row
 
-    def render(self, pair, cells, rng):
+    def render(self, objects, cells, rng):
         """Draw one or more (colour, shape), each somewhere in its quadrant."""
         size = self.image_size
         half = size / 2
         grey = rng.randint(0, 40)
         image = Image.new("RGB", (size, size), (grey, grey, grey))
         draw = ImageDraw.Draw(image)
-        for (colour, shape), cell in zip(pair, cells):
+        for (colour, shape), cell in zip(objects, cells):
             radius = rng.uniform(0.38, 0.48) * half
             x = half * (cell % 2) + rng.uniform(radius, half - radius)
             y = half * (cell // 2) + rng.uniform(radius, half - radius)
-            draw_shape(draw, shape, x, y, radius, COLOURS[colour])
+            draw_shape(draw, shape, x, y, radius, self.world.colours[colour])
         return image
 
 
-def describe(pair, link):
-    """The caption of two (colour, shape)."""
-    (colour0, shape0), (colour1, shape1) = pair
-    return f"a {colour0} {shape0} {link} a {colour1} {shape1}"
+def describe(objects, link):
+    """The caption of some (colour, shape); the link stands between the first two."""
+    phrases = [f"a {colour} {shape}" for colour, shape in objects]
+    first_two = f"{phrases[0]} {link} {phrases[1]}"
+    return " and ".join([first_two, *phrases[2:]])
 
 
 def relation(first, second):
@@ -160,18 +190,20 @@ def relation(first, second):
     return "below"
 
 
-def wrong_pairs(pair, rng):
-    """Four pairs of objects that the scene does not show: see Scenes."""
-    (colour0, shape0), (colour1, shape1) = pair
-    other_colours = [colour for colour in COLOURS if colour not in (colour0, colour1)]
-    other_shapes = [shape for shape in SHAPES if shape not in (shape0, shape1)]
+def wrong_objects(objects, world, rng):
+    """Four lists of objects that the scene does not show: see Scenes."""
+    (colour0, shape0), (colour1, shape1), *rest = objects
+    shown_colours = [colour for colour, _ in objects]
+    shown_shapes = [shape for _, shape in objects]
+    other_colours = [colour for colour in world.colours if colour not in shown_colours]
+    other_shapes = [shape for shape in world.shapes if shape not in shown_shapes]
     new_colour = rng.choice(other_colours)
     new_shape = rng.choice(other_shapes)
     return [
-        [(colour1, shape0), (colour0, shape1)],
-        [(new_colour, shape0), pair[1]],
-        [(colour0, new_shape), pair[1]],
-        [pair[1], pair[0]],
+        [(colour1, shape0), (colour0, shape1), *rest],
+        [(new_colour, shape0), (colour1, shape1), *rest],
+        [(colour0, new_shape), (colour1, shape1), *rest],
+        [(colour1, shape1), (colour0, shape0), *rest],
     ]
 
 
@@ -189,8 +221,20 @@ def draw_shape(draw, shape, x, y, r, fill):
     elif shape == "cross":
         draw.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill=fill)
         draw.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=fill)
-    else:
+    elif shape == "ring":
         draw.ellipse(box, outline=fill, width=max(1, round(r / 2.5)))
+    elif shape == "frame":
+        draw.rectangle(box, outline=fill, width=max(1, round(r / 2.5)))
+    elif shape == "bar":
+        draw.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill=fill)
+    elif shape == "pillar":
+        draw.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=fill)
+    elif shape == "funnel":
+        draw.polygon([(x, y + r), (x + r, y - r), (x - r, y - r)], fill=fill)
+    elif shape == "bowl":
+        draw.pieslice((x - r, y - 2 * r, x + r, y + r), 0, 180, fill=fill)
+    else:       # slash
+        draw.line((x - r, y + r, x + r, y - r), fill=fill, width=max(1, round(r / 2)))
 
 
 # ---- tables and tars: pairs on disk ----------------------------------------
@@ -1000,6 +1044,9 @@ def read_rows(path):
         lines = odd_lines.watch(f, "\ufffd")
         rows = read_json_lines(lines) if kind == ".jsonl" else read_table(lines, DELIMITERS[kind])
         for number, (row, problem) in enumerate(rows, 1):
+            if row and runs_over(row, problem):
+                row = None
+                problem = "a quote that is not closed"
             if row is None:
                 yield Report(path, f"row {number:,}: {problem}", 1)
                 continue
@@ -1013,6 +1060,13 @@ def read_rows(path):
     if odd_lines.count:
         yield Report(path, f"{odd_lines.count:,} lines, the first is line {odd_lines.first:,}: "
                            "bytes that are no UTF-8, read as \ufffd. Save the file as UTF-8")
+
+
+def runs_over(row, problem):
+    """Whether a quote of a row with a problem ran over the end of its line: then its cell ends
+    with the line break, and what is in it may be only a part of the text."""
+    cells = [cell for cell in row.values() if cell]
+    return problem.startswith("a quote") and bool(cells) and cells[-1].endswith(("\n", "\r"))
 
 
 class Tally:
@@ -1367,9 +1421,11 @@ def normalize_images(images, config):
     """
     if images.is_floating_point():
         return images
-    mean = torch.tensor(config.mean, device=images.device).view(3, 1, 1)
-    std = torch.tensor(config.std, device=images.device).view(3, 1, 1)
-    return images.float().div_(255).sub_(mean).div_(std)
+    normalised = images.float().div_(255)
+    # Numbers, not tensors of them: a tensor would be copied to a GPU, which the CPU waits for.
+    for channel, (mean, std) in enumerate(zip(config.mean, config.std)):
+        normalised.select(-3, channel).sub_(mean).div_(std)
+    return normalised
 
 
 class Collate:

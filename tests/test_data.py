@@ -23,8 +23,8 @@ from torchvision import transforms
 
 import data as data_module
 from concepts import negate, swap_negatives
-from data import (COLOURS, SHAPES, CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers, load_fast, load_image,
-                  normalize_images, permute, string_id, train_tokenizer, train_transform)
+from data import (COLOURS, SHAPES, WORLDS, CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers, load_fast,
+                  load_image, normalize_images, permute, string_id, train_tokenizer, train_transform)
 from model import MODELS, Tokenizer, image_transform
 
 
@@ -761,13 +761,20 @@ def test_a_tsv_has_no_quotes(folder):
 
 
 @pytest.mark.parametrize("end", ["", '\nb.jpg,"a dog"', '\nb.jpg,a "dog" runs', "\nb.jpg,a dog" * 1500])
-def test_a_quote_that_is_not_closed_swallows_no_rows(folder, end):
+def test_a_quote_that_is_not_closed_costs_one_row(folder, end):
     rows = ["a.png,caption 0", 'a.png,"caption, 1"', 'a.png,"caption 2'] + [f"a.png,caption {i}" for i in range(3, 12)]
     path = write(folder, "t.csv", "image,caption\n" + "\n".join(rows) + end + "\n")
     data = CaptionFile(path, str(folder))
-    assert data.captions[:12] == ["caption 0", "caption, 1"] + [f"caption {i}" for i in range(2, 12)]
-    assert len(data) == 12 + end.count("\n") and data.skipped == [] and data.lost_rows == 0
-    assert "the first is row 3: a quote that is not closed" in data.remarks[0][1]
+    assert data.captions[:11] == ["caption 0", "caption, 1"] + [f"caption {i}" for i in range(3, 12)]
+    assert len(data) == 11 + end.count("\n") and data.lost_rows == 1
+    assert data.skipped == [(path, "row 3: a quote that is not closed")]
+
+
+def test_text_behind_a_quote_is_remarked(folder):
+    path = write(folder, "t.csv", 'image,caption\na.png,"STOP" on a sign\na.png,a "big" dog\na.png,"open')
+    data = CaptionFile(path, str(folder))
+    assert data.captions == ["STOP on a sign", 'a "big" dog', "open"] and data.lost_rows == 0
+    assert data.remarks == [(path, "2 rows, the first is row 1: a quote that is not closed, or is followed by text")]
 
 
 def test_line_breaks_in_a_csv_are_remarked(folder):
@@ -1279,3 +1286,24 @@ def test_tokenizer_of_a_small_corpus():
     assert (ids == size - 1).sum(1).tolist() == [1] * 8 and torch.equal(ids[4], Tokenizer(config)(["green cat!"])[0])
     assert train_tokenizer(captions)[0] == text and json.loads(text)["model"]["type"] == "BPE"
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_the_large_world_shows_three_objects_that_differ_in_colour_and_shape():
+    world = WORLDS["large"]
+    for i in range(20):
+        scene = Scenes(50, world="large", image_size=48)[i]
+        colours, shapes = zip(*scene["objects"])
+        assert len(scene["objects"]) == 3 == len(set(colours)) == len(set(shapes))
+        shown = {tuple(rgb) for rgb in np.asarray(scene["image"]).reshape(-1, 3)}
+        assert {name for name, rgb in world.colours.items() if rgb in shown} == set(colours)
+        assert scene["caption"] == " and ".join(scene["concepts"])
+        assert not set(scene["negatives"]) & {scene["caption"]}
+
+
+@pytest.mark.parametrize("world", sorted(WORLDS))
+def test_every_shape_is_drawn_in_its_own_way(world):
+    drawn = set()
+    for shape in WORLDS[world].shapes:
+        scenes = Scenes(1, world=world)
+        drawn.add(scenes.render([("red", shape)], [0], random.Random(0)).tobytes())
+    assert len(drawn) == len(WORLDS[world].shapes)

@@ -1,6 +1,6 @@
 """Our token ids against open_clip's on every caption and negative of SugarCrepe, and both speeds.
 
-    python tests/bench_tokenizer.py --data-dir DIR_OF_THE_SEVEN_JSON_FILES [--model MODEL] [--tokenizer tokenizer.json]
+    python tests/bench/bench_tokenizer.py --data-dir DIR_OF_THE_SEVEN_JSON_FILES [--model MODEL] [--tokenizer tokenizer.json]
 
 Without --tokenizer: CLIP's BPE, built from the vocabulary that open_clip ships. With the tokenizer.json of a SigLIP
 (e.g. that of timm/ViT-B-16-SigLIP) and its --model: against open_clip's wrapper of that file.
@@ -14,7 +14,8 @@ import tempfile
 import time
 from dataclasses import replace
 
-sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(os.path.dirname(HERE)), HERE]
 from model import MODELS, Tokenizer, read_tokenizer  # noqa: E402
 
 

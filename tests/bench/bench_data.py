@@ -1,6 +1,6 @@
 """Images a second from tar shards: our loader and webdataset's, in one run on the same files.
 
-    pip install webdataset && python tests/bench_data.py [--workers 0 1 2] [--images FOLDER]
+    pip install webdataset && python tests/bench/bench_data.py [--workers 0 1 2] [--images FOLDER]
 
 "fast" is what train.py does: torchvision decodes JPEGs, and pixels travel as bytes, which the GPU normalises; where
 there is none, --normalize lets the main process do it within the time. "exact" is --exact-decode: pillow decodes and
@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np

@@ -1,7 +1,7 @@
 """All of SugarCrepe and SugarCrepe++, ours against the official protocol item by item, same weights; and both times.
 
-    python tests/bench_eval.py --data-dir data      # the folder that holds sugarcrepe/*.json and sugarcrepe_pp/*.json
-    python tests/bench_eval.py --data-dir data --layers 2 --cached      # the same counts, in minutes
+    python tests/bench/bench_eval.py --data-dir data      # the folder that holds sugarcrepe/*.json and sugarcrepe_pp/*.json
+    python tests/bench/bench_eval.py --data-dir data --layers 2 --cached      # the same counts, in minutes
 
 A randomly initialised open_clip ViT-B/32, and a random image under each of the 1,560 file names: no download. The
 official way encodes the image and the texts of each item by themselves (--cached: each different one once, which
@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [os.path.dirname(HERE), HERE]
+sys.path[:0] = [os.path.dirname(os.path.dirname(HERE)), HERE]
 import evaluate  # noqa: E402
 from bench_tokenizer import openai_tokenizer  # noqa: E402
 from model import CLIP, MODELS, set_tokenizer  # noqa: E402
@@ -46,7 +46,7 @@ for bench in args.bench.split(","):
             found = json.load(f)
         rows[bench, os.path.basename(path)[:-5]] = list(found.values()) if isinstance(found, dict) else found
 if not rows:
-    sys.exit(f"no json files under {args.data_dir}: evaluate.py download sugarcrepe --no-images gets them")
+    sys.exit(f"no json files under {args.data_dir}: python evaluate.py download sugarcrepe gets them")
 
 with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
     for name in sorted({item["filename"] for items in rows.values() for item in items}):
@@ -65,10 +65,9 @@ with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
     set_tokenizer(ours, os.path.join(folder, "tokenizer.json"))
 
     ours_time, results = 0, {}
-    eval_args = evaluate.parser().parse_args(["--data-dir", args.data_dir, "--image-root", folder, "--device", "cpu"])
     for bench in args.bench.split(","):     # one after the other, for the time of each
         started = time.time()
-        results |= evaluate.run([bench], ours, eval_args)
+        results |= evaluate.run(ours, [bench], data_dir=args.data_dir, image_root=folder, device="cpu")
         print(f"{bench}: ours {time.time() - started:.0f} s", flush=True)
         ours_time += time.time() - started
 

@@ -1,6 +1,6 @@
 """A whole training step, ours against the plain way: towers, captions, concepts, losses, optimizer, in one run.
 
-    python tests/bench_step.py --captions DIR_OF_SUGARCREPE_JSON [--model ViT-B-32 ViT-B-16-SigLIP] [--batch-size 16]
+    python tests/bench/bench_step.py --captions DIR_OF_SUGARCREPE_JSON [--model ViT-B-32 ViT-B-16-SigLIP] [--batch-size 16]
 
 Plain: every concept of every caption padded to the full context and encoded, equal or not; captions padded too; a
 loop over the concepts for the cross-attention term. Ours: train.py's way, and span: with --concept-features span, which
@@ -19,9 +19,9 @@ import zlib
 import torch
 import torch.nn.functional as F
 
-sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
-from concepts import extract_batch  # noqa: E402
-from data import string_id  # noqa: E402
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(os.path.dirname(HERE)), HERE]
+from concepts import extract_batch, string_id  # noqa: E402
 from losses import clip_loss, concept_columns, npc_loss, siglip_loss, xac_loss  # noqa: E402
 from model import CLIP, MODELS  # noqa: E402
 from pooling import concept_similarity  # noqa: E402

@@ -1,6 +1,6 @@
 """Peak memory and time of train.py --accum K at one global batch: the exact big batch in the memory of a small one.
 
-    python tests/bench_accum.py [--model ViT-B-32] [--batch-size 32] [--accum 1 2 4 8]
+    python tests/bench/bench_accum.py [--model ViT-B-32] [--batch-size 32] [--accum 1 2 4 8]
 
 Runs train.py itself, from random weights on random images for three steps, and prints a markdown table. MiB: the peak
 resident memory of the process, which holds weights, gradients and AdamW's two moments (16 bytes a parameter) besides.
@@ -14,7 +14,7 @@ import tempfile
 
 from PIL import Image
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 NOUNS = "cat dog man woman car tree house ball boat bird".split()
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,6 +1,6 @@
 """Captions a second on one core, and F1, of concepts.py against spaCy, in one run.
 
-    OMP_NUM_THREADS=1 python tests/bench_concepts.py captions.txt --gold gold.txt [other_gold.txt ...]
+    OMP_NUM_THREADS=1 python tests/bench/bench_concepts.py captions.txt --gold gold.txt [other_gold.txt ...]
 
 The captions are the lines of a file (default: the fixture of the tests, repeated). spaCy runs en_core_web_sm
 with only the pipes that noun_chunks needs (tok2vec, tagger, parser, attribute_ruler), in batches of 256;
@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import concepts  # noqa: E402
 

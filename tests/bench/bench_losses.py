@@ -11,7 +11,7 @@ fresh process on random unit tokens. Seconds are those of the fastest repeat, of
 the peak resident memory above that before the first call: with the tokens' gradient, without the tokens, in
 a run of its own in which freed memory goes back at once (glibc would keep and scatter the loop's).
 
-    python tests/bench_losses.py --threads 2
+    python tests/bench/bench_losses.py --threads 2
 """
 import argparse
 import json
@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from losses import npc_loss, siglip_loss, xac_loss  # noqa: E402
 from pooling import concept_pool, concept_similarity  # noqa: E402
 

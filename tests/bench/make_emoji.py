@@ -1,7 +1,7 @@
 """Real pairs in three commands: the emoji of the npm package emoji-datasource-google as train.csv and val.csv.
 
     npm pack emoji-datasource-google && tar xf emoji-datasource-google-*.tgz
-    python tests/make_emoji.py package data/emoji
+    python tests/bench/make_emoji.py package data/emoji
     python train.py --data data/emoji/train.csv --val-data data/emoji/val.csv --epochs 30 --batch-size 128 --lr 3e-3
 
 Each caption is the emoji's name, its skin tone if it has one, and its kind: "woman firefighter with dark skin tone,

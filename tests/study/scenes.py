@@ -1,0 +1,261 @@
+"""The methods side by side on drawn scenes, over seeds.
+
+    python tests/study/scenes.py --output out/study                     everything
+    python tests/study/scenes.py --parts large --arms "SigLIP, plain" C2LIP --seeds 5
+
+Parts:
+    scratch  every method and ablation from nothing on the small world: the same scenes in the same
+             order, the same optimizer, the same steps
+    large    the main arms from nothing on the large world, in which a bag of words tells the scenes
+             of a batch apart, as it does natural captions
+    tuned    fine-tuning, which should add binding and lose nothing. What is tuned ("before") is a
+             plain SigLIP that retrieves and binds nothing: trained with batches of 32, which hold
+             few scenes that differ in their binding alone, then with 128 at a lower rate
+
+The unit is the seed. table.md in the output folder has the mean over seeds with half of Student's
+95 % interval, and each seed's value below. Started again, the study goes on where it was: runs that
+are complete are not repeated.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm import tqdm
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+METHODS = {     # arm: flags of train.py
+    "SigLIP, plain": ["--method", "siglip"],
+    "C2LIP": [],
+    "CLIP, plain": ["--method", "clip"],
+    "NegCLIP": ["--method", "negclip"],
+    "CE-CLIP": ["--method", "ce_clip"],
+    "DeGLA": ["--method", "degla"],
+    "CoN-CLIP": ["--method", "con_clip"],
+    "TripletCLIP": ["--method", "triplet_clip"],
+}
+SCRATCH = METHODS | {
+    "CoN-CLIP": ["--method", "con_clip", "--freeze", "none"],      # there is nothing yet to freeze
+    "NPC alone": ["--xac-weight", "0"],
+    "XAC 0.01 alone": ["--npc-weight", "0"],
+    "C2LIP, XAC 0.1": ["--xac-weight", "0.1"],
+    "C2LIP, XAC 1": ["--xac-weight", "1"],
+    "C2LIP, all concepts counted": ["--concept-count", "all"],
+    "C2LIP, --no-dedupe": ["--no-dedupe"],
+    "C2LIP, span features": ["--concept-features", "span"],
+}
+LARGE = {
+    "SigLIP, plain": ["--method", "siglip"],
+    "CLIP, plain": ["--method", "clip"],
+    "C2LIP": [],
+    "C2LIP, XAC 1": ["--xac-weight", "1"],
+    "NPC alone": ["--xac-weight", "0"],
+    "C2LIP, softmax": ["--loss", "clip"],
+}
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}     # by seeds
+
+parser = argparse.ArgumentParser(description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--output", default="out/study",
+                    help="Folder of the runs and of table.md. Default: out/study.")
+parser.add_argument("--parts", nargs="+", default=["scratch", "large", "tuned"],
+                    choices=("scratch", "large", "tuned"), help="Default: all.")
+parser.add_argument("--arms", nargs="+", metavar="ARM",
+                    help="Only these arms of each part, by their names in the tables.")
+parser.add_argument("--seeds", type=int, default=3, help="Runs an arm: seeds 0, 1, ... Default: 3.")
+parser.add_argument("--steps", type=int, default=600,
+                    help="Of the part scratch, in batches of 128. Default: 600.")
+parser.add_argument("--large-steps", type=int, default=1200,
+                    help="Of the part large, in batches of 128. Default: 1200.")
+parser.add_argument("--base-steps", type=int, default=2400,
+                    help="Of 'before', first in batches of 32, then of 128. Default: 2400.")
+parser.add_argument("--tune-steps", type=int, default=1800, help="Of fine-tuning. Default: 1800.")
+parser.add_argument("--tune-lr", type=float, default=1e-3,
+                    help="Of fine-tuning, and of 'before' in batches of 128. Default: 1e-3.")
+parser.add_argument("--device", help="As in train.py. Default: a GPU if there is one.")
+parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1,
+                    help="Runs at once, of one thread each. Default: the number of cores.")
+args = parser.parse_args()
+
+SMALL_WORLD = ["--lr", "3e-3", "--relations", "0.1"]
+LARGE_WORLD = ["--world", "large", "--lr", "2e-3"]
+TUNING = ["--relations", "0.1", "--lr", str(args.tune_lr)]
+
+
+class Run:
+    """One training run: a part, an arm, a seed.
+
+    flags are those of train.py, and start is the run whose weights this one begins with.
+    """
+
+    def __init__(self, part, arm, seed, steps, flags, start=None):
+        self.name = f"{part} {arm}, seed {seed}"
+        arm_name = "".join(letter if letter.isalnum() else "-" for letter in arm.lower())
+        self.folder = os.path.join(args.output, part, f"{arm_name}-{seed}")
+        self.steps = steps
+        self.flags = [*flags, "--seed", str(seed), "--steps", str(steps)]
+        self.start = start
+
+    def figures(self):
+        """{subset: accuracy} at the last step, None before the run is complete."""
+        path = os.path.join(self.folder, "log.jsonl")
+        if not os.path.exists(path):
+            return None
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                row = json.loads(line) if line.endswith("\n") else {}
+                if row.get("step") == self.steps and "eval" in row:
+                    results = next(iter(row["eval"].values()))
+                    return {name: r["accuracy"] for name, r in results.items()}
+        return None
+
+    def train(self):
+        """Train in a process of its own, whose output goes to output.txt in its folder."""
+        if self.figures() is not None:
+            return
+        os.makedirs(self.folder, exist_ok=True)
+        weights = ["--model", "nano"]
+        if self.start:
+            weights = ["--init", os.path.join(self.start.folder, "last.pt")]
+        command = [sys.executable, os.path.join(ROOT, "train.py"), "--preset", "nano", *weights,
+                   *self.flags, "--save-every", "300", "--eval-every", "300", "--resume", "auto",
+                   "--out-dir", self.folder]
+        if args.device:
+            command += ["--device", args.device]
+        with open(os.path.join(self.folder, "output.txt"), "w", encoding="utf-8") as f:
+            subprocess.run(command, stdout=f, stderr=subprocess.STDOUT,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if self.figures() is None:
+            raise RuntimeError(f"{self.name} failed: see {f.name}")
+
+
+def chosen(arms):
+    return {arm: flags for arm, flags in arms.items() if not args.arms or arm in args.arms}
+
+
+def part_runs(part, arms, steps, flags):
+    """{arm: its runs, seed by seed}."""
+    runs = {}
+    for arm, own_flags in chosen(arms).items():
+        runs[arm] = [Run(part, arm, seed, steps, [*flags, *own_flags])
+                     for seed in range(args.seeds)]
+    return runs
+
+
+def tuned_runs():
+    """The same for fine-tuning; "before" is among the arms, and each run knows what it tunes."""
+    plain = ["--method", "siglip", "--relations", "0.1"]
+    runs = {"before": []}
+    for seed in range(args.seeds):
+        base = Run("base", "before", seed, args.base_steps,
+                   [*plain, "--batch-size", "32", "--lr", "2e-3"])
+        settled = Run("settled", "before", seed, args.base_steps,
+                      [*plain, "--lr", str(args.tune_lr)], base)
+        runs["before"].append(settled)
+        for arm, flags in chosen(METHODS).items():
+            run = Run("tuned", arm, seed, args.tune_steps, [*TUNING, *flags], settled)
+            runs.setdefault(arm, []).append(run)
+    return runs
+
+
+def train_with_starts(run):
+    """Train a run after what it starts from. Runs of one seed wait for each other."""
+    if run.start:
+        train_with_starts(run.start)
+    run.train()
+
+
+def train_all(parts):
+    """All runs, as many at once as --jobs says. What fine-tuning starts from comes first."""
+    before = parts.get("tuned", {}).get("before", [])
+    rest = []
+    tuned = []
+    for part, runs in parts.items():
+        for arm, of_arm in runs.items():
+            if arm == "before":
+                continue
+            (tuned if part == "tuned" else rest).extend(of_arm)
+    bar = tqdm(total=len(before) + len(rest) + len(tuned), unit="run")
+
+    def train(run):
+        train_with_starts(run)
+        bar.set_postfix_str(run.name)
+        bar.update()
+
+    def train_tuned(run, start):
+        start.result()
+        train(run)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        starts = {run: pool.submit(train, run) for run in before}
+        futures = [pool.submit(train, run) for run in rest]
+        futures += [pool.submit(train_tuned, run, starts[run.start]) for run in tuned]
+        for future in [*starts.values(), *futures]:
+            future.result()
+    bar.close()
+
+
+def mean_and_interval(values, sign=""):
+    """Mean and half of Student's 95 % interval over seeds, in percent."""
+    mean = 100 * statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:{sign}.1f}"
+    half = T_975.get(len(values), 1.96) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:{sign}.1f} ± {100 * half:.1f}"
+
+
+def each_seed(values, sign=""):
+    return " / ".join(f"{100 * value:{sign}.1f}" for value in values)
+
+
+def changes(found, before):
+    """What each run changed in the one that it tuned, seed by seed."""
+    rows = []
+    for figures, start in zip(found, before):
+        rows.append({subset: figures[subset] - start[subset] for subset in start})
+    return rows
+
+
+def table(runs, write):
+    """Markdown: arms in rows, subsets in columns, cells as write(values over seeds, sign)."""
+    found = {arm: [run.figures() for run in of_arm] for arm, of_arm in runs.items()}
+    subsets = list(next(iter(found.values()))[0])
+    lines = ["| | " + " | ".join(name.replace("_", " ") for name in subsets) + " |",
+             "|---" * (len(subsets) + 1) + "|"]
+    for arm, of_arm in found.items():
+        sign = ""
+        if "before" in found and arm != "before":
+            of_arm = changes(of_arm, found["before"])
+            sign = "+"
+        cells = [write([figures[subset] for figures in of_arm], sign) for subset in subsets]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+parts = {}
+if "scratch" in args.parts:
+    parts["scratch"] = part_runs("scratch", SCRATCH, args.steps, SMALL_WORLD)
+if "large" in args.parts:
+    parts["large"] = part_runs("large", LARGE, args.large_steps, LARGE_WORLD)
+if "tuned" in args.parts:
+    parts["tuned"] = tuned_runs()
+train_all(parts)
+
+TITLES = {
+    "scratch": f"From scratch, small world, {args.steps} steps of 128",
+    "large": f"From scratch, large world, {args.large_steps} steps of 128",
+    "tuned": f"A plain SigLIP ('before'), and what {args.tune_steps} steps of 128 at a rate of "
+             f"{args.tune_lr:g} change in it, in points",
+}
+sections = []
+for part, runs in parts.items():
+    sections += [f"## {TITLES[part]}", table(runs, mean_and_interval),
+                 f"Each seed, 0 to {args.seeds - 1}:", table(runs, each_seed)]
+path = os.path.join(args.output, "table.md")
+with open(path, "w", encoding="utf-8") as f:
+    f.write("\n\n".join(sections) + "\n")
+print("\n\n".join(sections))
+print(f"\nwrote {path}")
