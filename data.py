@@ -262,7 +262,8 @@ MAX_NAME = 2**20
 
 
 class CaptionFile(Dataset):
-    """Image-caption pairs of tables (.csv, .tsv, .jsonl) and tar shards, as one data set.
+    """Image-caption pairs of tables (.csv, .tsv, .jsonl), tar shards, and the annotations of COCO
+    and Karpathy (.json), as one data set.
 
     Optional columns or json keys of any of them: concepts and negatives (lists, or texts with |
     in between), negative_image (a path), and neighbours (numbers of rows of the same file,
@@ -412,13 +413,14 @@ def open_parts(paths, options):
     """
     rank = int(os.environ.get("LOCAL_RANK", 0))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    quiet = os.environ.get("RANK", "0") != "0"
+    # None: no bar where nobody sees it, which is not on a terminal.
+    quiet = True if os.environ.get("RANK", "0") != "0" else None
     with tqdm(desc="reading", unit=" rows", delay=1, disable=quiet) as bar:
         for path in paths[rank::ranks] if ranks > 1 else ():
             Part(path, options, bar)
         parts = []
         for number, path in enumerate(paths, 1):
-            bar.set_description(f"reading file {number:,} of {len(paths):,}")
+            bar.set_description(f"reading file {number:,} of {len(paths):,}", refresh=False)
             parts.append(Part(path, options, bar))
     return parts
 
@@ -433,8 +435,9 @@ class Part:
 
     def __init__(self, path, options, bar):
         self.path = path
+        file, split = file_and_split(path)
         self.index, remarks = open_index(
-            path, options.identity(), options.index_dir,
+            file, [*options.identity(), split], options.index_dir,
             lambda writer: write_rows(path, options, writer, bar))
         about = self.index.about
         self.skipped = [tuple(pair) for pair in about["skipped"]]
@@ -1000,7 +1003,7 @@ def expand(source):
 
     Raises ValueError for one that is not there.
     """
-    if os.path.isfile(source):
+    if os.path.isfile(file_and_split(source)[0]):
         return [source]
     braces = re.search(r"\{((\d+)\.\.(\d+)|[^{}]*,[^{}]*)\}", source)
     if not braces:
@@ -1022,10 +1025,51 @@ def expand(source):
 
 
 def read_pairs(path):
-    """The rows of a table or a tar, dicts, and Reports; see read_rows and read_shard."""
+    """The rows of a file, dicts, and Reports: see read_shard, read_annotations, read_rows."""
     if path.endswith(".tar"):
         return read_shard(path)
+    if file_and_split(path)[0].endswith(".json"):
+        return read_annotations(path)
     return read_rows(path)
+
+
+def file_and_split(path):
+    """"FILE.json#val" -> ("FILE.json", "val"); any other path -> (path, "train")."""
+    match = re.fullmatch(r"(.*\.json)#(\w+)", path)
+    return match.groups() if match else (path, "train")
+
+
+def read_annotations(path):
+    """Return the images of COCO's captions_train2017.json or of Karpathy's dataset_flickr8k.json
+    (Karpathy and Fei-Fei 2015), each a dict of image and caption, a list of all its captions.
+
+    Karpathy's file has all splits, of which "#SPLIT" behind its name chooses one; the default,
+    train, has restval, too, as is usual for COCO. Raises ValueError for other files.
+    """
+    file, split = file_and_split(path)
+    splits = ("train", "restval") if split == "train" else (split,)
+    rows = []
+    try:
+        with open(file, encoding="utf-8") as f:
+            content = json.load(f)
+        captions = {}           # COCO: id of an image -> list
+        for annotation in content.get("annotations", ()):
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        for image in content["images"]:
+            if "sentences" not in image:
+                rows.append({"image": image["file_name"], "caption": captions.get(image["id"])})
+            elif image["split"] in splits:
+                name = os.path.join(image.get("filepath", ""), image["filename"])
+                sentences = [sentence["raw"] for sentence in image["sentences"]]
+                rows.append({"image": name, "caption": sentences})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = " ".join(str(error).split())
+        raise ValueError(
+            f"{file}: expected captions_*.json of COCO or dataset_*.json of Karpathy's splits "
+            f"({type(error).__name__} {what:.100})") from None
+    if not rows:
+        raise ValueError(f"{path}: no images of this split")
+    return rows
 
 
 def read_rows(path):
@@ -1035,8 +1079,8 @@ def read_rows(path):
     """
     kind = os.path.splitext(path)[1].lower()
     if kind not in (".csv", ".tsv", ".jsonl"):
-        raise ValueError(f"{path}: expected a .csv, .tsv or .jsonl file, or .tar, "
-                         f"got {kind or 'no ending'!r}")
+        raise ValueError(f"{path}: expected a .csv, .tsv or .jsonl file, or .tar, or a .json as "
+                         f"COCO's, got {kind or 'no ending'!r}")
     number = 0
     odd_lines = Tally()
     odd_rows = {}           # what is odd about them -> Tally

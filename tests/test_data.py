@@ -175,6 +175,33 @@ def test_missing_column_by_name(folder):
         CaptionFile(path, str(folder), caption_key="text")
 
 
+def test_annotations_of_coco_and_karpathy(folder):
+    coco = {"info": {}, "images": [{"id": 7, "file_name": "a.png"}, {"id": 3, "file_name": "b.jpg"},
+                                   {"id": 5, "file_name": "c.png"}],
+            "annotations": [{"image_id": i, "id": n, "caption": f" caption {n}\n"} for n, i in enumerate((3, 7, 3, 7, 7))]}
+    data = CaptionFile(write(folder, "captions_val.json", json.dumps(coco)), str(folder))
+    assert [data.sample(i)["captions"] for i in range(2)] == [["caption 1", "caption 3", "caption 4"],
+                                                              ["caption 0", "caption 2"]]
+    assert data[1]["image"].getpixel((5, 5))[2] > 200 and data.lost_rows == 1 and data.skipped[0][0] == "c.png (row 3)"
+    karpathy = {"dataset": "x", "images": [
+        {"filename": name, "split": split, "sentences": [{"raw": f"{name} {k}", "tokens": []} for k in range(2)], **more}
+        for name, split, more in (("a.png", "train", {}), ("b.jpg", "test", {}), ("c.png", "restval", {"filepath": "."}),
+                                  ("d.png", "val", {}))]}
+    path = write(folder, "dataset_x.json", json.dumps(karpathy))
+    for name, captions in (("", ["a.png 0", "a.png 1", "c.png 0", "c.png 1"]), ("#test", ["b.jpg 0", "b.jpg 1"]),
+                           ("#val", ["d.png 0", "d.png 1"])):
+        assert CaptionFile(path + name, str(folder)).captions == captions
+    assert CaptionFile(path, str(folder))[1]["image"].size == (40, 30)
+    for text in ("[1]", "{", '{"images": 3}', '{"images": [{"id": 1}]}', "[" * 100_000, '{"annotations": [1]}', "{}"):
+        with pytest.raises(ValueError, match="expected captions_.*json of COCO") as error:
+            CaptionFile(write(folder, "x.json", text))
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    with pytest.raises(ValueError, match="no images of this split"):
+        CaptionFile(f"{path}#dev")
+    with pytest.raises(ValueError, match="no file .*y.json#val"):
+        CaptionFile(str(folder / "y.json#val"))
+
+
 def test_bad_rows_are_named_not_lost(folder):
     (folder / "zero.jpg").write_bytes(b"")
     Image.effect_noise((90, 90), 50).save(folder / "cut.jpg")
