@@ -424,17 +424,22 @@ def wait_for_others(minutes):
         set_timeout(timedelta(minutes=minutes))
 
 
+first_step = 0          # of this run: that of the checkpoint it goes on from
+done = 0                # the last whole step
 interrupted = []        # signals that came
 noticed = threading.Event()     # set when the loop has reached the end of a step, and saves
 DEADLINE = 30           # seconds
 
 
 def interrupt(number, frame):
-    if interrupted:     # the second ends at once
-        os._exit(130)
-    interrupted.append(number)
-    if rank == 0:       # print() could meet itself here
+    # print() could meet itself here
+    if done == first_step:
+        os.write(2, b"\ntrain.py: ended before its first step: there is nothing to save\n")
+    elif rank == 0 and not interrupted:
         os.write(2, b"\nsaving after this step; again to quit now\n")
+    if interrupted or done == first_step:
+        os._exit(128 + number)
+    interrupted.append(number)
 
 
 def watch_for_signals(reader):
@@ -638,12 +643,12 @@ def check_agreement():
         os._exit(1)
 
 
-first_step = 0
 args.resume = from_process_0(choose_checkpoint)
 if world_size > 1:
     check_agreement()
 if args.resume:
     saved_name, first_step, saved_args = read_header(args.resume)
+    done = first_step
     if args.model and args.model != saved_name:
         stop_all(f"--resume {args.resume} holds a {saved_name}, but --model is {args.model}: give "
                  "that model")
@@ -787,7 +792,6 @@ loader = DataLoader(
     worker_init_fn=ignore_signals)
 
 
-done = first_step   # the last whole step
 seen = 0        # rows of this process that were read, and that could not be
 bad = 0
 fallback = 0    # captions that are their own concept, for want of a noun phrase in them

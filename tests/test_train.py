@@ -1,4 +1,5 @@
 """The scripts as a user runs them: training, torchrun, resuming, evaluation, mistakes."""
+import argparse
 import ast
 import contextlib
 import json
@@ -38,8 +39,9 @@ class Forked:
 
     It has the part of subprocess.Popen's interface that is used here. It leads a process group of its own.
     """
-    def __init__(self, script, *args, folder, environment=None, cwd=ROOT):
+    def __init__(self, script, *args, folder, environment=None, cwd=ROOT, prepare=None):
         self.returncode = None
+        self.prepare = prepare      # called in the child, before the script
         self.files = [tempfile.mkstemp(dir=folder)[1] for _ in range(2)]
         self.pid = os.fork()
         if self.pid == 0:
@@ -59,6 +61,8 @@ class Forked:
             sys.argv = [script, *args]
             sys.path[0] = ROOT
             os.chdir(cwd)
+            if self.prepare:
+                self.prepare()
             runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
             status = 0
         except SystemExit as stop:
@@ -163,12 +167,11 @@ def children_of(pid):
     return [int(x) for x in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()]
 
 
-def function_of_train(name):
-    """A function of train.py, which as a script cannot be imported, by itself."""
+def function_of_train(name, **names):
+    """A function of train.py by itself, which as a script cannot be imported; names: what it reads."""
     source = open(os.path.join(ROOT, "train.py")).read()
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            names = {}
             exec(compile(ast.Module([node], []), "train.py", "exec"), names)
             return names[name]
     raise AssertionError(f"train.py has no function {name}")
@@ -428,9 +431,10 @@ def test_processes_that_do_not_agree(what, tmp_path):
     assert says in ranks[1].stderr and "Traceback" not in ranks[0].stderr + ranks[1].stderr
 
 
-def wait_for(process, condition):
+def wait_for(process, condition, timeout=300):
+    end = time.time() + timeout
     while not condition():
-        assert process.poll() is None, process.stdout + process.stderr
+        assert process.poll() is None and time.time() < end, process.stdout + process.stderr
         time.sleep(0.01)
 
 
@@ -516,6 +520,85 @@ def test_a_failing_evaluation_does_not_cost_the_checkpoint(tmp_path):
     (tmp_path / "gone.csv").rename(tmp_path / "val.csv")
     done = run(*args, "--resume", "auto")
     assert curve(tmp_path / "out", "eval") and "t2i_r1" in done.stdout and (tmp_path / "out" / "best.pt").exists()
+
+
+class DieAt:
+    """Kills the process, as a power cut would, just before its n-th operation on files."""
+    def __init__(self, n):
+        self.left = n
+
+    def __call__(self):
+        for module, name in ((os, "replace"), (os, "link"), (os, "remove"), (os, "fsync"), (torch, "save")):
+            setattr(module, name, self.deadly(getattr(module, name)))
+
+    def deadly(self, function):
+        def called(*args, **keywords):
+            self.left -= 1
+            if self.left == 0:
+                if function.__name__ == "save":     # half a file
+                    args[1].write(b"half a checkpoint" * 1000)
+                    args[1].flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **keywords)
+        return called
+
+
+def killed_at_each_operation(folder, operations):
+    """Chains of runs that die at the given operations since their start; returns how many of them died."""
+    args = ["train.py", *SMALL, "--save-every", 1, "--keep", 2, "--out-dir", folder, "--resume", "auto"]
+    died = 0
+    for n in operations:
+        process = Forked(*args, folder=OUTPUTS, environment={}, prepare=DieAt(n))
+        died += process.wait() == -signal.SIGKILL
+        assert "Traceback" not in process.stderr and "damaged" not in process.stdout, process.stderr
+    run(*args)
+    return died
+
+
+@pytest.mark.parametrize("operations", [[3, 4, 5, 7], pytest.param(range(1, 20), marks=pytest.mark.slow)], ids=len)
+def test_killed_at_an_operation_on_files(whole, tmp_path, operations):
+    """Before a checkpoint is begun, in its middle, before it is flushed, renamed, has a second name, is removed."""
+    assert killed_at_each_operation(tmp_path, operations) >= len(operations) - 2    # the last may be at the end
+    assert curve(tmp_path) == curve(whole[0]) and curve(tmp_path, "step") == list(range(1, 13))
+    a, b = weights(whole[0]), weights(tmp_path)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    names = ["last.pt", "log.jsonl", "step_00000011.pt", "step_00000012.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+def test_a_folder_without_room_for_two_checkpoints(tmp_path):
+    class Disk:
+        free = 1000
+
+        def disk_usage(self, folder):
+            return self
+
+    disk = Disk()
+    model = CLIP(CLIPConfig())
+    names = {"os": os, "tempfile": tempfile, "shutil": disk, "model": model, "teacher": None,
+             "args": argparse.Namespace(out_dir=tmp_path / "out")}
+    with pytest.raises(ValueError, match="0.00 GiB free; two checkpoints need 0.02 GiB"):
+        function_of_train("check_folder", **names)()
+    disk.free = 24 * sum(p.numel() for p in model.parameters())
+    function_of_train("check_folder", **names)()
+
+
+def test_a_file_system_without_second_names(tmp_path):
+    def refuse():
+        def link(*paths):
+            raise PermissionError("no hard links here")
+        os.link = link
+    Forked("train.py", *SMALL, "--steps", 4, "--save-every", 1, "--keep", 2, "--out-dir", tmp_path, folder=OUTPUTS,
+           prepare=refuse).wait()
+    assert sorted(p.name for p in tmp_path.glob("*.pt*")) == ["last.pt", "step_00000003.pt", "step_00000004.pt"]
+    assert torch.load(tmp_path / "step_00000003.pt", weights_only=True)["step"] == 3
+
+
+def test_a_signal_before_the_first_step_ends_at_once(tmp_path):
+    process = start("train.py", "--batch-size", 20000, "--steps", 2, "--out-dir", tmp_path)
+    wait_for(process, lambda: "2 steps of 20000" in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGTERM and "there is nothing to save" in process.stderr
 
 
 def test_resume_auto_passes_over_a_damaged_checkpoint(tmp_path):
