@@ -108,6 +108,9 @@ group.add_argument("--caption-key", metavar="COLUMN",
 group.add_argument("--captions", metavar="TABLE",
                    help="A table of other captions for the images of tar shards, joined by key or "
                         "url.")
+group.add_argument("--index-dir", metavar="DIR",
+                   help="The folder of the indices of --data, which are made once. Default: beside "
+                        "each file, or your cache folder where that cannot be written.")
 group.add_argument("--world", choices=("small", "large"), default="small",
                    help="Scenes only: small shows two objects of 8 colours and 6 shapes, large "
                         "three of 12 and 12, so that near misses are rare. Default: small.")
@@ -479,7 +482,7 @@ def summed(x):
 if args.data:
     dataset = guard(CaptionFile, args.data, args.image_root, args.image_key, args.caption_key,
                     args.captions, max_pixels=args.max_pixels,
-                    fast_decode=not args.exact_decode)
+                    fast_decode=not args.exact_decode, index_dir=args.index_dir)
     rows = len(dataset) + dataset.lost_rows
     if dataset.lost_rows > args.max_bad * rows:
         name, why = dataset.skipped[0]
@@ -580,7 +583,7 @@ MAY_CHANGE = {      # these may differ,
     "lr", "warmup", "steps", "epochs", "grad_clip", "max_skips", "max_bad", "eval_every",
     "save_every", "log_every", "keep", "bench", "val_data", "data_dir", "tensorboard",
     "image_root", "workers", "accum", "device", "dtype", "compile", "grad_checkpointing", "timeout",
-    "max_pixels", "val_image_root", "val_image_key", "val_caption_key"}
+    "max_pixels", "index_dir", "val_image_root", "val_image_key", "val_caption_key"}
 SILENT = {          # and these say where weights came from, or what else this command does
     "init", "preset", "tokenizer", "resume", "out_dir", "overwrite", "dry_run"}
 
@@ -625,10 +628,14 @@ def digest(path):
     return f"{path} with digest {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
+# what each process or node may have of its own
+OWN = {"device", "workers", "out_dir", "data_dir", "image_root", "index_dir"}
+
+
 def check_agreement():
     """Each node has its own command line and disk: stops where one differs from process 0."""
     mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
-            if name not in ("device", "workers", "out_dir", "data_dir", "image_root")}
+            if name not in OWN}
     mine["data of so many rows:"] = len(dataset)
     mine["--resume"] = digest(args.resume)
     theirs = [None] * world_size
