@@ -87,6 +87,7 @@ COMMANDS = {
     "download": "fetch the files of benchmarks, as far as they may be fetched",
     "compare": "compare two files of --json item by item",
     "describe": "print the protocol of a benchmark, its source and what to download",
+    "verify": "score public checkpoints and print these figures beside the published ones",
     "plot": "draw the curves of one or more training runs",
     "show": "draw which parts of an image are most similar to each phrase of its caption",
 }
@@ -133,6 +134,10 @@ def build_parser():
     p.add_argument("bench", metavar="BENCH", help="name of a benchmark")
     p.add_argument("--data-dir", default="data", help="folder of the files (default: data)")
 
+    add_verify_arguments(add_command("verify", description=(
+        "Score public checkpoints on the benchmarks whose files are there, and print each figure "
+        "beside the published one: is the difference within --tolerance points?")))
+
     p = add_command("plot", description=(
         "Draw the training curves of runs, each a log.jsonl that train.py wrote: the loss, and "
         "each evaluated subset in percent. Of files of --json, draw their results as bars."))
@@ -171,6 +176,18 @@ def add_compare_arguments(p):
                    help="add published results to such a table")
 
 
+def add_verify_arguments(p):
+    p.add_argument("--registry", metavar="FILE",
+                   help="a json of your own: {NAME: {init or checkpoint, model, figures: {bench: "
+                        "{subset: percent}}}} (default: the checkpoints of assets/benchmarks.json "
+                        "with the published figures there)")
+    p.add_argument("--bench", metavar="A,B", help="only these benchmarks (default: all)")
+    p.add_argument("--tolerance", type=float, default=0.3, metavar="POINTS",
+                   help="largest difference in percent that counts as equal (default: 0.3)")
+    add_data_arguments(p)
+    add_speed_arguments(p)
+
+
 def add_evaluate_arguments(parser):
     p = parser.add_argument_group("the model")
     p.add_argument("--checkpoint", metavar="FILE,...",
@@ -192,12 +209,7 @@ def add_evaluate_arguments(parser):
     p.add_argument("--bench", metavar="A,B",
                    help="names joined by commas, or all: every benchmark whose files are there "
                         "(default: scenes; with --data FILE retrieval, with --data DIR folder)")
-    p.add_argument("--data-dir", default="data", metavar="DIR",
-                   help="folder of the benchmarks' files, as download fills it (default: data)")
-    p.add_argument("--image-root", default="", metavar="DIR",
-                   help="folder of the images, where they are not in their place in --data-dir")
-    p.add_argument("--allow-missing", action="store_true",
-                   help="leave out items whose image is missing or damaged, and count them")
+    add_data_arguments(p)
     p.add_argument("--data", metavar="PATH",
                    help="your own data: for retrieval pairs in a .csv, .tsv, .jsonl or .tar file; "
                         "for folder a folder of images for each class")
@@ -214,11 +226,26 @@ def add_evaluate_arguments(parser):
     p.add_argument("--reference", action="store_true",
                    help="print published results beside these")
 
+    add_speed_arguments(parser)
+
+
+def add_data_arguments(p):
+    p.add_argument("--data-dir", default="data", metavar="DIR",
+                   help="folder of the benchmarks' files, as download fills it (default: data)")
+    p.add_argument("--image-root", default="", metavar="DIR",
+                   help="folder of the images, where they are not in their place in --data-dir")
+    p.add_argument("--allow-missing", action="store_true",
+                   help="leave out items whose image is missing or damaged, and files with fewer "
+                        "rows than the official ones: what is left is scored, and counted")
+
+
+def add_speed_arguments(parser):
     p = parser.add_argument_group("how it runs (torchrun shares the work between processes)")
     p.add_argument("--batch-size", type=int, default=250, metavar="N",
                    help="images or texts in a forward pass (default: 250)")
-    p.add_argument("--workers", type=int, default=0, metavar="N",
-                   help="processes that read images, for each process that evaluates (default: 0)")
+    p.add_argument("--workers", type=int, metavar="N",
+                   help="processes that read images while the towers run, for each process that "
+                        "evaluates (default: 0 on a CPU, with a GPU up to 8)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda, where there is one")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
                    help="precision of the towers; bfloat16 is by autocast (default: float32)")
@@ -2764,8 +2791,7 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
     benches = (bench or default_bench(settings["data"])).split(",")
     if benches != ["all"]:
         check_names(benches)
-    options = Options(**settings)
-    options.device = pick_device(options.device)
+    options = running_options(settings)
     start_processes(options.device)
     started = time.time()
     files = []          # what --json holds of each model
@@ -2793,8 +2819,16 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
         given = {"init": init, "model": model, "tokenizer": tokenizer, "interpolate": interpolate}
         given |= {"bench": bench, "torch": torch.__version__, "processes": WORLD, **settings}
         write_json(json_path, files, given)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    stop_processes()
+
+
+def running_options(settings):
+    """Options of flags, with the device and the number of workers that None means."""
+    options = Options(**settings)
+    options.device = pick_device(options.device)
+    if options.workers is None:
+        options.workers = min(8, os.cpu_count() or 1) if options.device == "cuda" else 0
+    return options
 
 
 def start_processes(device):
@@ -2804,6 +2838,11 @@ def start_processes(device):
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
+def stop_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def write_json(path, files, settings):
     """A file for each model; of several the number of the model is put before the ending."""
     stem, ending = os.path.splitext(path)
@@ -2811,6 +2850,91 @@ def write_json(path, files, settings):
         name = path if len(files) == 1 else f"{stem}.{number}{ending}"
         Path(name).write_text(json.dumps({**content, "settings": settings}))
         print0(f"wrote {name}")
+
+
+def verify(registry, bench, tolerance, **settings):
+    """Print our figures of public checkpoints beside the published ones."""
+    options = running_options(settings)
+    start_processes(options.device)
+    only = bench.split(",") if bench else list(BENCHES)
+    check_names(only)
+    close, far = 0, 0
+    for name, entry in read_registry(registry).items():
+        figures = {key: value for key, value in entry["figures"].items() if key in only}
+        try:
+            tasks = read_what_is_there(figures, options)
+            if not tasks:
+                print0(f"\n{name}: none of the files of {', '.join(figures)} are there")
+                continue
+            model = load_verified(name, entry, options.data_dir)
+        except (ValueError, OSError) as error:
+            print0(f"\n{name}: not verified, {plain_words(error)}")
+            continue
+        results = score(model.to(options.device).eval(), tasks, options)
+        print0(f"\n{name:32s}    ours  published  difference")
+        for key, found in results.items():
+            for subset, published in figures[key].items():
+                if subset not in found:
+                    continue
+                ours = 100 * found[subset]["accuracy"]
+                is_close = abs(ours - published) <= tolerance + 1e-9
+                close, far = close + is_close, far + (not is_close)
+                verdict = "" if is_close else f"  more than {tolerance:g}"
+                print0(f"{key + ' ' + subset:32s}  {ours:6.1f}  {published:9.1f}  "
+                      f"{ours - published:+10.1f}{verdict}")
+    print0(f"\n{close} of {close + far} figures are within {tolerance:g} points")
+    stop_processes()
+
+
+def read_registry(path):
+    """{name: {init or checkpoint, model, figures {bench: {subset: percent}}}}: of a json file, or
+    the checkpoints of benchmarks.json with what is published of them."""
+    if path is None:
+        registry = {}
+        for name, entry in DATA["checkpoints"].items():
+            figures = {}
+            for bench, spec in TABLE.items():
+                known = dict(spec.get("published", {}).get(name, {}))
+                known.pop("source", None)
+                if known:
+                    figures[bench] = known
+            registry[name] = {**entry, "figures": figures}
+        return registry
+    try:
+        registry = json.loads(Path(path).read_text("utf-8"))
+        for entry in registry.values():
+            check_names(entry["figures"])
+            for known in entry["figures"].values():
+                if not all(is_kind(figure, (int, float)) for figure in known.values()):
+                    raise ValueError("a figure is no number")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: expected {{NAME: {{init or checkpoint, figures: {{bench: "
+                         f"{{subset: percent}}}}}}}} ({error})") from None
+    return registry
+
+
+def read_what_is_there(benches, options):
+    tasks = {}
+    for bench in benches:
+        try:
+            tasks.update(read([bench], options)[0])
+        except Missing:
+            pass
+    return tasks
+
+
+def load_verified(name, entry, data_dir):
+    """The model of an entry of the registry; a file with a url is downloaded first."""
+    if "checkpoint" in entry:
+        return CLIP.load(entry["checkpoint"])
+    if "path" not in entry:
+        return load_source(entry.get("init"), entry.get("model"))
+    path = os.path.join(data_dir, entry["path"])
+    if "url" in entry:
+        fetch(entry["url"], path, entry.get("sha256"), data_dir)
+    if not os.path.isfile(path):
+        raise Missing(f"no {path}: {entry['by_hand']}")
+    return CLIP.from_pretrained(path, entry.get("model"))
 
 
 def default_bench(data):
@@ -2833,7 +2957,7 @@ def data_digests(tasks):
 
 
 FUNCTIONS = {"evaluate": evaluate, "download": download, "compare": compare, "describe": describe,
-             "plot": plot, "show": show}
+             "verify": verify, "plot": plot, "show": show}
 
 
 def call(argv):
