@@ -18,6 +18,7 @@ The second half of the file, behind a rule, reads and writes the weights of othe
 CLIP.from_pretrained, export, and `python model.py export`. Nothing there is needed for training.
 """
 import argparse
+import hashlib
 import html
 import json
 import math
@@ -453,8 +454,9 @@ class CLIP(nn.Module):
         return out
 
     def checkpoint(self):
-        """What CLIP.load needs, in plain types and tensors."""
-        return {"config": asdict(self.config), "model": self.state_dict()}
+        """What CLIP.load needs, in plain types and tensors. The digest tells later damage."""
+        fields, state = asdict(self.config), self.state_dict()
+        return {"config": fields, "model": state, "digest": digest(fields, state)}
 
     @classmethod
     def load(cls, path):
@@ -462,13 +464,13 @@ class CLIP(nn.Module):
 
         Raises ValueError for any other file.
         """
-        state, config = {}, None
+        config = None
         if os.path.isfile(path):
-            state, config = read_weights(str(path))
+            state, config, intact = read_weights(str(path))
         if config is None:
             raise ValueError(f"no checkpoint at {path} that train.py wrote "
                              "(--init reads weights of other projects)")
-        return fill(cls(config), state, path)
+        return build(cls, config, state, intact, path)
 
     @classmethod
     def from_pretrained(cls, source=None, model=None, image_size=None):
@@ -488,17 +490,27 @@ class CLIP(nn.Module):
             raise ValueError(f"no released weights are known for model {model}: "
                              "give a hub id, a folder or a file")
         if os.path.isfile(source):
-            state, config = read_weights(source)
+            state, config, intact = read_weights(source)
         else:
             config, path = read_folder(source)
-            state, _ = read_weights(path)
+            state, _, intact = read_weights(path)
         if config is None:
             config = config_of_bare_file(state, source, model)
         elif model is not None:
             config = config_as_named(config, source, model)
         if image_size is not None:
             config = replace(config, image_size=image_size)
-        return fill(cls(config), state, source)
+        return build(cls, config, state, intact, source)
+
+
+def digest(fields, state):
+    """sha256 of a checkpoint's config and weights, in hex: half a second for a ViT-B/16."""
+    sha = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha.update(tensor.flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def unit(x):
@@ -863,6 +875,19 @@ def find_layout(state, source):
         f"SiglipModel), this project: its names are {', '.join(list(state)[:3])}, ...")
 
 
+def build(cls, config, state, intact, source):
+    """A model of the config with the weights. Raises ValueError, whatever is wrong with either."""
+    try:
+        model = cls(config)
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{source}: {error}") from None
+    fill(model, state, source)
+    if not intact:
+        raise ValueError(f"{source} is damaged: its weights or its config are not those that were "
+                         "saved (their sha256 differs). Take another checkpoint")
+    return model
+
+
 def fill(model, state, source):
     """Copies weights in any layout into the model, and returns it.
 
@@ -950,7 +975,8 @@ def resample_positions(tensor, shape, config, source):
 
 
 def read_weights(path):
-    """(state dict with the file's own names, CLIPConfig if this project wrote the file or None).
+    """(state dict with the file's own names, CLIPConfig if this project wrote the file or None,
+    whether the weights are those that were saved, as far as the file tells).
 
     Runs no code of the file. Raises ValueError.
     """
@@ -959,9 +985,10 @@ def read_weights(path):
             saved = load_file(path)
         else:
             saved = torch.load(path, "cpu", weights_only=True)
-        config = None
+        config, expected = None, None
         if "config" in saved and "model" in saved:
-            config = read_own(saved["config"])
+            fields, expected = dict(saved["config"]), saved.get("digest")
+            config = read_own(fields)
             saved = saved["model"]
         state = {}
         for name, tensor in saved.get("state_dict", saved).items():
@@ -970,7 +997,9 @@ def read_weights(path):
                 state[name.removeprefix("module.")] = tensor  # DistributedDataParallel
         if "visual.class_embedding" in state:  # open_clip's CustomTextCLIP: a CLIP all the same
             state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
-        return state, config
+        # Earlier versions wrote no digest.
+        intact = expected is None or digest(fields, state) == expected
+        return state, config, intact
     except Exception as error:
         lines = str(error).splitlines() or [""]
         why = f"{type(error).__name__}: {lines[0].split('. ')[0]}"
@@ -983,8 +1012,7 @@ def read_weights(path):
 
 
 def read_own(fields):
-    """The config in a checkpoint of this project -> CLIPConfig."""
-    fields = dict(fields)
+    """The config in a checkpoint of this project -> CLIPConfig. Removes what earlier ones had."""
     variant = fields.pop("value_tokens", "A")  # earlier versions had other patch tokens, too
     if variant != "A":
         raise ValueError(f"value_tokens is {variant!r}, but this code can only do 'A'")

@@ -774,6 +774,30 @@ def test_weights_that_are_not_finite_are_refused(value, tmp_path, siglip_tokeniz
     CLIP.from_pretrained(folder)
 
 
+def test_a_checkpoint_tells_that_it_was_altered(tmp_path, siglip_tokenizer):
+    model = nano(siglip_tokenizer)
+    saved = model.checkpoint()
+    for name, change in (("weight", lambda s: s["model"]["text.head.weight"][3, 4].mul_(1.001)),
+                         ("tokenizer", lambda s: s["config"].update(tokenizer=s["config"]["tokenizer"] + " ")),
+                         ("swapped", lambda s: s["model"].update({"text.norm.bias": s["model"]["text.norm.weight"],
+                                                                  "text.norm.weight": s["model"]["text.norm.bias"]}))):
+        bad = copy.deepcopy(saved)
+        change(bad)
+        for call in (CLIP.load, CLIP.from_pretrained):
+            with pytest.raises(ValueError, match=f"{name}.pt is damaged: .* sha256 differs.. Take another"):
+                call(save(tmp_path / f"{name}.pt", bad))
+    good = save(tmp_path / "good.pt", saved)
+    assert same_state(CLIP.load(good), model) and same_state(CLIP.from_pretrained(good), model)
+    # half precision; names of torch.compile and DistributedDataParallel; earlier versions, without a digest
+    half = save(tmp_path / "half.pt", CLIP(model.config).bfloat16().checkpoint())
+    assert CLIP.load(half).logit_scale.dtype == torch.float32
+    saved["model"] = {f"module._orig_mod.{k}": v for k, v in saved["model"].items()}
+    assert same_state(CLIP.load(save(tmp_path / "names.pt", saved)), model)
+    del saved["digest"]
+    saved["model"]["module._orig_mod.logit_scale"] = torch.tensor(1.0)
+    assert CLIP.load(save(tmp_path / "old.pt", saved)).logit_scale == 1
+
+
 def make_originals(tmp_path, siglip_tokenizer):
     """Small folders of each kind."""
     size = dict(image_size=16, vision=(32, 1, 2, 64), text=(32, 1, 2, 64), embed_dim=32)
