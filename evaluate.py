@@ -19,9 +19,11 @@ scores two captions alike has not told them apart. Intervals are bootstraps over
 of one image move together.
 """
 import argparse
+import csv
 import hashlib
 import http.client
 import inspect
+import io
 import itertools
 import json
 import math
@@ -37,6 +39,7 @@ import zipfile
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Callable
 
@@ -45,6 +48,7 @@ from typing import Any, Callable
 BENCHES = {
     "scenes": "built-in drawings of two objects: which colour belongs to which shape (no files)",
     "scenes_large": "the same with three objects of more colours and shapes",
+    "scenes_pointing": "in drawings, the patch most similar to an object's name is in its quadrant",
     "sugarcrepe": "7,511 captions of COCO against hard negatives: replace, swap, add",
     "sugarcrepe_pp": "two captions that mean the same against one that does not: 4,757 items",
     "aro": "relations and attributes of Visual Genome, and the order of a caption's words",
@@ -53,9 +57,22 @@ BENCHES = {
     "colorswap": "300 pairs of images with two colours exchanged in the caption",
     "whatsup": "left, right, on, under, in front, behind: the preposition that fits",
     "cola": "210 pairs of images that share objects and attributes, bound otherwise",
+    "bivlc": "2,933 images and captions of COCO with made negatives of both",
+    "vismin": "2,084 pairs of images that differ little: object, attribute, count, relation",
+    "mmvp": "135 pairs of images that CLIP confuses, in 9 visual patterns",
+    "negbench": "captions with and without negation, four for each image",
+    "hard_positives": "captions whose meaning stays, or changes, by one word",
+    "vl_checklist": "objects, attributes and relations: 56 sets of captions with one word changed",
     "retrieval": "R@1, 5, 10 both ways on COCO and Flickr30k, or on your own --data",
+    "flickr8k": "R@1, 5, 10 both ways on the 1,000 test images of Flickr8k",
+    "pointing": "on COCO val2017, the patch most similar to a category lies in a box of it",
     "imagenet": "zero-shot classification, 1,000 classes, 80 prompts (by hand)",
+    "imagenet_v2": "zero-shot classification, 10,000 new photographs of the 1,000 classes",
+    "imagenet_a": "zero-shot classification, 7,500 photographs that fool ResNets, 200 classes",
+    "imagenet_r": "zero-shot classification, 30,000 drawings, toys, ..., 200 classes",
+    "imagenet_sketch": "zero-shot classification, 50,889 sketches of the 1,000 classes",
     "folder": "zero-shot classification of your own --data DIR with --classes FILE",
+    "choices": "your own captions against negatives: --data FILE with image, caption, negative",
     "cifar10": "zero-shot classification, 10 classes",
     "cifar100": "zero-shot classification, 100 classes",
     "food101": "zero-shot classification, 101 dishes",
@@ -70,6 +87,7 @@ COMMANDS = {
     "download": "fetch the files of benchmarks, as far as they may be fetched",
     "compare": "compare two files of --json item by item",
     "describe": "print the protocol of a benchmark, its source and what to download",
+    "verify": "score public checkpoints and print these figures beside the published ones",
     "plot": "draw the curves of one or more training runs",
     "show": "draw which parts of an image are most similar to each phrase of its caption",
 }
@@ -107,21 +125,23 @@ def build_parser():
     p.add_argument("benches", nargs="+", metavar="BENCH", help="names of benchmarks")
     p.add_argument("--data-dir", default="data", help="folder to put them in (default: data)")
 
-    p = add_command("compare", description=(
-        "Compare two results on the same items: B - A in percent with a 95 %% interval (paired "
+    add_compare_arguments(add_command("compare", description=(
+        "Compare results of --json. Two files: B - A in percent with a 95 %% interval (paired "
         "bootstrap over images), the items gained (right in B only) and lost (right in A only), "
-        "and p by the exact McNemar test, which takes items as independent."))
-    p.add_argument("files", nargs=2, metavar="JSON", help="A and B, two files written by --json")
-    p.add_argument("--items", action="store_true", help="print each item gained and lost")
+        "and p by the exact McNemar test, which takes items as independent. More: a table.")))
 
     p = add_command("describe", description="Print what a benchmark asks and what it needs.")
     p.add_argument("bench", metavar="BENCH", help="name of a benchmark")
     p.add_argument("--data-dir", default="data", help="folder of the files (default: data)")
 
+    add_verify_arguments(add_command("verify", description=(
+        "Score public checkpoints on the benchmarks whose files are there, and print each figure "
+        "beside the published one: is the difference within --tolerance points?")))
+
     p = add_command("plot", description=(
         "Draw the training curves of runs, each a log.jsonl that train.py wrote: the loss, and "
-        "each evaluated subset in percent."))
-    p.add_argument("files", nargs="+", metavar="LOG", help="log.jsonl files, up to 7")
+        "each evaluated subset in percent. Of files of --json, draw their results as bars."))
+    p.add_argument("files", nargs="+", metavar="FILE", help="log.jsonl or --json files, up to 7")
     p.add_argument("--keys", metavar="A,B", help="only these curves, such as loss,scenes.swap_att")
     p.add_argument("--output", default="curves.png", metavar="FILE",
                    help=".png, .svg or .pdf file to write (default: curves.png)")
@@ -141,12 +161,42 @@ def build_parser():
     return parser
 
 
+def add_compare_arguments(p):
+    p.add_argument("files", nargs="+", metavar="JSON", help="two or more files written by --json")
+    p.add_argument("--items", action="store_true",
+                   help="of two files, print each item gained and lost")
+    p.add_argument("--format", dest="form", choices=("text", "markdown", "latex", "csv"),
+                   help="print a table to paste instead, as for more than two files: models in "
+                        "rows, with intervals; the best is marked (in bold) where the paired "
+                        "interval of its lead over the second excludes 0")
+    p.add_argument("--columns", metavar="A,B",
+                   help="of such a table: names of subsets or means, or all (default: the means, "
+                        "where a benchmark has them)")
+    p.add_argument("--reference", action="store_true",
+                   help="add published results to such a table")
+
+
+def add_verify_arguments(p):
+    p.add_argument("--registry", metavar="FILE",
+                   help="a json of your own: {NAME: {init or checkpoint, model, figures: {bench: "
+                        "{subset: percent}}}} (default: the checkpoints of assets/benchmarks.json "
+                        "with the published figures there)")
+    p.add_argument("--bench", metavar="A,B", help="only these benchmarks (default: all)")
+    p.add_argument("--tolerance", type=float, default=0.3, metavar="POINTS",
+                   help="largest difference in percent that counts as equal (default: 0.3)")
+    add_data_arguments(p)
+    add_speed_arguments(p)
+
+
 def add_evaluate_arguments(parser):
     p = parser.add_argument_group("the model")
-    p.add_argument("--checkpoint", metavar="FILE",
-                   help="a checkpoint of train.py, such as out/nano/last.pt")
-    p.add_argument("--init", metavar="SOURCE",
-                   help="public weights instead: a hub id, a folder or a file")
+    p.add_argument("--checkpoint", metavar="FILE,...",
+                   help="a checkpoint of train.py, such as out/nano/last.pt; several joined by "
+                        "commas, and --init beside them, are scored in turn and stand in one table")
+    p.add_argument("--init", metavar="SOURCE,...",
+                   help="public weights: a hub id, a folder or a file; or "
+                        "open_clip:NAME/PRETRAINED, any model of open_clip (PRETRAINED: a name "
+                        "that it lists, or a file)")
     p.add_argument("--model", metavar="NAME",
                    help="with --init, the architecture where the weights do not say it; alone, the "
                         "default weights of that name")
@@ -159,12 +209,7 @@ def add_evaluate_arguments(parser):
     p.add_argument("--bench", metavar="A,B",
                    help="names joined by commas, or all: every benchmark whose files are there "
                         "(default: scenes; with --data FILE retrieval, with --data DIR folder)")
-    p.add_argument("--data-dir", default="data", metavar="DIR",
-                   help="folder of the benchmarks' files, as download fills it (default: data)")
-    p.add_argument("--image-root", default="", metavar="DIR",
-                   help="folder of the images, where they are not in their place in --data-dir")
-    p.add_argument("--allow-missing", action="store_true",
-                   help="leave out items whose image is missing or damaged, and count them")
+    add_data_arguments(p)
     p.add_argument("--data", metavar="PATH",
                    help="your own data: for retrieval pairs in a .csv, .tsv, .jsonl or .tar file; "
                         "for folder a folder of images for each class")
@@ -181,11 +226,26 @@ def add_evaluate_arguments(parser):
     p.add_argument("--reference", action="store_true",
                    help="print published results beside these")
 
+    add_speed_arguments(parser)
+
+
+def add_data_arguments(p):
+    p.add_argument("--data-dir", default="data", metavar="DIR",
+                   help="folder of the benchmarks' files, as download fills it (default: data)")
+    p.add_argument("--image-root", default="", metavar="DIR",
+                   help="folder of the images, where they are not in their place in --data-dir")
+    p.add_argument("--allow-missing", action="store_true",
+                   help="leave out items whose image is missing or damaged, and files with fewer "
+                        "rows than the official ones: what is left is scored, and counted")
+
+
+def add_speed_arguments(parser):
     p = parser.add_argument_group("how it runs (torchrun shares the work between processes)")
     p.add_argument("--batch-size", type=int, default=250, metavar="N",
                    help="images or texts in a forward pass (default: 250)")
-    p.add_argument("--workers", type=int, default=0, metavar="N",
-                   help="processes that read images, for each process that evaluates (default: 0)")
+    p.add_argument("--workers", type=int, metavar="N",
+                   help="processes that read images while the towers run, for each process that "
+                        "evaluates (default: 0 on a CPU, with a GPU up to 8)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda, where there is one")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
                    help="precision of the towers; bfloat16 is by autocast (default: float32)")
@@ -210,11 +270,13 @@ import torch.distributed as dist                                                
 import torch.nn.functional as F                                                       # noqa: E402
 import torchvision                                                                    # noqa: E402
 from PIL import Image                                                                 # noqa: E402
+from timm.data import ImageNetInfo                                                    # noqa: E402
 from torch.utils.data import DataLoader, Dataset                                      # noqa: E402
 from tqdm import tqdm                                                                 # noqa: E402
 
 from concepts import default_extractor, extract                                      # noqa: E402
-from data import CaptionFile, Scenes, load_image, relation                             # noqa: E402
+from data import (CaptionFile, Scenes, load_image, parse_list, read_rows,             # noqa: E402
+                  relation)
 from model import CLIP, set_tokenizer                                                 # noqa: E402
 
 PROTOCOL = 5        # raised whenever a change here or in benchmarks.json may change a figure
@@ -325,6 +387,7 @@ class Choices:
     images: list                    # N tuples of I Pictures
     texts: list                     # N tuples of K strings
     labels: list | None = None      # N strings or None: SUBSET_macro is the mean of their means
+    partial: str = ""               # what the table says of a file that is not whole
 
     def outcomes(self, image_features, text_features):
         """The two functions give (n, I, D) and (n, K, D) for lists of tuples. Yields one outcome:
@@ -354,6 +417,7 @@ class Ranking:
     texts: list                     # M tuples of strings, whose features are averaged
     positive: torch.Tensor          # (N, M) bool
     recalls: dict                   # {name of the result: ("i2t" or "t2i", k)}
+    partial: str = ""               # as in Choices
 
     def outcomes(self, image_features, text_features):
         """As Choices.outcomes; yields one outcome for each of recalls."""
@@ -383,6 +447,73 @@ class Ranking:
                 yield row, ()
         for texts in self.texts:
             yield (), texts
+
+
+@dataclass
+class Pointing:
+    """N items of an image and a phrase: does the patch whose token is most similar to the phrase
+    lie in a box of what it names? The margin is the largest similarity inside minus that outside;
+    chance is the share of patches that are inside, which blind pointing would hit."""
+    subset: str
+    images: list                    # N tuples of one Picture
+    texts: list                     # N tuples of one string
+    boxes: list                     # N lists of (x, y, width, height) in pixels of the image
+    labels: list | None = None      # as in Choices
+    partial: str = ""
+
+    def outcome(self, model, text_features, options):
+        """As Choices.outcomes yields; under torchrun the processes share the images."""
+        numbers = {}                # {picture: its items}
+        for number, (picture,) in enumerate(self.images):
+            if not picture.missing:
+                numbers.setdefault(picture, []).append(number)
+        texts = text_features(self.texts)[:, 0]                             # (N, D)
+        parts = []
+        for picture, pixels, size in patch_batches(model, list(numbers), options):
+            tokens = patch_tokens(model, pixels, options)                   # (T, D)
+            box = seen_box(model, size)
+            found = []
+            for number in numbers[picture]:
+                inside = patches_inside(self.boxes[number], box, math.isqrt(len(tokens)))   # (T,)
+                found.append(point(tokens @ texts[number], inside))
+            parts.append((torch.tensor(numbers[picture]), torch.tensor(found)))
+        margins, chances = share(parts, len(self.images), width=2).T        # (N,) each
+        chance = chances[~margins.isnan()].mean().item()
+        names = [picture.name for picture, in self.images]
+        items = [f"{name} | {text}" for name, (text,) in zip(names, self.texts)]
+        return self.subset, margins, chance, names, items, self.labels
+
+    def needed(self):
+        """The texts; images are encoded to patch tokens, and not by encode_images."""
+        for texts in self.texts:
+            yield (), texts
+
+
+def point(similarity, inside):
+    """(T,), (T,) bool -> margin, and the share of the patches that are inside."""
+    best = similarity[inside].max().item()
+    other = -2.0                    # less than any cosine, where no patch is outside
+    if not inside.all():
+        other = similarity[~inside].max().item()
+    return best - other, inside.float().mean().item()
+
+
+def patches_inside(boxes, seen, side):
+    """Which of side x side patches lie in a box: its middle does, or that of the box lies in it (or
+    nearest to it), so that small things have a patch, too. seen: see seen_box -> (T,) bool."""
+    left, right, bottom, top = seen
+    width, height = (right - left) / side, (bottom - top) / side            # of a patch
+    x = left + width * (torch.arange(side) + 0.5)
+    y = top + height * (torch.arange(side) + 0.5)
+    inside = torch.zeros(side, side, dtype=torch.bool)                      # rows, columns
+    for box_x, box_y, box_width, box_height in boxes:
+        columns = (x >= box_x) & (x <= box_x + box_width)
+        rows = (y >= box_y) & (y <= box_y + box_height)
+        inside |= rows[:, None] & columns
+        column = int((box_x + box_width / 2 - left) // width)
+        row = int((box_y + box_height / 2 - top) // height)
+        inside[min(max(row, 0), side - 1), min(max(column, 0), side - 1)] = True
+    return inside.flatten()
 
 
 def rank(queries, targets, positive, k):
@@ -476,6 +607,9 @@ def encode_images(model, pictures, options):
             parts.append((numbers, forward(model, model.encode_image, pixels, options)))
     features = share(parts, len(pictures))
     bad = features.isnan().any(1).nonzero()[:, 0].tolist()
+    if bad and len(bad) == len(pictures):
+        raise ValueError(f"none of {len(bad)} images can be read, the first is {pictures[0].name}: "
+                         "check --image-root")
     if bad:
         print0(f"skipped {len(bad)} of {len(pictures)} images, which cannot be read; the first: "
                f"{pictures[bad[0]].name}")
@@ -523,13 +657,42 @@ def model_place(model):
     return torch.device("cpu"), torch.float32
 
 
-def share(parts, count):
-    """Each process's [(numbers (n,), features (n, D)), ...] -> features (count, D) of all."""
+def patch_batches(model, pictures, options):
+    """Yield (picture, pixels (3, S, S), size of the image) of this process's pictures; what cannot
+    be read is left out, if that is allowed."""
+    def transform(image):
+        return model.transform(image), image.size
+
+    pictures = pictures[RANK::WORLD]
+    data = PictureData(pictures, transform, options.allow_missing)
+    loader = DataLoader(data, batch_size=None, num_workers=options.workers,
+                        multiprocessing_context="fork" if options.workers else None)
+    for number, item in progress(loader, len(pictures)):
+        if item is not None:
+            yield pictures[number], *item
+
+
+@torch.inference_mode()
+def patch_tokens(model, pixels, options):
+    """One image (3, S, S) -> its normalised patch tokens (T, D), float32 on the CPU."""
+    device, dtype = model_place(model)
+    with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+        _, tokens = model.encode_image(pixels[None].to(device, dtype), return_tokens=True)
+    return F.normalize(tokens[0].float(), dim=-1).cpu()
+
+
+def gives_patch_tokens(model):
+    return "return_tokens" in inspect.signature(model.encode_image).parameters
+
+
+def share(parts, count, width=None):
+    """Each process's [(numbers (n,), features (n, D)), ...] -> features (count, D) of all; D is
+    width where there are none."""
     if WORLD > 1:
         gathered = [None] * WORLD
         dist.all_gather_object(gathered, parts)
         parts = sum(gathered, [])
-    width = parts[0][1].shape[1] if parts else 1
+    width = parts[0][1].shape[1] if parts else width or 1
     features = torch.full((count, width), float("nan"))
     for numbers, some in parts:
         features[numbers] = some
@@ -663,7 +826,7 @@ def run(model, benches, **options):
     options = Options(**options)
     if options.device is not None and hasattr(model, "to"):
         model.to(options.device)
-    tasks, _ = read(benches, options, image_size(model))
+    tasks, _ = read(benches, options, image_size(model), gives_patch_tokens(model))
     results = score(model, tasks, options)
     if not options.quiet:
         for bench, subsets in results.items():
@@ -676,7 +839,7 @@ def check(benches, **options):
     benchmarks, files or columns that are missing, and where no image of a task can be opened."""
     check_names(benches)
     options = Options(**options)
-    tasks, _ = read(benches, options, image_size=32)
+    tasks, _ = read(benches, options)
     for parts in tasks.values():
         for task in parts:
             check_pictures(task, options)
@@ -714,10 +877,32 @@ def score(model, tasks, options):
     results = {}
     for bench, parts in tasks.items():
         outcomes = []
+        partial = {}                    # {subset: what is to be said of it}
         for task in parts:
-            outcomes.extend(task.outcomes(image_features, text_features))
-        results[bench] = summarize(outcomes, MEANS.get(bench, {}))
+            if isinstance(task, Pointing):
+                found = [task.outcome(model, text_features, options)]
+            else:
+                found = list(task.outcomes(image_features, text_features))
+            outcomes.extend(found)
+            partial.update((outcome[0], task.partial) for outcome in found if task.partial)
+        subsets = [outcome[0] for outcome in outcomes]
+        results[bench] = summarize(outcomes, means_of(bench, subsets))
+        for subset, text in partial.items():
+            results[bench][subset]["partial"] = text
     return results
+
+
+def means_of(bench, subsets):
+    """{name: its parts}, see summarize: of MEANS, or where the data says what subsets there are,
+    the mean over all subsets (macro) and all items (micro), or over those of each of Winoground's
+    rules."""
+    if bench in MEANS:
+        return MEANS[bench]
+    if bench == "vismin":
+        return {rule: [name for name in subsets if name.endswith(f"_{rule}")] for rule in PAIRED}
+    if bench in ("choices", "mmvp") and len(subsets) > 1:
+        return {"macro": subsets, "micro": subsets}
+    return {}
 
 
 def report_cut(model, texts, tokens):
@@ -752,7 +937,7 @@ def print_table(bench, results, published=None):
         if "right" in r:
             count = f"{r['right']:6d} / {r['n']:<6d} {r['ties']:5d}"
         print0(f"{name:{width}s}  {100 * r['chance']:8.1f}  {100 * r['accuracy']:8.1f}  {count:21s}"
-               f"    {100 * r['low']:5.1f} .. {100 * r['high']:5.1f}")
+               f"    {100 * r['low']:5.1f} .. {100 * r['high']:5.1f}  {r.get('partial', '')}")
     if published:
         print_published(results, published, width)
 
@@ -781,32 +966,40 @@ def print_published(results, published, width):
 class Source:
     """The files of one part of a benchmark, as benchmarks.json lists them."""
 
-    def __init__(self, bench, subset, options, image_size):
+    def __init__(self, bench, subset, options, image_size=32, has_patches=True):
         self.bench = bench
         self.subset = subset
         self.options = options
-        self.image_size = image_size
+        self.image_size = image_size        # of the model, for built-in drawings
+        self.has_patches = has_patches      # whether the model gives patch tokens
+        self.partial = ""                   # what is to be said of a file that is not whole
         self.spec = TABLE.get(bench, {})
 
-    def rows(self, keys):
-        """The rows of this part's file: dicts, or lists. keys {key or place: type of its value}.
+    def rows(self, keys, part=None):
+        """The rows of this part's file, or of another part's: dicts, or lists. keys {key or place:
+        type of its value}.
 
         Raises Missing if there is no file, ValueError if it is not the official one.
         """
-        file = self.spec["files"][self.subset]
+        file = self.spec["files"][part or self.subset]
+        n = file.get("n")               # None: not known
         path = Path(self.options.data_dir, file["path"])
         if not path.is_file():
             raise Missing(f"{self.bench}: no {path}; get it: {GET} {self.bench}")
         try:
             content = path.read_bytes()
-            rows = parse_rows(content, path.suffix)
+            rows = parse_rows(content, path.suffix.lower())
             whole = all(has_keys(row, keys) for row in rows)
             digest = hashlib.sha256(content).hexdigest()
-            if not whole or len(rows) != file["n"] or file.get("sha256") not in (None, digest):
+            fewer = whole and n and 0 < len(rows) < n and self.options.allow_missing
+            official = n in (None, len(rows)) and rows and file.get("sha256") in (None, digest)
+            if fewer:
+                self.partial = f"partial: {len(rows):,} of the official {n:,} rows"
+            elif not whole or not official:
                 extent = "all" if whole else "not all"
                 raise ValueError(f"{len(rows)} rows, {extent} with {', '.join(map(str, keys))}")
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} is not the official file of {file['n']} rows ({error}): "
+            raise ValueError(f"{path} is not the official file of {n or 'unknown'} rows ({error}): "
                              f"delete it and get it: {GET} {self.bench}"
                              ) from None
         return rows
@@ -824,8 +1017,8 @@ class Source:
             first = next(path for name, path in paths.items() if name in missing)
             raise Missing(
                 f"{self.bench}: {len(missing)} of {len(paths)} images are missing, the first is "
-                f"{first[:300]}. Give --image-root DIR, or get them: {GET} {self.bench}; --allow-missing "
-                "skips some, but not all")
+                f"{first[:300]}. Give --image-root DIR, or get them: {GET} {self.bench}; "
+                "--allow-missing skips some, but not all")
         pictures = []
         for i, name in enumerate(names):
             box = tuple(boxes[i]) if boxes else ()
@@ -834,10 +1027,15 @@ class Source:
 
 
 def parse_rows(content, suffix):
-    """The rows of a .jsonl file, or of a json list, or the values of a json dict."""
+    """The rows of a .csv or .jsonl file, of a json list, of Karpathy's json files, which have them
+    under images, or the values of another json dict."""
     if suffix == ".jsonl":
         return [json.loads(line) for line in content.splitlines()]
+    if suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
     rows = json.loads(content)
+    if isinstance(rows, dict) and isinstance(rows.get("images"), list):
+        return rows["images"]
     if isinstance(rows, dict):      # by number, with gaps in SugarCrepe's swap_obj
         rows = list(rows.values())
     return rows
@@ -877,7 +1075,7 @@ def find_file(name, folders):
     return paths[0]
 
 
-def read(benches, options, image_size):
+def read(benches, options, image_size=32, has_patches=True):
     """-> {bench: [Choices or Ranking, ...]} and a list of what is not there, a line each.
 
     What is not there is an error, unless all benches are asked for, or --allow-missing is given and
@@ -889,9 +1087,12 @@ def read(benches, options, image_size):
         tasks[bench] = []
         parts = parts_of(bench, options)
         for part in parts:
-            source = Source(bench, part, options, image_size)
+            source = Source(bench, part, options, image_size, has_patches)
             try:
-                tasks[bench].extend(READERS[bench](source))
+                found = list(READERS[bench](source))
+                for task in found:
+                    task.partial = source.partial
+                tasks[bench].extend(found)
             except Missing as error:
                 missing.append(str(error))
                 rest = tasks[bench] or part != parts[-1]
@@ -945,6 +1146,29 @@ def scenes_large(source, n=1000, seed=1):
     first two objects; the third stays as it is. single asks for one of 144 objects.
     """
     yield from scene_tasks("large", source, n, seed)
+
+
+def scenes_pointing(source, n=1000, seed=1):
+    """Built-in drawings of two objects that training never showed together, 1,000 of them; for each
+    object the patch most similar to "a red circle" must lie in its quadrant (chance 25)."""
+    need_patches(source)
+    data = Scenes(n, "val", seed, source.image_size)
+    pictures = [picture for picture, in scene_pictures(data, f"small val {seed}", n)]
+    half = source.image_size / 2
+    images, texts, boxes = [], [], []
+    for i, picture in enumerate(pictures):
+        objects, cells, _ = data.objects(i)
+        for (colour, shape), cell in zip(objects, cells):
+            images.append((picture,))
+            texts.append((f"a {colour} {shape}",))
+            boxes.append([(half * (cell % 2), half * (cell // 2), half, half)])
+    yield Pointing("quadrant", images, texts, boxes)
+
+
+def need_patches(source):
+    if not source.has_patches:
+        raise Missing(f"{source.bench}: this model's encode_image gives no patch tokens "
+                      "(return_tokens=True)")
 
 
 def scene_tasks(world, source, n, seed):
@@ -1040,9 +1264,18 @@ def sugarcrepe(source):
                               "negative_caption": "..."}, "1": ...}
     """
     rows = source.rows({"filename": str, "caption": str, "negative_caption": str})
-    images = source.pictures([row["filename"] for row in rows])
-    texts = [(row["caption"], row["negative_caption"]) for row in rows]
+    images = source.pictures(column(rows, "filename"))
+    texts = columns(rows, "caption", "negative_caption")
     yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
+
+
+def column(rows, key):
+    return [row[key] for row in rows]
+
+
+def columns(rows, *keys):
+    """A list of tuples: the values of several keys in each row."""
+    return list(map(itemgetter(*keys), rows))
 
 
 def tuples(items):
@@ -1073,8 +1306,8 @@ def sugarcrepe_pp(source):
                          "caption2": "...", "negative_caption": "..."}, ...]
     """
     rows = source.rows({"filename": str, "caption": str, "caption2": str, "negative_caption": str})
-    images = tuples(source.pictures([row["filename"] for row in rows]))
-    texts = [(row["caption"], row["caption2"], row["negative_caption"]) for row in rows]
+    images = tuples(source.pictures(column(rows, "filename")))
+    texts = columns(rows, "caption", "caption2", "negative_caption")
     yield Choices(f"{source.subset}_itt", both_captions_win, 1 / 3, images, texts)
     yield Choices(f"{source.subset}_tot", captions_are_nearest, 1 / 3, images, texts)
 
@@ -1106,9 +1339,9 @@ def aro_swap(source, label_key, label_type, least):
     box = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
     rows = source.rows({"image_path": str, "true_caption": str, "false_caption": str,
                         label_key: label_type, **dict.fromkeys(box, (int, float))})
-    boxes = [[row[key] for key in box] for row in rows]
-    images = source.pictures([row["image_path"] for row in rows], boxes)
-    texts = [(row["true_caption"], row["false_caption"]) for row in rows]
+    boxes = columns(rows, *box)
+    images = source.pictures(column(rows, "image_path"), boxes)
+    texts = columns(rows, "true_caption", "false_caption")
     labels = [str(row[label_key]) for row in rows]
     count = Counter(labels)
     left_out = source.spec["files"][source.subset].get("left_out", ())
@@ -1179,8 +1412,8 @@ def valse(source):
     """
     rows = source.rows({"image_file": str, "caption": str, "foil": str, "mturk": dict})
     rows = [row for row in rows if row["mturk"]["caption"] >= 2]
-    images = source.pictures([row["image_file"] for row in rows])
-    texts = [(row["caption"], row["foil"]) for row in rows]
+    images = source.pictures(column(rows, "image_file"))
+    texts = columns(rows, "caption", "foil")
     yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
 
 
@@ -1196,7 +1429,7 @@ def winoground(source):
         PAIRED,
         source.pictures([f"{row['image_0']}.png" for row in rows]),
         source.pictures([f"{row['image_1']}.png" for row in rows]),
-        [(row["caption_0"], row["caption_1"]) for row in rows])
+        columns(rows, "caption_0", "caption_1"))
 
 
 def paired_choices(rules, first_images, second_images, texts):
@@ -1215,9 +1448,9 @@ def colorswap(source):
     rows = source.rows({"image_1": str, "image_2": str, "caption_1": str, "caption_2": str})
     yield from paired_choices(
         PAIRED,
-        source.pictures([row["image_1"] for row in rows]),
-        source.pictures([row["image_2"] for row in rows]),
-        [(row["caption_1"], row["caption_2"]) for row in rows])
+        source.pictures(column(rows, "image_1")),
+        source.pictures(column(rows, "image_2")),
+        columns(rows, "caption_1", "caption_2"))
 
 
 WHATSUP_MEANS = {
@@ -1247,13 +1480,13 @@ def whatsup(source):
         names = [f"val2017/{str(row[0]):0>12}.jpg" for row in rows]
     else:
         names = [f"data/vg_images/{row[0]}.jpg" for row in rows]
-    texts = [(row[1], row[2]) for row in rows]
+    texts = columns(rows, 1, 2)
     yield Choices(source.subset, first_text_wins, 1 / 2, tuples(source.pictures(names)), texts)
 
 
 def whatsup_controlled(source):
     rows = source.rows({"image_path": str, "caption_options": [str]})
-    images = source.pictures([row["image_path"] for row in rows])
+    images = source.pictures(column(rows, "image_path"))
     texts = [tuple(row["caption_options"]) for row in rows]
     yield Choices(source.subset, first_text_wins, 1 / 4, tuples(images), texts)
     pairs, sets = {}, {}        # {objects: [images, texts]} in which all must be right
@@ -1282,11 +1515,152 @@ def cola(source):
         {source.subset: PAIRED["image"]},
         source.pictures([file_name(row[0]) for row in rows]),
         source.pictures([file_name(row[2]) for row in rows]),
-        [(row[1], row[3]) for row in rows])
+        columns(rows, 1, 3))
 
 
 def file_name(url):
     return re.sub("http.*/", "", url)
+
+
+def bivlc(source):
+    """An image of COCO and its caption, and a negative caption of SugarCrepe with an image that was
+    made for it. As Winoground: text, image and group score, chance 1/4, 1/4 and 1/6. The 2,933
+    items of the test split.
+
+        test.jsonl  {"image": "0_image.jpg", "negative_image": "0_negative_image.jpg",
+                     "caption": "...", "negative_caption": "...", "type": "add", "subtype": "obj"}
+    (a hub data set: download writes it in this form, by the package datasets)
+    """
+    keys = ("image", "negative_image", "caption", "negative_caption")
+    rows = source.rows(dict.fromkeys(keys, str))
+    yield from paired_choices(
+        PAIRED,
+        source.pictures(column(rows, "image")),
+        source.pictures(column(rows, "negative_image")),
+        columns(rows, "caption", "negative_caption"))
+
+
+def vismin(source):
+    """Two images that differ in one object, attribute, count or spatial relation, and a caption of
+    each. As Winoground, by category: CATEGORY_text, _image and _group; text, image and group are
+    the means over categories. 2,084 items.
+
+        test.jsonl  {"image_0": "0_image_0.jpg", "image_1": "0_image_1.jpg", "text_0": "...",
+                     "text_1": "...", "category": "object", ...}
+    (a hub data set: download writes it in this form, by the package datasets)
+    """
+    keys = ("image_0", "image_1", "text_0", "text_1", "category")
+    rows = source.rows(dict.fromkeys(keys, str))
+    for category in dict.fromkeys(row["category"] for row in rows):
+        some = [row for row in rows if row["category"] == category]
+        yield from paired_choices(
+            {f"{category}_{rule}": found for rule, found in PAIRED.items()},
+            source.pictures(column(some, "image_0")),
+            source.pictures(column(some, "image_1")),
+            columns(some, "text_0", "text_1"))
+
+
+def mmvp(source):
+    """Two images that CLIP's image tower finds alike, and a statement about each: each text "a
+    photo of STATEMENT" must strictly prefer its own image. 135 pairs, 15 in each of 9 patterns.
+
+        Questions.csv  Question ID,Type,Statement: two rows in turn are a pair
+        MLLM_VLM Images/TYPE/ID.jpg, TYPE as in the first row of the pair
+    """
+    rows = [list(row.values()) for row in source.rows({})]
+    if any(len(row) != 3 or not all(row) for row in rows) or len(rows) % 2:
+        raise ValueError("mmvp: expected pairs of rows of three values: ID, type, statement")
+    pairs = {}          # {pattern: [(first row, second row), ...]}
+    for first, second in zip(rows[::2], rows[1::2]):
+        pairs.setdefault(first[1], []).append((first, second))
+    for pattern, some in pairs.items():
+        yield from paired_choices(
+            {pattern: PAIRED["image"]},
+            source.pictures([f"{pattern}/{first[0]}.jpg" for first, _ in some]),
+            source.pictures([f"{pattern}/{second[0]}.jpg" for _, second in some]),
+            [(f"a photo of {first[2]}", f"a photo of {second[2]}") for first, second in some])
+
+
+def negbench(source):
+    """Four captions of an image, of which one is true: it must score strictly highest. Some say
+    what is there (positive), some what is not (negative), some both (hybrid). coco and voc are over
+    all items, coco_negative and so on over those whose true caption is of that kind.
+
+        COCO_val_mcq_llama3.1_rephrased.csv  columns image_path, caption_0 to caption_3,
+            correct_answer (0 to 3), correct_answer_template (positive, negative, hybrid)
+    """
+    keys = [f"caption_{i}" for i in range(4)]
+    rows = source.rows(dict.fromkeys(
+        (*keys, "image_path", "correct_answer", "correct_answer_template"), str))
+    images = tuples(source.pictures([os.path.basename(row["image_path"]) for row in rows]))
+    texts = []
+    for row in rows:
+        captions = [row[key] for key in keys]
+        number = row["correct_answer"].removesuffix(".0")
+        if number not in ("0", "1", "2", "3"):
+            raise ValueError(f"negbench: correct_answer {number!r:.40}: expected 0 to 3")
+        true = captions.pop(int(number))
+        texts.append((true, *captions))
+    yield Choices(source.subset, first_text_wins, 1 / 4, images, texts)
+    for kind in ("positive", "negative", "hybrid"):
+        some = [i for i, row in enumerate(rows) if row["correct_answer_template"] == kind]
+        if some:
+            yield Choices(f"{source.subset}_{kind}", first_text_wins, 1 / 4,
+                          [images[i] for i in some], [texts[i] for i in some])
+
+
+def hard_positives(source):
+    """A caption, the same with a word or an order changed that keeps its meaning (hard positive),
+    and one that does not (hard negative): both of the first must strictly beat the third. swap: on
+    crops of Visual Genome; replace_att, replace_rel: on whole images. Chance is 1/3.
+
+        data/vl_checklist_attributes.json  [{"image_id": "2401814",
+            "image_path": "data/VG_100K_2/2401814.jpg", "true_caption": "walking elephant",
+            "false_caption": "jumping elephant"}, ...]
+        swapped_data/vl_checklist_attributes.json  the same with the hard positive as true_caption
+    """
+    if source.subset.endswith("_positive"):     # the second file of another part
+        return
+    keys = {"image_path": str, "true_caption": str, "false_caption": str}
+    box = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
+    if source.subset == "swap":
+        keys |= dict.fromkeys(box, (int, float))
+    rows = source.rows(keys)
+    positives = source.rows(keys, f"{source.subset}_positive")
+    if len(rows) != len(positives):
+        raise ValueError(f"hard_positives {source.subset}: {len(rows)} captions and "
+                         f"{len(positives)} hard positives")
+    names = [row["image_path"].removeprefix("data/") for row in rows]
+    boxes = columns(rows, *box) if source.subset == "swap" else None
+    texts = [(row["true_caption"], other["true_caption"], other["false_caption"])
+             for row, other in zip(rows, positives)]
+    images = tuples(source.pictures(names, boxes))
+    yield Choices(source.subset, both_captions_win, 1 / 3, images, texts)
+
+
+def vl_checklist(source):
+    """A caption must score strictly higher than the same with an object, attribute or relation
+    changed; where a row has several of either, the first counts. Published are the means of
+    attribute, object and relation, over sets; macro_3 is theirs.
+
+        Attribute/vg/color.json  [["VG_100K/2372476.jpg",
+                                   {"POS": ["red car"], "NEG": ["blue car"]}], ...]
+    """
+    rows = source.rows({0: str, 1: dict})
+    texts = []
+    for _, captions in rows:
+        if not has_keys(captions, {"POS": [str], "NEG": [str]}):
+            raise ValueError(f"vl_checklist {source.subset}: a row has no texts under POS and NEG")
+        texts.append((captions["POS"][0], captions["NEG"][0]))
+    images = source.pictures([name for name, _ in rows])
+    yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
+
+
+def vl_checklist_means():
+    subsets = list(TABLE["vl_checklist"]["files"])
+    kinds = ("attribute", "object", "relation")
+    means = {kind: [name for name in subsets if name.startswith(kind)] for kind in kinds}
+    return {**means, "macro_3": list(kinds)}
 
 
 RETRIEVAL_MEANS = {     # of both directions
@@ -1323,6 +1697,22 @@ def retrieval(source):
     yield pairs_to_ranking(source.pictures(images), keys, texts, f"{source.subset}_")
 
 
+def flickr8k(source):
+    """As retrieval, on the 1,000 test images of Flickr8k with 5 captions each (Karpathy's split).
+
+        dataset_flickr8k.json  {"images": [{"filename": "1000268201_693b08cb0e.jpg",
+            "split": "test", "sentences": [{"raw": "..."}, ...], ...}, ...], ...}
+    """
+    images, texts = [], []
+    for row in source.rows({"filename": str, "split": str, "sentences": list}):
+        for sentence in row["sentences"] if row["split"] == "test" else ():
+            if not has_keys(sentence, {"raw": str}):
+                raise ValueError("flickr8k: a sentence of dataset_flickr8k.json has no text (raw)")
+            images.append(row["filename"])
+            texts.append(sentence["raw"])
+    yield pairs_to_ranking(source.pictures(images), range(len(texts)), texts, prefix="")
+
+
 def own_retrieval(options):
     """Pairs of a table or of tar shards; in a shard an image is [tar, offset, size]."""
     data = CaptionFile(options.data, options.image_root, options.image_key, options.caption_key)
@@ -1336,6 +1726,10 @@ def own_retrieval(options):
         for caption in row["captions"]:
             pictures.append(picture)
             texts.append(caption)
+    if data.skipped:
+        name, why = data.skipped[0]
+        print0(f"{options.data}: {len(data.skipped)} rows or files skipped, the first is {name}: "
+               f"{why}")
     return pairs_to_ranking(pictures, texts, texts, prefix="")
 
 
@@ -1358,6 +1752,51 @@ def pairs_to_ranking(pictures, keys, texts, prefix):
     return Ranking(tuples(rows), tuples(text_of[key] for key in columns), positive, recalls)
 
 
+def pointing(source):
+    """Each photograph of COCO val2017 and each category with a box in it: the patch whose token is
+    most similar to "a photo of a NAME" must lie in a box of that category. coco is the mean over
+    these pairs, coco_macro over categories. Chance is the share of the patches in the boxes.
+
+        coco/annotations/instances_val2017.json, as COCO gives it out, or --data FILE:
+        boxes.json  {"000000000139.jpg": [["chair", x, y, width, height], ...], ...}
+    """
+    need_patches(source)
+    boxes = {}          # {(file name, category): its boxes}
+    for name, category, box in read_boxes(source):
+        boxes.setdefault((name, category), []).append(box)
+    images = tuples(source.pictures([name for name, _ in boxes]))
+    categories = [category for _, category in boxes]
+    texts = tuples(f"a photo of a {category}" for category in categories)
+    yield Pointing("coco", images, texts, list(boxes.values()), categories)
+
+
+def read_boxes(source):
+    """Yield (file name, category, [x, y, width, height])."""
+    path = source.options.data
+    if not path:
+        path = os.path.join(source.options.data_dir, "coco/annotations/instances_val2017.json")
+    if not os.path.isfile(path):
+        raise Missing(f"{source.bench}: no {path}; get it: {GET} {source.bench}")
+    number = (int, float)
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+        if "annotations" in content:
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            categories = {category["id"]: category["name"] for category in content["categories"]}
+            rows = [(names[a["image_id"]], [categories[a["category_id"]], *a["bbox"]])
+                    for a in content["annotations"]]
+        else:
+            rows = [(name, row) for name, some in content.items() for row in some]
+        for name, row in rows:
+            if not has_keys(row, {0: str, 1: number, 2: number, 3: number, 4: number}):
+                raise ValueError(f"a box is {row!r:.60}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected COCO's instances, or {{file: [[category, x, y, width, "
+                         f"height], ...]}} ({error!r:.200})") from None
+    for name, (category, *box) in rows:
+        yield name, category, box
+
+
 def imagenet(source):
     """Zero-shot classification of ImageNet's 50,000 validation images, top 1 and 5.
 
@@ -1373,6 +1812,21 @@ def imagenet(source):
     yield classification(source, data, known["classes"], known["templates"], count)
 
 
+def imagenet_variant(source):
+    """Zero-shot classification, top 1 and 5, with the names and prompts of imagenet, of which only
+    the classes that have a folder compete. Folders are WordNet's numbers (n01440764), or for
+    ImageNet-V2 the numbers of the classes, 0 to 999."""
+    known = json.loads((ASSETS / "imagenet.json").read_text("utf-8"))
+    data = image_folder(source, os.path.join(source.options.data_dir, source.spec["folder"]))
+    synsets = ImageNetInfo().label_names()      # in the order of the 1,000 classes
+    try:
+        numbers = [int(name) if name.isdigit() else synsets.index(name) for name in data.classes]
+        classes = [known["classes"][number] for number in numbers]
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{source.bench}: a folder is no class of ImageNet: {error}") from None
+    yield classification(source, data, classes, known["templates"], source.spec["n"])
+
+
 def folder(source):
     """Zero-shot classification of --data DIR, a folder of images for each class, top 1 and 5, with
     the prompt "a photo of a {}.". --classes FILE has a name for each folder, one a line, in the
@@ -1383,6 +1837,54 @@ def folder(source):
     except OSError as error:
         raise Missing(f"{source.bench}: {error}; give --classes FILE, a name a line") from None
     yield classification(source, data, names.strip().splitlines(), ["a photo of a {}."])
+
+
+def choices(source):
+    """Your own test: each caption must score strictly higher than all of its negatives.
+
+    --data is a .csv, .tsv or .jsonl file with the columns image (a path, --image-root is its
+    folder), caption and negative, or negative_1, negative_2 and so on, or a list in json; with a
+    column subset there is a result for each of its values, their mean (macro), and that over all
+    items (micro). Chance is the mean over items of 1 / (1 + negatives).
+
+        mine.csv  image,caption,negative,subset
+                  a.jpg,a red dog and a blue cat,a blue dog and a red cat,colour
+    """
+    options = source.options
+    if not options.data:
+        raise Missing("choices: give --data FILE with the columns image, caption and negative")
+    groups = {}         # {subset: rows of (picture, caption, negatives)}
+    for number, row in enumerate(read_table(options.data), 1):
+        image = row.get(options.image_key or "image")
+        caption = row.get(options.caption_key or "caption")
+        negatives = []
+        for column, value in row.items():
+            if column and column.startswith("negative"):
+                negatives += parse_list(value, separator=None)
+        if not (image and caption and negatives):
+            raise ValueError(f"{options.data}: row {number} needs image, caption and negative, and "
+                             f"has {', '.join(map(str, row))}")
+        picture = Picture(os.path.join(options.image_root, image))
+        groups.setdefault(row.get("subset") or "choices", []).append((picture, caption, negatives))
+    for subset, rows in groups.items():
+        most = max(len(negatives) for _, _, negatives in rows)
+        texts = []
+        for _, caption, negatives in rows:      # an item with fewer has its first again: no change
+            texts.append((caption, *negatives, *[negatives[0]] * (most - len(negatives))))
+        chance = float(np.mean([1 / (1 + len(negatives)) for _, _, negatives in rows]))
+        images = tuples(picture for picture, _, _ in rows)
+        yield Choices(subset, first_text_wins, chance, images, texts)
+
+
+def read_table(path):
+    """The rows of a .csv, .tsv or .jsonl file; what is not one is told, not lost."""
+    if not os.path.isfile(path):
+        raise Missing(f"no file {path}: --data takes a .csv, .tsv or .jsonl file")
+    for row in read_rows(path):
+        if isinstance(row, dict):
+            yield row
+        else:
+            print0(f"{row.name}: {row.why}")
 
 
 def image_folder(source, path):
@@ -1453,6 +1955,7 @@ def class_numbers(data):
 READERS = {
     "scenes": scenes,
     "scenes_large": scenes_large,
+    "scenes_pointing": scenes_pointing,
     "sugarcrepe": sugarcrepe,
     "sugarcrepe_pp": sugarcrepe_pp,
     "aro": aro,
@@ -1461,15 +1964,31 @@ READERS = {
     "colorswap": colorswap,
     "whatsup": whatsup,
     "cola": cola,
+    "bivlc": bivlc,
+    "vismin": vismin,
+    "mmvp": mmvp,
+    "negbench": negbench,
+    "hard_positives": hard_positives,
+    "vl_checklist": vl_checklist,
     "retrieval": retrieval,
+    "flickr8k": flickr8k,
+    "pointing": pointing,
     "imagenet": imagenet,
+    "imagenet_v2": imagenet_variant,
+    "imagenet_a": imagenet_variant,
+    "imagenet_r": imagenet_variant,
+    "imagenet_sketch": imagenet_variant,
     "folder": folder,
+    "choices": choices,
     **dict.fromkeys(TORCHVISION, torchvision_set),
 }
 MEANS = {       # {benchmark: {name: its parts}}, see summarize
     "sugarcrepe": SUGARCREPE_MEANS,
     "sugarcrepe_pp": SUGARCREPE_PP_MEANS,
     "retrieval": RETRIEVAL_MEANS,
+    "flickr8k": RETRIEVAL_MEANS,
+    "hard_positives": {"macro_3": ["swap", "replace_att", "replace_rel"]},
+    "vl_checklist": vl_checklist_means(),
     "valse": VALSE_MEANS,
     "whatsup": WHATSUP_MEANS,
 }
@@ -1486,7 +2005,7 @@ def download(benches, data_dir):
     for bench in benches:
         spec = TABLE.get(bench, {})
         if bench in TORCHVISION:
-            source = Source(bench, bench, Options(data_dir=data_dir), image_size=None)
+            source = Source(bench, bench, Options(data_dir=data_dir))
             list(torchvision_set(source, download=True))
         for file in spec.get("files", {}).values():
             if "url" in file:
@@ -1494,10 +2013,38 @@ def download(benches, data_dir):
                 fetch(file["url"], path, file.get("sha256"), data_dir)
         for name in spec.get("archives", []):
             fetch_archive(ARCHIVES[name], data_dir)
+        if "hub" in spec:
+            export_hub(**spec["hub"], folder=os.path.join(data_dir, bench))
         if "by_hand" in spec:
             print(f"{bench}, by hand: {spec['by_hand'].replace('DATA', data_dir)}")
         else:
             print(f"{bench}: there")
+
+
+def export_hub(repository, split, images, folder):
+    """Write a data set of the hub as FOLDER/SPLIT.jsonl and image files, byte for byte, through the
+    package datasets. images: its columns of images."""
+    path = os.path.join(folder, f"{split}.jsonl")
+    if os.path.isfile(path):
+        return
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{repository} is read by the package datasets: pip install datasets"
+                         ) from None
+    rows = datasets.load_dataset(repository, split=split)
+    for name in images:
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    os.makedirs(folder, exist_ok=True)
+    lines = []
+    for number, row in enumerate(rows):
+        for name in images:
+            content = row[name]["bytes"]
+            row[name] = f"{number}_{name}.jpg"      # whatever its format: pillow looks inside
+            Path(folder, row[name]).write_bytes(content)
+        lines.append(json.dumps(row))
+    Path(f"{path}.part").write_text("\n".join(lines), "utf-8")
+    os.replace(f"{path}.part", path)
 
 
 def fetch_archive(archive, data_dir):
@@ -1688,22 +2235,41 @@ def paired(a, b, images, samples=2000, seed=0):
 
 
 def read_results(path):
-    """A file of --json -> {bench: {subset or mean: results, with data: what they were made of}}."""
+    """A file of --json -> its model's name, {bench: {subset or mean: results}}, where each result
+    has under data what it was made of."""
     file = json.loads(Path(path).read_text("utf-8"))
     found = {}
     for bench, subsets in file["results"].items():
         data = file["protocol"], file["data_sha256"][bench]
         found[bench] = {name: {**result, "data": data} for name, result in subsets.items()}
-    return found
+    return model_name(file["checkpoint"]), found
 
 
-def compare(files, items=False):
-    """Print the difference of two files of --json on each subset and mean that both have."""
+def model_name(label):
+    """out/nano/last.pt -> nano; a hub id stays as it is."""
+    path = Path(label)
+    return path.parent.name if path.suffix == ".pt" and path.parent.name else label
+
+
+def compare(files, items=False, form=None, columns=None, reference=False):
+    """Print the difference of two files of --json on all that both have, or a table of several."""
     try:
-        a, b = (read_results(path) for path in files)
+        names, results = zip(*[read_results(path) for path in files])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"compare {' '.join(files)}: expected two files of --json ({error!r})"
-                         ) from None
+        raise ValueError(f"compare {' '.join(files)}: expected two files of --json, or more "
+                         f"({error!r})") from None
+    if form is None and not columns and not reference and len(files) == 2:
+        compare_two(*results, items)
+        return
+    for bench in dict.fromkeys(bench for file in results for bench in file):
+        having = [i for i, file in enumerate(results) if bench in file]
+        published = TABLE.get(bench, {}).get("published") if reference else None
+        print(format_table(bench, [names[i] for i in having], [results[i][bench] for i in having],
+                           form or "text", columns, published) + "\n")
+
+
+def compare_two(a, b, items):
+    """a, b: {bench: {subset or mean: results}}."""
     print("B - A in percent. gained: items right in B only; lost: in A only. Interval: 95 %, "
           "paired bootstrap over images.\np: exact McNemar test, which takes items as independent."
           "\n")
@@ -1711,41 +2277,58 @@ def compare(files, items=False):
     for bench in a:
         if bench in b:
             compare_bench(bench, a[bench], b[bench], items)
-    names = [{(bench, name) for bench, subsets in file.items() for name in subsets if
-              "correct" in subsets[name]} for file in (a, b)]
-    alone = [f"{bench} {name}" for bench, name in sorted(names[0] ^ names[1])]
+    alone = sorted(subset_names(a) ^ subset_names(b))
     print(f"in one file only: {', '.join(alone) or 'none'}")
+
+
+def subset_names(results):
+    """{bench: {subset or mean: results}} -> the set of "BENCH SUBSET"."""
+    names = set()
+    for bench, subsets in results.items():
+        for name, result in subsets.items():
+            if "correct" in result:
+                names.add(f"{bench} {name}")
+    return names
 
 
 def compare_bench(bench, a, b, items):
     """a, b: {subset or mean: results} of one benchmark."""
-    columns = {}
     for name in a:
         if name in b and "correct" in a[name] and "correct" in b[name]:
             check_same_items(f"{bench} {name}", a[name], b[name])
             compare_subset(f"{bench} {name}", a[name], b[name], items)
+    for name, draws in paired_draws(a, b).items():
+        if "correct" not in a[name]:
+            low, high = np.quantile(draws[1:], (0.025, 0.975))
+            print(f"{bench + ' ' + name:32s}{a[name]['n']:6d} {100 * a[name]['accuracy']:6.1f} "
+                  f"{100 * b[name]['accuracy']:6.1f}  {draws[0]:+6.1f}  {low:+6.1f} .. "
+                  f"{high:+6.1f}     mean")
+
+
+def paired_draws(a, b):
+    """{subset or mean: results} of two models -> {subset or mean: (1 + samples,)}, B - A in
+    percent: of all items first, then of images drawn alike for both models and all subsets."""
+    columns = {}
+    for name in a:
+        if name in b and "correct" in a[name] and "correct" in b[name]:
             change = np.subtract(b[name]["correct"], a[name]["correct"])
             columns[name] = np.array(a[name]["image"]), change, np.ones(len(change))
     for name, result in a.items():
-        if "weights" in result and result["of"] in columns:     # the mean of labels' means
+        if name in b and "weights" in result and result["of"] in columns:   # mean of labels' means
             images, change, _ = columns[result["of"]]
             columns[name] = images, change, np.array(result["weights"])
     if not columns:
-        return
+        return {}
     draws = dict(zip(columns, 100 * bootstrap(list(columns.values())).T))
     for name, result in a.items():
         parts = result.get("parts")
         if parts and name in b and set(parts) <= set(draws):
             draws[name] = mean_of_parts(name, parts, draws, a)
-        if name in b and name in draws and "correct" not in result:
-            low, high = np.quantile(draws[name][1:], (0.025, 0.975))
-            print(f"{bench + ' ' + name:32s}{result['n']:6d} {100 * result['accuracy']:6.1f} "
-                  f"{100 * b[name]['accuracy']:6.1f}  {draws[name][0]:+6.1f}  {low:+6.1f} .. "
-                  f"{high:+6.1f}     mean")
+    return draws
 
 
 def check_same_items(key, a, b):
-    if any(a[name] != b[name] for name in ("n", "data", "image")):
+    if any(a.get(name) != b.get(name) for name in ("n", "data", "image")):
         raise ValueError(f"{key}: A ({a['n']} items) and B ({b['n']}) differ in items, data or "
                          "protocol version")
 
@@ -1759,6 +2342,123 @@ def compare_subset(key, a, b, items):
         for word, sign in ("gained", 1), ("lost", -1):
             for i in np.flatnonzero(change == sign):
                 print(f"    {word}: {a['items'][i]}")
+
+
+def format_table(bench, names, tables, form="text", columns=None, published=None):
+    """Models in rows, subsets or means in columns, percent with 95 % intervals -> str.
+
+    names of the models, and for each its {subset or mean: results}. columns: names joined by
+    commas, "all", or None: the means, if there are any. The best is marked where the paired
+    interval of its lead over the second excludes 0. published: as for print_published.
+    """
+    known = list(dict.fromkeys(name for table in tables for name in table))
+    means = [name for name in known if any("parts" in table.get(name, {}) for table in tables)]
+    chosen = means or known
+    if columns == "all":
+        chosen = known
+    elif columns:
+        chosen = [name for name in columns.split(",") if name in known]
+    best = {column: clear_best(tables, column) for column in chosen}
+    rows = []
+    for number, (name, table) in enumerate(zip(names, tables)):
+        cells = []
+        for column in chosen:
+            cells += format_cell(table.get(column), best[column] == number, form)
+        rows.append([name, *cells])
+    for method, figures in (published or {}).items():
+        cells = []
+        for column in chosen:
+            cells += [str(figures.get(column, ""))] + ["", ""] * (form == "csv")
+        if any(cells):
+            rows.append([f"{method} (published)", *cells])
+    head = [bench]
+    for column in chosen:
+        head += [column, f"{column}_low", f"{column}_high"] if form == "csv" else [column]
+    return TABLE_FORMS[form]([head, *rows])
+
+
+def clear_best(tables, column):
+    """The number of the model with the highest accuracy in a column, if its lead over the second is
+    beyond chance: the 95 % interval of the paired difference is above 0. Else None."""
+    having = [i for i, table in enumerate(tables) if column in table]
+    having.sort(key=lambda i: -tables[i][column]["accuracy"])
+    if len(having) < 2:
+        return None
+    best, second = tables[having[0]], tables[having[1]]
+    try:
+        for name in best:
+            if name in second and "correct" in best[name] and "correct" in second[name]:
+                check_same_items(name, best[name], second[name])
+    except ValueError:      # of other items: not to be compared
+        return None
+    draws = paired_draws(second, best).get(column)
+    clear = draws is not None and np.quantile(draws[1:], 0.025) > 0
+    return having[0] if clear else None
+
+
+def format_cell(result, is_best, form):
+    """The cells of one result: one, but three in csv."""
+    if result is None:
+        return ["", "", ""] if form == "csv" else [""]
+    value, low, high = (f"{100 * result[name]:.1f}" for name in ("accuracy", "low", "high"))
+    if form == "csv":
+        return [value, low, high]
+    if form == "markdown":
+        return [f"**{value}** [{low}, {high}]" if is_best else f"{value} [{low}, {high}]"]
+    if form == "latex":
+        bold = f"\\textbf{{{value}}}" if is_best else value
+        return [f"{bold}$_{{{low}}}^{{{high}}}$"]
+    return [f"{value}{'*' if is_best else ' '} {low}-{high}"]
+
+
+def text_form(rows):
+    """Aligned columns, as many beside each other as fit into 100 characters."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    blocks, used = [[]], widths[0]
+    for i in range(1, len(widths)):
+        if used + 2 + widths[i] > 100 and blocks[-1]:
+            blocks.append([])
+            used = widths[0]
+        blocks[-1].append(i)
+        used += 2 + widths[i]
+    lines = []
+    for block in blocks:
+        for row in rows:
+            cells = [f"{row[i]:>{widths[i]}s}" for i in block]
+            lines.append("  ".join([f"{row[0]:{widths[0]}s}", *cells]).rstrip())
+        lines.append("")
+    lines.append("percent with 95 % intervals; *: ahead of the second beyond its paired interval")
+    return "\n".join(lines)
+
+
+def markdown_form(rows):
+    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+
+
+def latex_form(rows):
+    """For the package booktabs."""
+    head, *body = rows
+    columns = "l" + "r" * (len(head) - 1)
+    lines = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule"]
+    lines += [escape_latex(" & ".join(head)) + r" \\", "\\midrule"]
+    for name, *cells in body:
+        lines.append(" & ".join([escape_latex(name), *cells]) + r" \\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
+
+
+def escape_latex(text):
+    """Of names, and of a row of names between &."""
+    return re.sub(r"([_%#$])", r"\\\1", text)
+
+
+def csv_form(rows):
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue().rstrip("\n")
+
+
+TABLE_FORMS = {"text": text_form, "markdown": markdown_form, "latex": latex_form, "csv": csv_form}
 
 
 # ---- pictures ----------------------------------------------------------------------------------
@@ -1799,7 +2499,12 @@ def read_log(path):
 
 
 def plot(files, keys=None, output="curves.png"):
-    """Draw the curves of runs into a file: the loss and each evaluated subset, or those of keys."""
+    """Draw the curves of runs into a file: the loss and each evaluated subset, or those of keys.
+    Of files of --json instead, draw bars of their results."""
+    if all(path.endswith(".json") for path in files):
+        names, results = zip(*[read_results(path) for path in files])
+        save_figure(draw_bars(names, results, keys), output)
+        return
     logs = [read_log(path) for path in files]
     known = list(dict.fromkeys(key for log in logs for key in log))
     if keys is None:
@@ -1842,6 +2547,45 @@ def draw_curves(names, logs, keys):
     return figure
 
 
+def draw_bars(names, results, keys=None):
+    """results: for each model {bench: {subset or mean: results}}. A panel for each benchmark, in it
+    a group of bars for each subset and mean (or those of keys, joined by commas), with 95 %
+    intervals and chance as a line -> Figure."""
+    benches = list(dict.fromkeys(bench for file in results for bench in file))
+    if len(names) > len(CURVES):
+        raise ValueError(f"plot takes up to {len(CURVES)} files")
+    figure = new_figure(10, 3.2 * len(benches) + 0.4)
+    panels = figure.subplots(len(benches), 1, squeeze=False).flatten()
+    for bench, panel in zip(benches, panels):
+        tables = [file.get(bench, {}) for file in results]
+        subsets = list(dict.fromkeys(subset for table in tables for subset in table))
+        if keys:
+            subsets = [subset for subset in subsets if subset in keys.split(",")]
+        width = 0.8 / len(names)
+        for number, (table, colour) in enumerate(zip(tables, CURVES)):
+            for place, subset in enumerate(subsets):
+                if subset in table:
+                    draw_bar(panel, place + (number - (len(names) - 1) / 2) * width, width,
+                             table[subset], colour)
+        panel.set_xticks(range(len(subsets)), subsets, rotation=30, ha="right")
+        panel.set_title(bench)
+        panel.set_ylabel("correct, %")
+        panel.set_ylim(0, 100)
+        panel.grid(axis="y", alpha=0.3)
+    handles = [panels[0].bar(0, 0, color=colour) for _, colour in zip(names, CURVES)]
+    figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)))
+    return figure
+
+
+def draw_bar(panel, x, width, result, colour):
+    """One bar with its interval, and chance as a line across it."""
+    height = 100 * result["accuracy"]
+    error = [[height - 100 * result["low"]], [100 * result["high"] - height]]
+    panel.bar(x, height, width, color=colour, yerr=error, error_kw={"elinewidth": 1})
+    chance = 100 * result["chance"]
+    panel.plot([x - width / 2, x + width / 2], [chance, chance], color="black", linewidth=1)
+
+
 def save_figure(figure, output):
     try:
         figure.savefig(output, dpi=300)
@@ -1861,9 +2605,10 @@ def similarity_maps(model, image, phrases):
     return maps.unflatten(1, (side, side))
 
 
-def seen_box(model, image):
-    """What a model sees of an image: left, right, bottom, top in pixels, as imshow's extent."""
-    width, height = image.size
+def seen_box(model, size):
+    """What a model sees of an image of size (width, height): left, right, bottom, top in pixels, as
+    imshow's extent."""
+    width, height = size
     if model.config.resize == "shortest":       # the square in the middle
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
@@ -1887,7 +2632,7 @@ def show(checkpoint, image=None, scene=0, caption=None, concepts=None, output="a
         raise ValueError("show has no phrases for --image: give --concepts, or a --caption with "
                          "noun phrases")
     maps = [similarity_maps(model, picture, phrases) for model in models]
-    boxes = [seen_box(model, picture) for model in models]
+    boxes = [seen_box(model, picture.size) for model in models]
     save_figure(draw_maps(picture, phrases, names, maps, boxes), output)
 
 
@@ -1910,7 +2655,7 @@ def draw_maps(picture, phrases, names, maps, boxes):
             panel.set_axis_off()
         row[0].set_title(name)
         for panel, phrase, values in zip(row[1:], phrases, model_maps):
-            shown = panel.imshow(values, cmap="viridis", norm=scale, alpha=0.65,
+            shown = panel.imshow(values.numpy(), cmap="viridis", norm=scale, alpha=0.65,
                                  interpolation="bicubic", extent=box)
             x, y = peak_place(values, box)
             panel.plot(x, y, "+", color="black", markersize=15, markeredgewidth=4)
@@ -1955,17 +2700,68 @@ def interpolate_weights(model, initial, weight):
     return model
 
 
-def load_model(checkpoint, init, name, tokenizer, weight):
-    """The model that the flags --checkpoint, --init, --model, --tokenizer, --interpolate mean."""
-    if bool(checkpoint) + bool(init or name) != 1 + (weight is not None):
-        raise ValueError("give what to evaluate: --checkpoint FILE, or --init SOURCE (or --model "
-                         "NAME for its default weights), or both with --interpolate A")
-    model = CLIP.load(checkpoint) if checkpoint else CLIP.from_pretrained(init, name)
+class OpenCLIP(torch.nn.Module):
+    """A model of open_clip of any architecture, with its own transform and tokenizer, as run takes
+    it. name: NAME/PRETRAINED, such as ViT-B-32/laion2b_s34b_b79k; PRETRAINED may be a file."""
+
+    def __init__(self, name):
+        super().__init__()
+        try:
+            import open_clip
+        except ImportError:
+            raise ValueError(f"open_clip:{name} needs open_clip: pip install open_clip_torch"
+                             ) from None
+        architecture, _, pretrained = name.partition("/")
+        known = open_clip.list_models()
+        if architecture not in known or not pretrained:
+            tags = open_clip.list_pretrained_tags_by_model(architecture)
+            raise ValueError(f"open_clip:{name}: expected open_clip:NAME/PRETRAINED with NAME one "
+                             f"of {', '.join(known[:9])}, ..., and PRETRAINED a file or, for this "
+                             f"NAME, one of {', '.join(tags) or 'none'}")
+        try:
+            self.model, _, self.transform = open_clip.create_model_and_transforms(
+                architecture, pretrained=pretrained, weights_only=True)
+            self.tokenize = open_clip.get_tokenizer(architecture)
+        except Exception as error:      # of many kinds: an unknown tag, no network, a wrong file
+            first_line = str(error).strip().split("\n")[0]
+            raise ValueError(f"open_clip:{name} cannot be read: {first_line[:300]}") from None
+
+    def encode_image(self, pixels):
+        return self.model.encode_image(pixels)
+
+    def encode_text(self, tokens):
+        return self.model.encode_text(tokens)
+
+
+def load_source(source, name=None):
+    """A model from --init: open_clip's by the prefix open_clip:, else ours."""
+    if source and source.startswith("open_clip:"):
+        return OpenCLIP(source.removeprefix("open_clip:"))
+    return CLIP.from_pretrained(source, name)
+
+
+def models_of(checkpoint, init, name, tokenizer, weight):
+    """Yield (what it is called, model) for each that --checkpoint, --init, --model mean."""
+    checkpoints = checkpoint.split(",") if checkpoint else []
+    sources = init.split(",") if init else [None] if name else []
     if weight is not None:
-        model = interpolate_weights(model, CLIP.from_pretrained(init, name), weight)
-    if tokenizer:
-        model = set_tokenizer(model, tokenizer)
-    return model
+        if len(checkpoints) != 1 or len(sources) != 1:
+            raise ValueError("--interpolate takes one --checkpoint and one --init (or --model)")
+        model = CLIP.load(checkpoints[0])
+        model = interpolate_weights(model, CLIP.from_pretrained(sources[0], name), weight)
+        yield checkpoints[0], with_tokenizer(model, tokenizer)
+        return
+    if not checkpoints and not sources:
+        raise ValueError("give what to evaluate: --checkpoint FILE, or --init SOURCE (or --model "
+                         "NAME for its default weights); several are joined by commas")
+    for path in checkpoints:
+        yield path, with_tokenizer(CLIP.load(path), tokenizer)
+    for source in sources:
+        yield source or name, with_tokenizer(load_source(source, name), tokenizer)
+
+
+def with_tokenizer(model, path):
+    return set_tokenizer(model, path) if path else model
 
 
 def pick_device(device):
@@ -1989,39 +2785,156 @@ def fingerprint(model):
 
 # ---- commands ----------------------------------------------------------------------------------
 
-def evaluate(checkpoint, init, model, tokenizer, interpolate, bench, json_path, reference,
-             **settings):
-    """Score a model on benchmarks, print a table of each, and write --json."""
+def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None, tokenizer=None,
+             interpolate=None, **settings):
+    """Score one or several models on benchmarks, print tables, and write --json."""
     benches = (bench or default_bench(settings["data"])).split(",")
     if benches != ["all"]:
         check_names(benches)
-    options = Options(**settings)
-    options.device = pick_device(options.device)
-    if WORLD > 1:
-        if options.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
-    network = load_model(checkpoint, init, model, tokenizer, interpolate)
-    network.to(options.device).eval()
+    options = running_options(settings)
+    start_processes(options.device)
     started = time.time()
-    tasks, missing = read(benches, options, image_size(network))
-    results = score(network, tasks, options)
-    for name, subsets in results.items():
-        published = TABLE.get(name, {}).get("published") if reference else None
-        print_table(name, subsets, published)
+    files = []          # what --json holds of each model
+    for label, network in models_of(checkpoint, init, model, tokenizer, interpolate):
+        if files:       # not the first
+            print0(f"\n{label}:")
+        network.to(options.device).eval()
+        size, patches = image_size(network), gives_patch_tokens(network)
+        tasks, missing = read(benches, options, size, patches)
+        results = score(network, tasks, options)
+        for name, subsets in results.items():
+            print_table(name, subsets, TABLE.get(name, {}).get("published") if reference else None)
+        files.append({
+            "checkpoint": label, "sha256": fingerprint(network), "protocol": PROTOCOL,
+            "data_sha256": data_digests(tasks), "missing": missing, "results": results})
     print0(f"\n{time.time() - started:.1f} s")
     for line in missing:
         print0(f"not there: {line}")
+    if len(files) > 1:
+        labels = [model_name(file["checkpoint"]) for file in files]
+        for name in results:
+            tables = [file["results"][name] for file in files]
+            print0("\n" + format_table(name, labels, tables))
     if json_path and RANK == 0:
-        given = {"checkpoint": checkpoint, "init": init, "model": model, "tokenizer": tokenizer,
-                 "interpolate": interpolate, "bench": bench, **settings}
-        Path(json_path).write_text(json.dumps({
-            "checkpoint": checkpoint or init or model, "sha256": fingerprint(network),
-            "protocol": PROTOCOL, "data_sha256": data_digests(tasks),
-            "settings": {**given, "torch": torch.__version__, "processes": WORLD},
-            "missing": missing, "results": results}))
+        given = {"init": init, "model": model, "tokenizer": tokenizer, "interpolate": interpolate}
+        given |= {"bench": bench, "torch": torch.__version__, "processes": WORLD, **settings}
+        write_json(json_path, files, given)
+    stop_processes()
+
+
+def running_options(settings):
+    """Options of flags, with the device and the number of workers that None means."""
+    options = Options(**settings)
+    options.device = pick_device(options.device)
+    if options.workers is None:
+        options.workers = min(8, os.cpu_count() or 1) if options.device == "cuda" else 0
+    return options
+
+
+def start_processes(device):
+    if WORLD > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def stop_processes():
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def write_json(path, files, settings):
+    """A file for each model; of several the number of the model is put before the ending."""
+    stem, ending = os.path.splitext(path)
+    for number, content in enumerate(files, 1):
+        name = path if len(files) == 1 else f"{stem}.{number}{ending}"
+        Path(name).write_text(json.dumps({**content, "settings": settings}))
+        print0(f"wrote {name}")
+
+
+def verify(registry, bench, tolerance, **settings):
+    """Print our figures of public checkpoints beside the published ones."""
+    options = running_options(settings)
+    start_processes(options.device)
+    only = bench.split(",") if bench else list(BENCHES)
+    check_names(only)
+    close, far = 0, 0
+    for name, entry in read_registry(registry).items():
+        figures = {key: value for key, value in entry["figures"].items() if key in only}
+        try:
+            tasks = read_what_is_there(figures, options)
+            if not tasks:
+                print0(f"\n{name}: none of the files of {', '.join(figures)} are there")
+                continue
+            model = load_verified(name, entry, options.data_dir)
+        except (ValueError, OSError) as error:
+            print0(f"\n{name}: not verified, {plain_words(error)}")
+            continue
+        results = score(model.to(options.device).eval(), tasks, options)
+        print0(f"\n{name:32s}    ours  published  difference")
+        for key, found in results.items():
+            for subset, published in figures[key].items():
+                if subset not in found:
+                    continue
+                ours = 100 * found[subset]["accuracy"]
+                is_close = abs(ours - published) <= tolerance + 1e-9
+                close, far = close + is_close, far + (not is_close)
+                verdict = "" if is_close else f"  more than {tolerance:g}"
+                print0(f"{key + ' ' + subset:32s}  {ours:6.1f}  {published:9.1f}  "
+                      f"{ours - published:+10.1f}{verdict}")
+    print0(f"\n{close} of {close + far} figures are within {tolerance:g} points")
+    stop_processes()
+
+
+def read_registry(path):
+    """{name: {init or checkpoint, model, figures {bench: {subset: percent}}}}: of a json file, or
+    the checkpoints of benchmarks.json with what is published of them."""
+    if path is None:
+        registry = {}
+        for name, entry in DATA["checkpoints"].items():
+            figures = {}
+            for bench, spec in TABLE.items():
+                known = dict(spec.get("published", {}).get(name, {}))
+                known.pop("source", None)
+                if known:
+                    figures[bench] = known
+            registry[name] = {**entry, "figures": figures}
+        return registry
+    try:
+        registry = json.loads(Path(path).read_text("utf-8"))
+        for entry in registry.values():
+            check_names(entry["figures"])
+            for known in entry["figures"].values():
+                if not all(is_kind(figure, (int, float)) for figure in known.values()):
+                    raise ValueError("a figure is no number")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: expected {{NAME: {{init or checkpoint, figures: {{bench: "
+                         f"{{subset: percent}}}}}}}} ({error})") from None
+    return registry
+
+
+def read_what_is_there(benches, options):
+    tasks = {}
+    for bench in benches:
+        try:
+            tasks.update(read([bench], options)[0])
+        except Missing:
+            pass
+    return tasks
+
+
+def load_verified(name, entry, data_dir):
+    """The model of an entry of the registry; a file with a url is downloaded first."""
+    if "checkpoint" in entry:
+        return CLIP.load(entry["checkpoint"])
+    if "path" not in entry:
+        return load_source(entry.get("init"), entry.get("model"))
+    path = os.path.join(data_dir, entry["path"])
+    if "url" in entry:
+        fetch(entry["url"], path, entry.get("sha256"), data_dir)
+    if not os.path.isfile(path):
+        raise Missing(f"no {path}: {entry['by_hand']}")
+    return CLIP.from_pretrained(path, entry.get("model"))
 
 
 def default_bench(data):
@@ -2044,7 +2957,7 @@ def data_digests(tasks):
 
 
 FUNCTIONS = {"evaluate": evaluate, "download": download, "compare": compare, "describe": describe,
-             "plot": plot, "show": show}
+             "verify": verify, "plot": plot, "show": show}
 
 
 def call(argv):
