@@ -496,6 +496,7 @@ class CLIP(nn.Module):
             state, _, intact = read_weights(path)
         if config is None:
             config = config_of_bare_file(state, source, model)
+            config = replace(config, tokenizer=released_tokenizer(model))
         elif model is not None:
             config = config_as_named(config, source, model)
         if image_size is not None:
@@ -581,9 +582,8 @@ class Tokenizer:
     def encode(self, texts):
         """list of str -> list of tokenizers.Encoding, cleaned and cut to the context length."""
         if self.backend is None:
-            raise ValueError(
-                "this model has no tokenizer: set_tokenizer(model, path), or --tokenizer, "
-                "gives it one")
+            raise ValueError("this model has no tokenizer: set_tokenizer(model, path), or "
+                             f"--tokenizer, gives it one{tokenizer_hint(self.config.name)}")
         cleaned = [clean_text(text, self.config.text_clean) for text in texts]
         with tokenizer_errors("the model's tokenizer fails"):
             return self.backend.encode_batch(cleaned)
@@ -1034,6 +1034,30 @@ def config_of_bare_file(state, source, model):
     return named
 
 
+def released_tokenizer(model):
+    """The text of the tokenizer.json of a named model's default source, or "" and a warning."""
+    hub = SOURCES.get(model)
+    if hub is None:
+        return ""
+    try:
+        names, path_of = find_source(hub)
+        if "tokenizer.json" in names:
+            return read_tokenizer(path_of("tokenizer.json"))
+        why = f"{hub} has no tokenizer.json"
+    except (ValueError, OSError):
+        why = "the hub cannot be reached"
+    warnings.warn(f"{model} has no tokenizer yet, as {why}: set_tokenizer(model, path), or "
+                  f"--tokenizer, gives it one{tokenizer_hint(model)}")
+    return ""
+
+
+def tokenizer_hint(model):
+    """Where the tokenizer of a named model is to be had, as the end of a sentence."""
+    if model not in SOURCES:
+        return ""
+    return f", that of https://huggingface.co/{SOURCES[model]}/blob/main/tokenizer.json"
+
+
 STRUCTURE = (  # what a source must have in common with the model that it is said to be
     "family", "embed_dim", "patch_size", "vision", "text", "vocab_size", "context_length")
 
@@ -1066,6 +1090,10 @@ def find_source(source):
         return os.listdir(source), partial(os.path.join, source)
     source = source.removeprefix("hf-hub:")
     is_file = source.endswith((".pt", ".bin", ".safetensors"))
+    if source in MODELS:
+        loads = f", which loads {SOURCES[source]}" if source in SOURCES else ""
+        raise ValueError(f"{source} is the name of a model, not of weights: give it as --model"
+                         f"{loads}")
     if source.count("/") != 1 or source[0] in "./~" or is_file:
         raise ValueError(f"{source}: no such file or folder, nor a hub id (owner/name)")
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download

@@ -495,6 +495,27 @@ def test_hub(hub, clip_tokenizer, siglip_tokenizer, monkeypatch):
     assert same_state(CLIP.from_pretrained("google/siglip"), model)
 
 
+def test_a_bare_file_gets_the_tokenizer_of_its_name(hub, tmp_path, clip_tokenizer, monkeypatch):
+    """A state dict says nothing of texts: the tokenizer comes from the hub, or an error says where it is to be had."""
+    for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
+        monkeypatch.setitem(MODELS, name, layers(MODELS[name], vision=1, text=1))
+    folder, _ = write_open_clip(tmp_path / "oc", "ViT-B-32", clip_tokenizer[0], layers=1)
+    weights = os.path.join(folder, "open_clip_model.safetensors")
+    os.makedirs(hub / M.SOURCES["ViT-B-32"])
+    with pytest.warns(UserWarning, match="openai has no tokenizer.json: set_tokenizer"):
+        assert CLIP.from_pretrained(weights, "ViT-B-32").config.tokenizer == ""
+    write_text(hub / M.SOURCES["ViT-B-32"], "tokenizer.json", clip_tokenizer[0])
+    model = CLIP.from_pretrained(weights, "ViT-B-32-quickgelu")
+    assert torch.equal(model.tokenize(TEXTS), clip_tokenizer[1](TEXTS))
+    shutil.rmtree(tmp_path / "cache")
+    point_to("http://127.0.0.1:9", monkeypatch)
+    with pytest.warns(UserWarning, match="ViT-B-32 has no tokenizer yet, as the hub cannot be reached.*--tokenizer"):
+        model = CLIP.from_pretrained(weights, "ViT-B-32")
+    with pytest.raises(ValueError, match="no tokenizer.*--tokenizer, gives it one, that of https://huggingface.co/"
+                                         "timm/vit_base_patch32_clip_224.openai/blob/main/tokenizer.json"):
+        model.tokenize(["a"])
+
+
 @pytest.mark.parametrize("how", ["refused", "unresolved", "flag"])
 def test_offline_fails_at_once(how, hub, monkeypatch):
     from huggingface_hub import constants
@@ -533,6 +554,8 @@ def test_mistakes_say_what_to_do(tmp_path, clip_tokenizer, siglip_tokenizer):
     fails("no such file or folder", "missing/folder/x")
     fails("no such file or folder", "missing.safetensors")
     fails("no such file or folder", "./a/b")
+    fails("ViT-B-32 is the name of a model, not of weights: give it as --model, which loads timm/vit_base", "ViT-B-32")
+    fails("nano is the name of a model, not of weights: give it as --model$", "nano")
     fails("is no ViT-B-32: it has embed_dim 48, not 512", folder, "ViT-B-32")
     fails("lacks open_clip_config.json and .* or config.json and", str(tmp_path))
     fails("in the format of transformers clip, but ViT-B-16-SigLIP is a siglip", weights, "ViT-B-16-SigLIP")
