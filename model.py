@@ -688,7 +688,11 @@ def to_rgb(image):
 
 
 def image_transform(config):
-    """PIL image -> (3, S, S) float32: open_clip's transform for evaluation, bit by bit."""
+    """PIL image -> (3, S, S) float32: open_clip's transform for evaluation, bit by bit.
+
+    As open_clip it drops transparency and shows what was hidden. data.load_image puts white beneath
+    first, as transformers' processors do.
+    """
     size = config.image_size
     interpolation = transforms.InterpolationMode(config.interpolation)
     resize = (size, size) if config.resize == "squash" else size
@@ -1517,7 +1521,8 @@ def export(model, format, directory):
     elif format == "transformers":
         tensors, files = export_transformers(model)
         [architecture] = files["config.json"]["architectures"]
-        call = f'{architecture}.from_pretrained("{directory}")'
+        call = (f'{architecture}.from_pretrained("{directory}"), '
+                f'AutoProcessor.from_pretrained("{directory}")')
     elif format == "timm":
         tensors, files = export_timm(model)
         call = f'timm.create_model("local-dir:{directory}", pretrained=True)'
@@ -1639,3 +1644,6 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         raise SystemExit(f"model.py: {error}")
     print(f"wrote {args.output}; load it with\n    {call}")
+    if args.format != "transformers":
+        print("Put white beneath transparent images, as data.load_image does, before you give them to\n"
+              f"{args.format}, which would drop the transparency.")

@@ -923,6 +923,24 @@ def test_export_transformers(any_model, tmp_path):
     assert_round_trip(back, folder + "2")
 
 
+def test_transparent_images(tmp_path, siglip_tokenizer):
+    """load_image puts white beneath them, as transformers' processor does; open_clip's transform needs load_image."""
+    from data import load_image
+    model = nano(siglip_tokenizer, image_size=48)
+    export(model, "transformers", str(tmp_path / "a"))
+    export(model, "open_clip", str(tmp_path / "b"))
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "a")
+    transform = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'b'}")[1]
+    pixels = np.random.RandomState(0).randint(0, 256, (64, 64, 4), dtype=np.uint8)
+    pixels[:20] = 0         # wholly transparent, and black underneath
+    Image.fromarray(pixels, "RGBA").save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as image:
+        theirs = processor(images=image, text=["a"], return_tensors="pt")["pixel_values"][0]
+    ours = model.transform(load_image(str(tmp_path / "x.png")))
+    assert difference(theirs, ours) < 2.5 / 255 / 0.5 and (ours[:, :12] == 1).all()
+    assert torch.equal(transform(load_image(str(tmp_path / "x.png"))), ours)
+
+
 @torch.no_grad()
 def test_export_timm(any_model, tmp_path):
     model, folder = any_model, str(tmp_path / "out")
