@@ -30,6 +30,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+if __name__ == "__main__":  # read here, as the imports below take seconds
+    parser = argparse.ArgumentParser(
+        description="Writes a new folder that open_clip, transformers or timm loads by itself.")
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("--checkpoint", required=True,
+                        help="A checkpoint of train.py, or any source that train.py --init takes.")
+    parser.add_argument("--model", help="Its architecture, where --checkpoint does not say it.")
+    parser.add_argument("--format", required=True, choices=["open_clip", "transformers", "timm"],
+                        help="Who is to load it. timm loads the image tower.")
+    parser.add_argument("--output", required=True, help="A new folder.")
+    args = parser.parse_args()
+
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -134,7 +146,8 @@ def is_number(x):
 
 def check_size(what, size, largest, smallest=1):
     if type(size) is not int or not smallest <= size <= largest:
-        raise ValueError(f"{what} is {size!r}, expected a whole number from {smallest} to {largest}")
+        raise ValueError(f"{what} is {size!r}, expected a whole number "
+                         f"from {smallest} to {largest}")
 
 
 def clip_config(patch_size, image_size, vision, text, act="gelu"):
@@ -938,7 +951,7 @@ def fill(model, state, source):
 
 
 def check_finite(tensor, name, source):
-    """Raises a ValueError for a tensor that is no weight: not of numbers, or with NaN among them."""
+    """Raises a ValueError for a tensor that is no weight: not of floats, or NaN among them."""
     if not tensor.is_floating_point() or tensor.layout != torch.strided:
         raise ValueError(f"{source}: {name} is {tensor.dtype} ({tensor.layout}), expected a dense "
                          "tensor of floats: another file, or a damaged one")
@@ -1628,16 +1641,6 @@ CLEAN_TEXT = {"lower": SINGLE_SPACES, "canonicalize": NO_PUNCTUATION + SINGLE_SP
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Writes a new folder that open_clip, transformers or timm loads by itself.")
-    parser.add_argument("command", choices=["export"])
-    parser.add_argument("--checkpoint", required=True,
-                        help="a checkpoint of train.py, or any source that train.py --init takes")
-    parser.add_argument("--model", help="its architecture, where --checkpoint does not say it")
-    parser.add_argument("--format", required=True, choices=["open_clip", "transformers", "timm"],
-                        help="who is to load it; timm loads the image tower")
-    parser.add_argument("--output", required=True, help="a new folder")
-    args = parser.parse_args()
     try:
         model = CLIP.from_pretrained(args.checkpoint, args.model)
         call = export(model, args.format, args.output)
@@ -1645,5 +1648,5 @@ if __name__ == "__main__":
         raise SystemExit(f"model.py: {error}")
     print(f"wrote {args.output}; load it with\n    {call}")
     if args.format != "transformers":
-        print("Put white beneath transparent images, as data.load_image does, before you give them to\n"
-              f"{args.format}, which would drop the transparency.")
+        print("Put white beneath transparent images, as data.load_image does, before you give them "
+              f"to {args.format}, which would drop the transparency.")

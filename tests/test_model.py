@@ -1015,6 +1015,15 @@ def test_command_line(tmp_path, siglip_tokenizer, monkeypatch, capsys):
         assert found == status and word in text and (status != 1 or "\n" not in text), (args, found, text)
 
 
+def test_help_takes_no_imports(tmp_path):
+    """It must not load torch: less than two seconds, whatever else the machine does."""
+    for args in (["--help"], ["export", "--format", "onnx"]):
+        done = subprocess.run([sys.executable, "-X", "importtime", os.path.join(ROOT, "model.py"), *args],
+                              capture_output=True, text=True)
+        assert "--checkpoint" in done.stdout + done.stderr
+        assert not [line for line in done.stderr.splitlines() if line.endswith((" torch", " timm", " torchvision"))]
+
+
 def test_works_alone(tmp_path, siglip_tokenizer):
     """model.py copied into an empty folder loads a checkpoint, knows all named models, and writes other formats."""
     shutil.copy(os.path.join(ROOT, "model.py"), tmp_path)
