@@ -1142,6 +1142,8 @@ def check_paths(args):
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: expected 1 or more")
     output = args.output or os.path.splitext(args.inputs[0])[0] + ".concepts.jsonl"
+    if os.path.exists(output) and not os.path.isfile(output):
+        raise ValueError(f"--output {output} is not a file")
     for path in args.inputs:
         if os.path.exists(output) and os.path.samefile(path, output):
             raise ValueError(f"{output} is also an input: choose another --output")

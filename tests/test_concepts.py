@@ -496,6 +496,7 @@ def test_help_and_mistakes(tmp_path):
                          (1, ("extract", tmp_path / "fine.txt", "--output", tmp_path / "no" / "o")),
                          (1, ("extract", tmp_path / "fine.txt", "--output", tmp_path / "fine.txt")),
                          (1, ("extract", tmp_path / "fine.txt", "--output", tmp_path / "fine")),
+                         (1, ("extract", tmp_path / "fine.txt", "--output", tmp_path)),
                          (1, ("train", "--corpus", tmp_path / "missing", "--output", out)),
                          (1, ("train", "--corpus", tmp_path / "t.txt", "--output", out)),
                          (1, ("eval", tmp_path / "fine", "--weights", tmp_path / "gold"))):
@@ -721,6 +722,27 @@ def test_resume_after_kill(tmp_path):
     p = run("extract", tmp_path / "other.txt", "--output", out)
     assert p.returncode == 1 and "other inputs" in p.stderr
     assert out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_killed_worker_and_a_full_disk_are_one_line(tmp_path):
+    """Neither hangs, and the same command goes on."""
+    source, out = tmp_path / "caps.txt", tmp_path / "o"
+    source.write_text("\n".join(f"{c} number {i}" for i, c in enumerate(REAL * 40)) + "\n")
+    command = [sys.executable, str(ROOT / "concepts.py"), "extract", str(source), "--output", str(out)]
+    p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while p.poll() is None and (not out.exists() or out.stat().st_size < 100_000):
+        time.sleep(0.005)
+    [worker] = Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    error = p.communicate(timeout=120)[1]
+    assert p.returncode == 1 and "memory" in error and error.count("\n") == 1, error
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000,) * 2); " \
+              "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    p = subprocess.run([sys.executable, "-c", limited, *command[1:]], capture_output=True, text=True, timeout=120)
+    assert p.returncode == 1 and p.stderr.startswith("error: ") and p.stderr.count("\n") == 1, p.stderr
+    p = run(*command[2:])
+    assert p.returncode == 0 and len(rows_of(out)) == 16_000
 
 
 def test_training_is_reproducible(tmp_path):
