@@ -255,8 +255,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import evaluate
-from data import (CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers, normalize_images,
-                  train_tokenizer, train_transform)
+from data import (ORDER, CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers,
+                  normalize_images, train_tokenizer, train_transform)
 from losses import (METHODS, Features, extra_terms, gather_features, gather_together,
                     plan_batch)
 from model import CLIP, MODELS, no_decay, read_tokenizer, set_tokenizer
@@ -598,6 +598,9 @@ def read_header(path):
     if "optimizer" not in header:
         stop_all(f"--resume {path} holds weights but no optimizer: to start from them, give "
                  f"--init {path}")
+    if header.get("order") != ORDER and step > 0:
+        stop_all(f"--resume {path}: an earlier version made it, whose order of rows this version "
+                 f"cannot continue: give it as --init {path}, or train on with that version")
     return name, step, saved_args
 
 
@@ -1137,7 +1140,8 @@ def save(step):
     if rank != 0:
         return
     checkpoint = {
-        **model.checkpoint(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
+        **model.checkpoint(), "optimizer": optimizer.state_dict(), "step": step, "order": ORDER,
+        "best": best,
         "thresholds": thresholds, "initial_scale": initial_scale, "args": vars(args)}
     if teacher is not None:
         checkpoint["teacher"] = teacher.state_dict()

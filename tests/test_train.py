@@ -399,6 +399,14 @@ def test_resuming_with_other_arguments(tmp_path):
     assert curve(tmp_path, "step") == [1, 2, 3]
 
 
+def test_a_checkpoint_with_another_order_of_rows(tmp_path):
+    run("train.py", *SMALL, "--steps", 2, "--out-dir", tmp_path)
+    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+    del checkpoint["order"]     # the first edition saved none
+    torch.save(checkpoint, tmp_path / "last.pt")
+    assert "whose order of rows this version cannot continue" in mistake("--resume", "auto", "--out-dir", tmp_path)
+
+
 def test_changed_bytes_of_a_checkpoint_are_found(tmp_path):
     run("train.py", *SMALL, "--steps", 2, "--out-dir", tmp_path)
     content = bytearray((tmp_path / "last.pt").read_bytes())
