@@ -745,6 +745,21 @@ def test_another_folder_for_indices(folder, large, tmp_path_factory):
     assert len(CaptionFile(two, str(folder), index_dir=str(place / "new/folder"))) == 20
 
 
+def test_many_files_are_indexed_by_several_processes(shards, monkeypatch):
+    expected = CaptionFile(shards, caption_key="caption").captions
+    monkeypatch.setattr(data_module, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(data_module, "default_workers", lambda: 3)
+    parent, written = os.getpid(), data_module.write_index
+    monkeypatch.setattr(data_module, "write_index", lambda *args: written(*args) if os.getpid() != parent else None)
+    data = CaptionFile(shards, caption_key="caption,alt")
+    assert [row["captions"][0] for row in rows_of(data)] == expected == [f"json {i}" for i in range(41)]
+    folder = os.path.dirname(shards)
+    open(f"{folder}/00001.tar", "wb").close()       # what is wrong with one is said as ever
+    monkeypatch.setattr(data_module, "write_index", written)
+    data = CaptionFile(shards)
+    assert len(data) == 24 and data.lost_rows == 12 and "00001.tar is damaged" in data.skipped[0][0]
+
+
 def test_an_index_moves_with_its_folder(tmp_path, monkeypatch):
     os.makedirs(tmp_path / "old")
     shard(tmp_path / "old" / "a.tar", samples(0, 4))
