@@ -10,13 +10,19 @@ A row is a dict with
     neighbour       optional row, a hard negative for this one
 A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
 """
+import contextlib
+import fcntl
 import glob
+import hashlib
 import io
 import json
 import math
+import mmap
 import os
 import random
 import re
+import shutil
+import tempfile
 import warnings
 import zlib
 from array import array
@@ -249,12 +255,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # Train the tokenizer on the captions of so many rows at most, and on so many letters of a word.
 TOKENIZER_ROWS = 200_000
 TOKENIZER_LETTERS = 100
+# So many reports of a file are kept; all of them are counted.
+MAX_REPORTS = 1000
 # The longest name that a tar may give to a member, in bytes.
 MAX_NAME = 2**20
 
 
 class CaptionFile(Dataset):
-    """Image-caption pairs of tables (.csv, .tsv, .jsonl) and tar shards, as one data set.
+    """Image-caption pairs of tables (.csv, .tsv, .jsonl), tar shards, and the annotations of COCO
+    and Karpathy (.json), as one data set.
 
     Optional columns or json keys of any of them: concepts and negatives (lists, or texts with |
     in between), negative_image (a path), and neighbours (numbers of rows of the same file,
@@ -270,8 +279,10 @@ class CaptionFile(Dataset):
                  JOIN_KEYS that it has to the images' key, url or path
     max_pixels   largest image that is decoded, see load_image
     fast_decode  images are what load_fast gives, not load_image
+    index_dir    folder for the indices of the files, see open_index; by default beside each file
 
-    Raises ValueError for files that cannot be used. Nothing else is lost without a trace:
+    Opening takes the same memory for any number of rows. Raises ValueError for files that cannot
+    be used. Nothing else is lost without a trace:
 
     skipped    [(name, why)] of what was lost
     lost_rows  how many rows that was. A damaged tar is reckoned to have had as many rows as the
@@ -280,30 +291,31 @@ class CaptionFile(Dataset):
     """
 
     def __init__(self, sources, image_root="", image_key=None, caption_key=None, captions=None,
-                 max_pixels=None, fast_decode=False):
+                 max_pixels=None, fast_decode=False, index_dir=None):
         self.root = image_root
         self.max_pixels = max_pixels
         self.load = load_fast if fast_decode else load_image
         self.parts = []             # the rows of each file
         self.skipped = []
         self.remarks = []
+        columns = set()
         caption_keys = caption_key.split(",") if caption_key else []
-        joined = JoinedCaptions(captions, caption_keys) if captions else None
-        columns = set(joined.columns) if joined else set()
+        joined = None
+        if captions:
+            joined = JoinedCaptions(captions, caption_keys, index_dir)
+            self.remarks += joined.remarks
+            columns |= joined.columns
         paths = []
         for source in sources.split("::"):
             paths += expand(source)
-        quiet = os.environ.get("RANK", "0") != "0"
-        for path in tqdm(paths, "reading", unit="file", delay=1, disable=quiet):
-            part = RowStore(path)
-            part.fill(image_key, caption_keys, joined)
-            self.parts.append(part)
+        options = Options(image_key, caption_keys, joined, index_dir)
+        self.parts = open_parts(paths, options)
+        for part in self.parts:
             self.skipped += part.skipped
             self.remarks += part.remarks
             columns |= part.columns
         if joined:
-            self.skipped = joined.unused() + self.skipped
-            self.remarks += joined.remarks
+            self.skipped = joined.unused(self.parts) + self.skipped
         # The first row of each file in the whole data set, and the number of all rows.
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
         self.lost_rows = count_lost(self.parts)
@@ -345,8 +357,11 @@ class CaptionFile(Dataset):
         return self.parts[which], index - int(self.starts[which])
 
     def __getitem__(self, index):
-        row = self.sample(index)
+        part, number = self._find(index)
+        row = {"key": f"{part.path} (row {number + 1} of its index)"}
         try:
+            row = part.read(number)
+            part.check_unchanged()
             self._open_images(row)
             self._read_lists(row, index)
         except Exception as error:      # pillow's decoders raise nearly anything
@@ -375,116 +390,220 @@ class CaptionFile(Dataset):
             row["neighbours"] = [first + place for place in places]
 
 
-class RowStore:
-    """The usable rows of one file, as json texts one behind the other: no Python object a row.
+class Options:
+    """How files are read, see CaptionFile; joined is the open JoinedCaptions, or None."""
 
-    lines    bytes, all texts
-    ends     int64 (N + 1,): text i is lines[ends[i]:ends[i + 1]]
-    numbers  int64 (N,), the number of each row in the file, where some rows are not usable
+    def __init__(self, image_key, caption_keys, joined, index_dir):
+        self.image_key = image_key
+        self.caption_keys = caption_keys
+        self.joined = joined
+        self.index_dir = index_dir
+
+    def identity(self):
+        """What an index depends on beside its file."""
+        joined = self.joined.identity if self.joined else None
+        return ["rows", self.image_key, self.caption_keys, joined]
+
+
+def open_parts(paths, options):
+    """Open the rows of each file, with a progress bar where that takes time.
+
+    Files without an index are read now. The ranks of a host begin with different ones, and each
+    waits for those that another one is reading.
+    """
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # None: no bar where nobody sees it, which is not on a terminal.
+    quiet = True if os.environ.get("RANK", "0") != "0" else None
+    with tqdm(desc="reading", unit=" rows", delay=1, disable=quiet) as bar:
+        for path in paths[rank::ranks] if ranks > 1 else ():
+            Part(path, options, bar)
+        parts = []
+        for number, path in enumerate(paths, 1):
+            bar.set_description(f"reading file {number:,} of {len(paths):,}", refresh=False)
+            parts.append(Part(path, options, bar))
+    return parts
+
+
+class Part:
+    """The usable rows of one file, by its index.
+
+    skipped, remarks    see CaptionFile: the first MAX_REPORTS
+    lost     the number of rows that are not usable; where the file itself is torn, an estimate
     columns  the names of all columns or keys of the file
-    skipped, remarks    see CaptionFile; lost is the number of rows skipped, torn says that the
-             file itself is damaged, so that the number is an estimate
     """
 
-    def __init__(self, path):
+    def __init__(self, path, options, bar):
         self.path = path
+        file, split = file_and_split(path)
+        self.index, remarks = open_index(
+            file, [*options.identity(), split], options.index_dir,
+            lambda writer: write_rows(path, options, writer, bar))
+        about = self.index.about
+        self.skipped = [tuple(pair) for pair in about["skipped"]]
+        self.remarks = [tuple(pair) for pair in about["remarks"]] + remarks
+        self.lost = about["lost"]
+        self.torn = about["torn"]
+        self.columns = set(about["columns"])
+        self.stamp = about["stamp"]
+
+    def __len__(self):
+        return len(self.index)
+
+    def read(self, number):
+        """Row number of those that are usable: see CaptionFile.sample."""
+        row = self.index.read(number)
+        if self.path.endswith(".tar"):
+            row["key"] = f"{self.path} {row['key']}"
+            row["image"] = [self.path, *row["image"]]
+        return row
+
+    def check_unchanged(self):
+        """Raise OSError if a tar is not the one whose places are known any more."""
+        if self.path.endswith(".tar") and file_stamp(self.path) != self.stamp:
+            raise OSError("its tar has changed since training began")
+
+    def places(self, texts):
+        """Indices of usable rows from texts of row numbers in the file, without the others."""
+        numbers = self.index.column("numbers")
+        found = []
+        for text in texts:
+            number = int(text) if text.isdecimal() and len(text) < 19 else -1
+            place = int(np.searchsorted(numbers, number))
+            if place < len(self) and numbers[place] == number:
+                found.append(place)
+        return found
+
+
+def write_rows(path, options, writer, bar):
+    """Write the rows of a file into an index, with the columns
+    numbers  the number of each row in the file, where some are not usable
+    used     the places of the joined captions that were used
+    Returns what is to be remembered of the file, see Part."""
+    reports = Reports()
+    columns = {}            # an ordered set
+    number = 0
+    for row in read_pairs(path):
+        if isinstance(row, Report):
+            reports.add(row)
+            number += row.rows
+            continue
+        columns.update(dict.fromkeys(row))
+        sample = make_sample(path, number, row, options, writer)
+        if isinstance(sample, Report):
+            reports.add(sample)
+        else:
+            writer.text(sample)
+            writer.number("numbers", number)
+        number += 1
+        if number % 1000 == 0:
+            bar.update(1000)
+    return {**vars(reports), "columns": [to_text(name) for name in columns]}
+
+
+class Reports:
+    """What was wrong with a file: see Part."""
+
+    def __init__(self):
         self.skipped = []
         self.remarks = []
         self.lost = 0
         self.torn = False
-        self.columns = set()
 
-    def fill(self, image_key, caption_keys, joined):
-        """Read the file; joined is the table of its captions, if they are not in the file."""
-        lines = io.BytesIO()
-        ends = array("q", [0])
-        numbers = array("q")
-        number = 0
-        for row in read_pairs(self.path):
-            if isinstance(row, Report):
-                self.report(row)
-                number += row.rows
-                continue
-            self.columns.update(row)
-            sample = make_sample(self.path, number, row, image_key, caption_keys, joined)
-            if isinstance(sample, Report):
-                self.report(sample)
-            else:
-                lines.write(json.dumps(sample).encode())
-                ends.append(lines.tell())
-                numbers.append(number)
-            number += 1
-        self.lines = lines.getvalue()
-        self.ends = np.array(ends)
-        self.numbers = np.array(numbers)
-
-    def report(self, report):
-        """Count what was lost, or keep a remark."""
-        if report.rows:
-            self.skipped.append((report.name, report.why))
-        else:
-            self.remarks.append((report.name, report.why))
+    def add(self, report):
+        pairs = self.skipped if report.rows else self.remarks
+        if len(pairs) < MAX_REPORTS:
+            pairs.append((report.name, report.why))
         self.lost += report.rows
         self.torn |= report.torn
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def read(self, index):
-        """Row number index of those that are usable."""
-        first, last = self.ends[index:index + 2]
-        return json.loads(self.lines[first:last])
-
-    def places(self, numbers):
-        """Indices of usable rows from texts of row numbers in the file, without the others."""
-        found = []
-        for text in numbers:
-            number = int(text) if text.isdecimal() and len(text) < 19 else -1
-            index = int(np.searchsorted(self.numbers, number))
-            if index < len(self) and self.numbers[index] == number:
-                found.append(index)
-        return found
 
 
 class JoinedCaptions:
     """A table of captions, found by the name of an image: its key, its url or its path.
 
-    Several rows of one name are several captions.
+    Several rows of one name are several captions. The names are found by their hashes, which are
+    sorted in the table's index, so that 10 million captions are not in memory.
     """
 
-    def __init__(self, path, caption_keys):
+    def __init__(self, path, caption_keys, index_dir):
         self.path = path
-        self.rows = {}              # name -> list of dicts
-        self.used = set()           # names of images that were asked for
-        self.columns = set()
-        self.remarks = []           # rows lost here count where an image misses its caption
-        self.name_column = ""
-        wanted = {*(caption_keys or CAPTION_KEYS), "concepts", "negatives"}
-        for row in read_rows(path):
-            if isinstance(row, Report):
-                self.remarks.append((row.name, row.why))
-                continue
-            self.columns.update(row)
-            self.name_column = first_present(JOIN_KEYS, row)
-            name = str(row.get(self.name_column) or "")
-            about = {key: value for key, value in row.items() if key in wanted}
-            self.rows.setdefault(name, []).append(about)
+        identity = ["captions", caption_keys]
+        self.index, remarks = open_index(
+            path, identity, index_dir,
+            lambda writer: write_captions(path, caption_keys, writer))
+        about = self.index.about
+        self.identity = [os.path.abspath(path), about["stamp"]]
+        self.columns = set(about["columns"])
+        self.name_column = about["name_column"]
+        # Rows lost here count where an image misses its caption.
+        self.remarks = [tuple(pair) for pair in about["remarks"] + about["skipped"]] + remarks
 
     def find(self, row, image):
-        """The rows about one image, [] if there are none."""
+        """Return the rows about one image, [] if there are none, and where their name is in the
+        order of hashes."""
+        hashes = self.index.column("hashes")
+        order = self.index.column("order")
         for name in (row.get("key"), row.get("url"), image):
-            if name is not None and str(name) in self.rows:
-                self.used.add(str(name))
-                return self.rows[str(name)]
-        return []
+            if name is None:
+                continue
+            hashed = name_hash(name)
+            place = int(np.searchsorted(hashes, hashed))
+            found = []
+            for number in order[place:np.searchsorted(hashes, hashed, "right")]:
+                other, about = self.index.read(int(number))
+                if other == str(name):
+                    found.append(about)
+            if found:
+                return found, place
+        return [], None
 
-    def unused(self):
-        """[] or one (name, why) about the captions that fit no image."""
-        lost = [name for name in self.rows if name not in self.used]
+    def unused(self, parts):
+        """[] or one (name, why) about the captions that fit no image of some parts."""
+        hashes = self.index.column("hashes")
+        first_of_name = np.ones(len(hashes), bool)
+        first_of_name[1:] = hashes[1:] != hashes[:-1]
+        for part in parts:
+            first_of_name[part.index.column("used")] = False
+        lost = int(first_of_name.sum())
         if not lost:
             return []
-        why = f"{len(lost):,} {self.name_column} fit no image, the first is {lost[0]!r}"
+        first = self.index.column("order")[first_of_name].min()
+        name, _ = self.index.read(int(first))
+        why = f"{lost:,} {self.name_column} fit no image, the first is {name!r}"
         return [(self.path, why)]
+
+
+def name_hash(name):
+    """63 bits that stand for a name of an image, equal on all processes."""
+    digest = hashlib.blake2b(str(name).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def write_captions(path, caption_keys, writer):
+    """Write a table of captions into an index: texts [name, dict], with the columns
+    hashes  of the names, sorted
+    order   the numbers of the texts in this order
+    Returns what is to be remembered of the table, see JoinedCaptions."""
+    reports = Reports()
+    columns = {}            # an ordered set
+    name_column = ""
+    wanted = {*(caption_keys or CAPTION_KEYS), "concepts", "negatives"}
+    hashes = array("q")
+    for row in read_rows(path):
+        if isinstance(row, Report):
+            reports.add(row)
+            continue
+        columns.update(dict.fromkeys(row))
+        name_column = first_present(JOIN_KEYS, row)
+        name = str(row.get(name_column) or "")
+        about = {key: value for key, value in row.items() if key in wanted}
+        writer.text([name, about])
+        hashes.append(name_hash(name))
+    order = np.argsort(hashes, kind="stable")
+    writer.numbers("hashes", np.array(hashes)[order])
+    writer.numbers("order", order)
+    return {**vars(reports), "columns": [to_text(name) for name in columns],
+            "name_column": name_column}
 
 
 class Report:
@@ -516,17 +635,22 @@ def count_lost(parts):
     return total
 
 
-def make_sample(path, number, row, image_key, caption_keys, joined):
-    """What is kept of a row of a table or tar: a dict without empty values, or a Report."""
-    key, image = name_and_image(path, number, row, image_key)
+def make_sample(path, number, row, options, writer):
+    """What is kept of a row of a table or tar: a dict without empty values, or a Report.
+
+    Where captions are joined, the writer is told which were used.
+    """
+    name, key, image = name_and_image(path, number, row, options.image_key)
     sources = [row]
-    if joined:
-        sources = joined.find(row, image)
-    captions = captions_of(sources, caption_keys)
+    if options.joined:
+        sources, place = options.joined.find(row, image)
+        if sources:
+            writer.number("used", place)
+    captions = captions_of(sources, options.caption_keys)
     if not image:
-        return Report(key, "no image", 1)
+        return Report(name, "no image", 1)
     if not captions:
-        return Report(key, "no caption", 1)
+        return Report(name, "no caption", 1)
     sample = {
         "key": key,
         "image": image,
@@ -540,20 +664,19 @@ def make_sample(path, number, row, image_key, caption_keys, joined):
 
 
 def name_and_image(path, number, row, image_key):
-    """Return a row's name in reports, and where its image is (false without one).
+    """Return a row's name in reports, its key, and where its image is (false without one).
 
-    The image is a path, as the table has it, or [tar, offset, size].
+    The image is a path, as the table has it, or [offset, size] in the tar, where the key is
+    without the tar's name, so that an index stays true when its folder is moved.
     """
     if path.endswith(".tar"):
-        image = row["image"]
-        if image:
-            image = [path, *image]
-        return f"{path} {row['key']}", image
+        return f"{path} {row['key']}", row["key"], row["image"]
     column = image_key or first_present(IMAGE_KEYS, row)
     image = row.get(column)
     if image:
         image = str(image)
-    return f"{to_text(image or '(no image)')} (row {number + 1})", image
+    name = f"{to_text(image or '(no image)')} (row {number + 1})"
+    return name, name, image
 
 
 def captions_of(rows, caption_keys):
@@ -577,12 +700,310 @@ def first_present(keys, row):
     return ""
 
 
+# ---- an index of a file ----------------------------------------------------
+
+INDEX_FORMAT = 1
+INDEX_MARK = b"c2lip-1\n"           # the last bytes of an index that is whole
+INDEX_FOLDER = ".c2lip-index"       # beside the file
+# A smaller table is read into memory each time: it takes a moment, and no file is left behind.
+INDEX_FROM = 2**22
+# The digest of an index is over so many blocks at most, of so many bytes.
+DIGEST_BLOCKS = 32
+DIGEST_SIZE = 2**16
+
+
+class Index:
+    """Json texts and columns of integers in one file, which is mapped into memory and not read:
+    it opens at once, and all processes of a host share its pages.
+
+    The file: the texts one behind the other, zeros up to a multiple of 8 bytes, the columns
+    (int64), a json text about all this, the length of this text (int64), INDEX_MARK.
+
+    about  what was known of the file when the index was written
+    """
+
+    def __init__(self, content, path=None):
+        """content: uint8 array; path: the file that it is mapped from, None if from none.
+        Raises ValueError if it is not whole."""
+        self.content = content
+        self.path = path
+        if content[-8:].tobytes() != INDEX_MARK:
+            raise ValueError("no mark at the end")
+        length = int(content[-16:-8].view(np.int64)[0])
+        text = content[len(content) - 16 - length:len(content) - 16].tobytes()
+        self.about = json.loads(text)
+        self.size = len(content) - 16 - length          # of texts and columns
+        if self.about["digest"] != sampled_digest(content[:self.size]):
+            raise ValueError("another digest")
+        self.ends = self.column("ends")
+
+    @classmethod
+    def map(cls, path):
+        """Open an index by its file. Raises ValueError or OSError."""
+        with open(path, "rb") as f:
+            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        return cls(np.frombuffer(mapped, np.uint8), path)
+
+    def __reduce__(self):
+        # A worker that is spawned, not forked, maps the file itself.
+        if self.path:
+            return Index.map, (self.path,)
+        return Index, (self.content,)
+
+    def column(self, name):
+        """int64 (N,), a view of the file; empty if nothing was written into this column."""
+        first, count = self.about["places"].get(name, (0, 0))
+        return self.content[first:first + 8 * count].view(np.int64)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def read(self, number):
+        """The value of a json text. Raises ValueError for one that is damaged."""
+        first = self.ends[number - 1] if number else 0
+        try:
+            return json.loads(self.content[first:self.ends[number]].tobytes())
+        except ValueError:
+            raise ValueError(
+                f"the index {self.path} is damaged: remove it, and start again") from None
+
+
+class CannotWrite(Exception):
+    """An index cannot be written to a place: no permission, a full disk."""
+
+
+class IndexWriter:
+    """Writes an Index in little memory: texts to its file, columns to files without a name.
+
+    path  of the index, which appears there when it is finished; None: it stays in memory
+    """
+
+    def __init__(self, path=None):
+        self.path = path
+        self.columns = {}
+        self.size = 0
+        try:
+            if path is None:
+                self.file = io.BytesIO()
+            else:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                self.partial = f"{path}.{os.urandom(8).hex()}.partial"
+                self.file = open(self.partial, "w+b")
+        except OSError as error:
+            raise CannotWrite(error.strerror) from error
+
+    def text(self, value):
+        """Write the next text."""
+        content = json.dumps(value).encode()
+        self._write(self.file, content)
+        self.size += len(content)
+        self.number("ends", self.size)
+
+    def number(self, column, value):
+        """Write the next number of a column."""
+        if column not in self.columns:
+            self._add(column)
+        self._write(self.columns[column], value.to_bytes(8, "little"))
+
+    def numbers(self, column, values):
+        """Write a whole column."""
+        self._add(column)
+        self._write(self.columns[column], values.astype(np.int64).tobytes())
+
+    def _add(self, column):
+        if self.path is None:
+            self.columns[column] = io.BytesIO()
+        else:
+            folder = os.path.dirname(self.path)
+            self.columns[column] = tempfile.SpooledTemporaryFile(max_size=2**20, dir=folder)
+
+    def _write(self, file, content):
+        try:
+            file.write(content)
+        except OSError as error:
+            raise CannotWrite(error.strerror) from error
+
+    def finish(self, about):
+        """Write the columns and what is known about the file; returns the Index."""
+        try:
+            places = {}
+            position = self.size + -self.size % 8
+            self.file.write(bytes(position - self.size))
+            for name, column in self.columns.items():
+                count = column.tell() // 8
+                places[name] = (position, count)
+                column.seek(0)
+                shutil.copyfileobj(column, self.file, 2**20)
+                position += 8 * count
+            digest = sampled_digest(self._content())
+            text = json.dumps({**about, "places": places, "digest": digest}).encode()
+            text += b" " * (-len(text) % 8)         # numbers stay at multiples of 8 bytes
+            self.file.write(text + len(text).to_bytes(8, "little") + INDEX_MARK)
+            if self.path is None:
+                return Index(self._content())
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            os.replace(self.partial, self.path)     # others see a whole index or none
+            return Index.map(self.path)
+        except OSError as error:
+            raise CannotWrite(error.strerror) from error
+
+    def _content(self):
+        """All bytes so far, as an array."""
+        if self.path is None:
+            return np.frombuffer(self.file.getvalue(), np.uint8)
+        self.file.flush()
+        if self.file.tell() == 0:
+            return np.zeros(0, np.uint8)
+        mapped = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapped, np.uint8)
+
+    def abandon(self):
+        """Remove what was written, unless it is finished."""
+        with contextlib.suppress(OSError):          # a full disk again
+            self.file.close()
+        if self.path:
+            with contextlib.suppress(OSError):
+                os.remove(self.partial)
+
+
+def sampled_digest(content):
+    """CRC-32 of blocks that are spread over an array of bytes: finds what is cut, zeroed or of
+    another file, without reading gigabytes at each start."""
+    step = max(DIGEST_SIZE, -(-len(content) // DIGEST_BLOCKS))
+    digest = len(content)
+    for first in range(0, len(content), step):
+        digest = zlib.crc32(content[first:first + DIGEST_SIZE], digest)
+    return digest
+
+
+def file_stamp(path):
+    """What tells whether a file is the same as before: [size, time of change in ns]."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def open_index(path, identity, index_dir, write):
+    """Open the index of a file; write it first if there is none for just this file and identity.
+
+    write       writes the rows of the file to an IndexWriter and returns what to remember
+    identity    json value: what the rows depend on, beside the file
+    index_dir   where indices are; None: beside the file or, where that cannot be written, in the
+                user's cache folder. Where neither can be, they are in this process's memory.
+    Returns the Index, and remarks about it as CaptionFile has them.
+    """
+    stamp = file_stamp(path)
+    if not path.endswith(".tar") and stamp[0] < INDEX_FROM:
+        return write_index(path, None, write), []
+    remarks = []
+    for folder in index_folders(path, index_dir):
+        name = index_name(path, identity, folder)
+        target = os.path.join(folder, f"{name}.{stamp[0]}.{stamp[1]}.index")
+        index, _ = find_index(target)
+        if index:
+            return index, remarks
+        try:
+            with locked(target):
+                index, why = find_index(target)     # another process may have written it
+                if why:
+                    remarks.append((path, f"its index was damaged ({why}) and is made anew"))
+                if index is None:
+                    remove_old(target, name)
+                    index = write_index(path, target, write)
+            return index, remarks
+        except CannotWrite as error:
+            problem = error
+    # The text names the folder, so that Python shows this warning once a folder.
+    warnings.warn(f"{index_dir or os.path.dirname(path)}: {problem}: indices of its files are kept "
+                  "in memory only, and made anew at each start. Give a folder with --index-dir")
+    return write_index(path, None, write), remarks
+
+
+def find_index(target):
+    """Return the Index of a file name, or None; and, if there is one that is damaged, why."""
+    try:
+        return Index.map(target), ""
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        return None, str(error) or type(error).__name__
+
+
+def write_index(path, target, write):
+    """Write the index of a file to its place, None for memory; reads the file a second time if it
+    is changed meanwhile."""
+    for _ in range(2):
+        stamp = file_stamp(path)
+        writer = IndexWriter(target)
+        try:
+            about = write(writer)
+            if file_stamp(path) == stamp:
+                return writer.finish({**about, "stamp": stamp})
+        finally:
+            writer.abandon()
+    raise ValueError(f"{path} is being written: it changed twice while it was read")
+
+
+def index_folders(path, index_dir):
+    """Where the index of a file may be, in the order of preference."""
+    if index_dir:
+        return [index_dir]
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return [os.path.join(os.path.dirname(path), INDEX_FOLDER),
+            os.path.join(cache, "c2lip", "index")]
+
+
+def index_name(path, identity, folder):
+    """The name of an index without the stamp of its file. In a folder that is not beside the
+    file it depends on the file's place, too."""
+    place = None
+    if os.path.basename(folder) != INDEX_FOLDER:
+        place = os.path.abspath(path)
+    name = os.path.basename(path)
+    text = json.dumps([INDEX_FORMAT, name, place, identity])
+    return f"{name[:100]}.{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
+
+
+def remove_old(target, name):
+    """Remove the indices of former states of a file, and what a kill has left of one. A process
+    that still uses one keeps its pages."""
+    folder = os.path.dirname(target)
+    for old in glob.glob(os.path.join(glob.escape(folder), glob.escape(name) + ".*")):
+        if old.endswith((".index", ".partial", ".lock")) and old != f"{target}.lock":
+            with contextlib.suppress(OSError):
+                os.remove(old)
+
+
+@contextlib.contextmanager
+def locked(target):
+    """Let one process at a time write an index; the others wait, however long it takes. A kill
+    ends the lock. Raises CannotWrite where no file can be made."""
+    try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        file = open(f"{target}.lock", "w")
+    except OSError as error:
+        raise CannotWrite(error.strerror) from error
+    with file:
+        # A file system may have no locks: then all write, and the last one is kept.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # Whoever waits for this file, or makes another of its name, looks for the index first.
+            with contextlib.suppress(OSError):
+                os.remove(file.name)
+
+
+# ---- patterns, tables, tars: reading them ----------------------------------
+
 def expand(source):
     """Return the files that "a/{08..11}.tar", "{a,b}.csv" or "*.tar" name, as a shell would.
 
     Raises ValueError for one that is not there.
     """
-    if os.path.isfile(source):
+    if os.path.isfile(file_and_split(source)[0]):
         return [source]
     braces = re.search(r"\{((\d+)\.\.(\d+)|[^{}]*,[^{}]*)\}", source)
     if not braces:
@@ -604,10 +1025,51 @@ def expand(source):
 
 
 def read_pairs(path):
-    """Yield the rows of a table or a tar as dicts, and Reports; see read_rows and read_shard."""
+    """The rows of a file, dicts, and Reports: see read_shard, read_annotations, read_rows."""
     if path.endswith(".tar"):
         return read_shard(path)
+    if file_and_split(path)[0].endswith(".json"):
+        return read_annotations(path)
     return read_rows(path)
+
+
+def file_and_split(path):
+    """"FILE.json#val" -> ("FILE.json", "val"); any other path -> (path, "train")."""
+    match = re.fullmatch(r"(.*\.json)#(\w+)", path)
+    return match.groups() if match else (path, "train")
+
+
+def read_annotations(path):
+    """Return the images of COCO's captions_train2017.json or of Karpathy's dataset_flickr8k.json
+    (Karpathy and Fei-Fei 2015), each a dict of image and caption, a list of all its captions.
+
+    Karpathy's file has all splits, of which "#SPLIT" behind its name chooses one; the default,
+    train, has restval, too, as is usual for COCO. Raises ValueError for other files.
+    """
+    file, split = file_and_split(path)
+    splits = ("train", "restval") if split == "train" else (split,)
+    rows = []
+    try:
+        with open(file, encoding="utf-8") as f:
+            content = json.load(f)
+        captions = {}           # COCO: id of an image -> list
+        for annotation in content.get("annotations", ()):
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        for image in content["images"]:
+            if "sentences" not in image:
+                rows.append({"image": image["file_name"], "caption": captions.get(image["id"])})
+            elif image["split"] in splits:
+                name = os.path.join(image.get("filepath", ""), image["filename"])
+                sentences = [sentence["raw"] for sentence in image["sentences"]]
+                rows.append({"image": name, "caption": sentences})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = " ".join(str(error).split())
+        raise ValueError(
+            f"{file}: expected captions_*.json of COCO or dataset_*.json of Karpathy's splits "
+            f"({type(error).__name__} {what:.100})") from None
+    if not rows:
+        raise ValueError(f"{path}: no images of this split")
+    return rows
 
 
 def read_rows(path):
@@ -617,8 +1079,8 @@ def read_rows(path):
     """
     kind = os.path.splitext(path)[1].lower()
     if kind not in (".csv", ".tsv", ".jsonl"):
-        raise ValueError(f"{path}: expected a .csv, .tsv or .jsonl file, or .tar, "
-                         f"got {kind or 'no ending'!r}")
+        raise ValueError(f"{path}: expected a .csv, .tsv or .jsonl file, or .tar, or a .json as "
+                         f"COCO's, got {kind or 'no ending'!r}")
     number = 0
     odd_lines = Tally()
     odd_rows = {}           # what is odd about them -> Tally
@@ -626,6 +1088,9 @@ def read_rows(path):
         lines = odd_lines.watch(f, "\ufffd")
         rows = read_json_lines(lines) if kind == ".jsonl" else read_table(lines, DELIMITERS[kind])
         for number, (row, problem) in enumerate(rows, 1):
+            if row and runs_over(row, problem):
+                row = None
+                problem = "a quote that is not closed"
             if row is None:
                 yield Report(path, f"row {number:,}: {problem}", 1)
                 continue
@@ -639,6 +1104,13 @@ def read_rows(path):
     if odd_lines.count:
         yield Report(path, f"{odd_lines.count:,} lines, the first is line {odd_lines.first:,}: "
                            "bytes that are no UTF-8, read as \ufffd. Save the file as UTF-8")
+
+
+def runs_over(row, problem):
+    """Whether a quote of a row with a problem ran over the end of its line: then its cell ends
+    with the line break, and what is in it may be only a part of the text."""
+    cells = [cell for cell in row.values() if cell]
+    return problem.startswith("a quote") and bool(cells) and cells[-1].endswith(("\n", "\r"))
 
 
 class Tally:
@@ -678,39 +1150,10 @@ def read_shard(path):
     at the end if it is damaged.
 
     Each has key, image ([offset, size] in the tar, or None), txt if there is one, and the keys of
-    its json. What was found is kept in a file beside the tar, under the tar's size and time.
+    its json. Members of one name, but for the ending, are one sample; a second image or text of
+    that name begins another one.
     """
-    stat = os.stat(path)
-    cached = f"{path}.{stat.st_size}.{stat.st_mtime_ns}.jsonl"
-    if os.path.exists(cached):
-        return read_cached(cached)
-    rows, reports = scan_tar(path, stat.st_size)
-    try:
-        partial = f"{cached}.{os.urandom(8).hex()}"
-        with open(partial, "w") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
-            f.writelines(json.dumps(vars(report)) + "\n" for report in reports)
-        os.replace(partial, cached)     # others see a whole index or none
-    except OSError as error:
-        # The text names the folder, so that Python shows this warning once a folder.
-        warnings.warn(f"{os.path.dirname(path)}: {error.strerror}: indices of its shards are kept "
-                      "in memory only")
-    return rows + reports
-
-
-def read_cached(path):
-    with open(path) as f:
-        for line in f:
-            row = json.loads(line)
-            yield Report(**row) if "torn" in row else row
-
-
-def scan_tar(path, size):
-    """The samples of a tar, and Reports about it: see read_shard.
-
-    Members of one name, but for the ending, are one sample; a second image or text of that name
-    begins another one.
-    """
+    size = os.path.getsize(path)
     samples = []
     reports = []
     latest = {}         # the sample that a name belongs to now
@@ -741,7 +1184,7 @@ def scan_tar(path, size):
     for sample in samples:
         about = parse_json(sample.pop("json", ""))
         rows.append({"image": None, **about, **sample})
-    return rows, reports
+    return rows + reports
 
 
 class DamagedTar(ValueError):
@@ -1022,9 +1465,11 @@ def normalize_images(images, config):
     """
     if images.is_floating_point():
         return images
-    mean = torch.tensor(config.mean, device=images.device).view(3, 1, 1)
-    std = torch.tensor(config.std, device=images.device).view(3, 1, 1)
-    return images.float().div_(255).sub_(mean).div_(std)
+    normalised = images.float().div_(255)
+    # Numbers, not tensors of them: a tensor would be copied to a GPU, which the CPU waits for.
+    for channel, (mean, std) in enumerate(zip(config.mean, config.std)):
+        normalised.select(-3, channel).sub_(mean).div_(std)
+    return normalised
 
 
 class Collate:
@@ -1178,10 +1623,17 @@ def concepts_of(rows):
 
 # ---- order of an epoch -----------------------------------------------------
 
+# A checkpoint is resumed only by code that puts the rows into the same order: "permute" below is
+# the second; the first shuffled an array of all rows.
+ORDER = 2
+FEISTEL_ROUNDS = 6
+
+
 class Epochs(Sampler):
     """Batches of (epoch, index) for one process, over all epochs.
 
-    The order is a function of (seed, epoch) and nothing else. An epoch has
+    The order is a function of (seed, epoch) and nothing else, and of constant cost: a process
+    computes its own rows only, at any step, for any length. An epoch has
     ceil(length / batch_size) batches, equal up to one row, and every row once; the batch of all
     processes together is the same for any world_size.
 
@@ -1207,21 +1659,59 @@ class Epochs(Sampler):
         return self.stop - self.start
 
     def __iter__(self):
-        current = None
         for step in range(self.start, self.stop):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            if epoch != current:
-                current = epoch
-                batches = self.permutation(epoch).tensor_split(self.steps_per_epoch)
-            batch = batches[step_in_epoch]
-            mine = batch.tensor_split(self.world_size)[self.rank]
-            yield [(epoch, index) for index in mine.tolist()]
+            first, size = share(self.length, self.steps_per_epoch, step_in_epoch)
+            offset, size = share(size, self.world_size, self.rank)
+            positions = np.arange(first + offset, first + offset + size)
+            rows = permute(positions, self.length, f"{self.seed} {epoch}")
+            yield [(epoch, row) for row in rows.tolist()]
 
-    def permutation(self, epoch):
-        """All rows in the order of an epoch, LongTensor (length,)."""
-        generator = torch.Generator()
-        generator.manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
-        return torch.randperm(self.length, generator=generator)
+
+def share(length, parts, number):
+    """Start and size of part `number` of a range, cut into parts that are equal up to one."""
+    size, larger = divmod(length, parts)        # the first parts are the larger ones
+    return number * size + min(number, larger), size + (number < larger)
+
+
+def permute(positions, length, key):
+    """Where a random permutation of range(length) takes some positions; no array of all is made.
+
+    positions   int array of numbers in range(length)
+    key         str; another key is another permutation
+
+    A Feistel network (a cipher, Luby and Rackoff 1988) permutes the numbers of an even number of
+    bits, at least as many numbers as length; what falls outside of the range is put through it
+    again until it falls inside, which is a permutation of the range (Black and Rogaway 2002).
+    """
+    half = max(4, -(-(length - 1).bit_length() // 2))
+    digest = hashlib.blake2b(key.encode(), digest_size=8 * FEISTEL_ROUNDS).digest()
+    round_keys = np.frombuffer(digest, "<u8")
+    values = np.array(positions, np.uint64)
+    outside = np.ones(len(values), bool)
+    while outside.any():
+        values[outside] = encipher(values[outside], half, round_keys)
+        outside = values >= length
+    return values.astype(np.int64)
+
+
+def encipher(values, half, round_keys):
+    """A permutation of the numbers of 2 * half bits, uint64 (N,)."""
+    bits = np.uint64(half)
+    mask = np.uint64((1 << half) - 1)
+    left = values >> bits
+    right = values & mask
+    for round_key in round_keys:
+        left, right = right, left ^ (scramble(right, round_key) & mask)
+    return (left << bits) | right
+
+
+def scramble(values, key):
+    """A function of uint64 that looks random in all its bits (the finalizer of splitmix64)."""
+    values = (values + key) * np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 class Seeded(Dataset):

@@ -39,6 +39,7 @@ import zipfile
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Callable
 
@@ -56,9 +57,20 @@ BENCHES = {
     "colorswap": "300 pairs of images with two colours exchanged in the caption",
     "whatsup": "left, right, on, under, in front, behind: the preposition that fits",
     "cola": "210 pairs of images that share objects and attributes, bound otherwise",
+    "bivlc": "2,933 images and captions of COCO with made negatives of both",
+    "vismin": "2,084 pairs of images that differ little: object, attribute, count, relation",
+    "mmvp": "135 pairs of images that CLIP confuses, in 9 visual patterns",
+    "negbench": "captions with and without negation, four for each image",
+    "hard_positives": "captions whose meaning stays, or changes, by one word",
+    "vl_checklist": "objects, attributes and relations: 56 sets of captions with one word changed",
     "retrieval": "R@1, 5, 10 both ways on COCO and Flickr30k, or on your own --data",
+    "flickr8k": "R@1, 5, 10 both ways on the 1,000 test images of Flickr8k",
     "pointing": "on COCO val2017, the patch most similar to a category lies in a box of it",
     "imagenet": "zero-shot classification, 1,000 classes, 80 prompts (by hand)",
+    "imagenet_v2": "zero-shot classification, 10,000 new photographs of the 1,000 classes",
+    "imagenet_a": "zero-shot classification, 7,500 photographs that fool ResNets, 200 classes",
+    "imagenet_r": "zero-shot classification, 30,000 drawings, toys, ..., 200 classes",
+    "imagenet_sketch": "zero-shot classification, 50,889 sketches of the 1,000 classes",
     "folder": "zero-shot classification of your own --data DIR with --classes FILE",
     "choices": "your own captions against negatives: --data FILE with image, caption, negative",
     "cifar10": "zero-shot classification, 10 classes",
@@ -75,6 +87,7 @@ COMMANDS = {
     "download": "fetch the files of benchmarks, as far as they may be fetched",
     "compare": "compare two files of --json item by item",
     "describe": "print the protocol of a benchmark, its source and what to download",
+    "verify": "score public checkpoints and print these figures beside the published ones",
     "plot": "draw the curves of one or more training runs",
     "show": "draw which parts of an image are most similar to each phrase of its caption",
 }
@@ -121,6 +134,10 @@ def build_parser():
     p.add_argument("bench", metavar="BENCH", help="name of a benchmark")
     p.add_argument("--data-dir", default="data", help="folder of the files (default: data)")
 
+    add_verify_arguments(add_command("verify", description=(
+        "Score public checkpoints on the benchmarks whose files are there, and print each figure "
+        "beside the published one: is the difference within --tolerance points?")))
+
     p = add_command("plot", description=(
         "Draw the training curves of runs, each a log.jsonl that train.py wrote: the loss, and "
         "each evaluated subset in percent. Of files of --json, draw their results as bars."))
@@ -159,6 +176,18 @@ def add_compare_arguments(p):
                    help="add published results to such a table")
 
 
+def add_verify_arguments(p):
+    p.add_argument("--registry", metavar="FILE",
+                   help="a json of your own: {NAME: {init or checkpoint, model, figures: {bench: "
+                        "{subset: percent}}}} (default: the checkpoints of assets/benchmarks.json "
+                        "with the published figures there)")
+    p.add_argument("--bench", metavar="A,B", help="only these benchmarks (default: all)")
+    p.add_argument("--tolerance", type=float, default=0.3, metavar="POINTS",
+                   help="largest difference in percent that counts as equal (default: 0.3)")
+    add_data_arguments(p)
+    add_speed_arguments(p)
+
+
 def add_evaluate_arguments(parser):
     p = parser.add_argument_group("the model")
     p.add_argument("--checkpoint", metavar="FILE,...",
@@ -180,12 +209,7 @@ def add_evaluate_arguments(parser):
     p.add_argument("--bench", metavar="A,B",
                    help="names joined by commas, or all: every benchmark whose files are there "
                         "(default: scenes; with --data FILE retrieval, with --data DIR folder)")
-    p.add_argument("--data-dir", default="data", metavar="DIR",
-                   help="folder of the benchmarks' files, as download fills it (default: data)")
-    p.add_argument("--image-root", default="", metavar="DIR",
-                   help="folder of the images, where they are not in their place in --data-dir")
-    p.add_argument("--allow-missing", action="store_true",
-                   help="leave out items whose image is missing or damaged, and count them")
+    add_data_arguments(p)
     p.add_argument("--data", metavar="PATH",
                    help="your own data: for retrieval pairs in a .csv, .tsv, .jsonl or .tar file; "
                         "for folder a folder of images for each class")
@@ -202,11 +226,26 @@ def add_evaluate_arguments(parser):
     p.add_argument("--reference", action="store_true",
                    help="print published results beside these")
 
+    add_speed_arguments(parser)
+
+
+def add_data_arguments(p):
+    p.add_argument("--data-dir", default="data", metavar="DIR",
+                   help="folder of the benchmarks' files, as download fills it (default: data)")
+    p.add_argument("--image-root", default="", metavar="DIR",
+                   help="folder of the images, where they are not in their place in --data-dir")
+    p.add_argument("--allow-missing", action="store_true",
+                   help="leave out items whose image is missing or damaged, and files with fewer "
+                        "rows than the official ones: what is left is scored, and counted")
+
+
+def add_speed_arguments(parser):
     p = parser.add_argument_group("how it runs (torchrun shares the work between processes)")
     p.add_argument("--batch-size", type=int, default=250, metavar="N",
                    help="images or texts in a forward pass (default: 250)")
-    p.add_argument("--workers", type=int, default=0, metavar="N",
-                   help="processes that read images, for each process that evaluates (default: 0)")
+    p.add_argument("--workers", type=int, metavar="N",
+                   help="processes that read images while the towers run, for each process that "
+                        "evaluates (default: 0 on a CPU, with a GPU up to 8)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda, where there is one")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
                    help="precision of the towers; bfloat16 is by autocast (default: float32)")
@@ -231,6 +270,7 @@ import torch.distributed as dist                                                
 import torch.nn.functional as F                                                       # noqa: E402
 import torchvision                                                                    # noqa: E402
 from PIL import Image                                                                 # noqa: E402
+from timm.data import ImageNetInfo                                                    # noqa: E402
 from torch.utils.data import DataLoader, Dataset                                      # noqa: E402
 from tqdm import tqdm                                                                 # noqa: E402
 
@@ -845,14 +885,24 @@ def score(model, tasks, options):
                 found = list(task.outcomes(image_features, text_features))
             outcomes.extend(found)
             partial.update((outcome[0], task.partial) for outcome in found if task.partial)
-        means = MEANS.get(bench, {})
         subsets = [outcome[0] for outcome in outcomes]
-        if bench == "choices" and len(subsets) > 1:
-            means = {"macro": subsets, "micro": subsets}
-        results[bench] = summarize(outcomes, means)
+        results[bench] = summarize(outcomes, means_of(bench, subsets))
         for subset, text in partial.items():
             results[bench][subset]["partial"] = text
     return results
+
+
+def means_of(bench, subsets):
+    """{name: its parts}, see summarize: of MEANS, or where the data says what subsets there are,
+    the mean over all subsets (macro) and all items (micro), or over those of each of Winoground's
+    rules."""
+    if bench in MEANS:
+        return MEANS[bench]
+    if bench == "vismin":
+        return {rule: [name for name in subsets if name.endswith(f"_{rule}")] for rule in PAIRED}
+    if bench in ("choices", "mmvp") and len(subsets) > 1:
+        return {"macro": subsets, "micro": subsets}
+    return {}
 
 
 def report_cut(model, texts, tokens):
@@ -925,29 +975,31 @@ class Source:
         self.partial = ""                   # what is to be said of a file that is not whole
         self.spec = TABLE.get(bench, {})
 
-    def rows(self, keys):
-        """The rows of this part's file: dicts, or lists. keys {key or place: type of its value}.
+    def rows(self, keys, part=None):
+        """The rows of this part's file, or of another part's: dicts, or lists. keys {key or place:
+        type of its value}.
 
         Raises Missing if there is no file, ValueError if it is not the official one.
         """
-        file = self.spec["files"][self.subset]
+        file = self.spec["files"][part or self.subset]
+        n = file.get("n")               # None: not known
         path = Path(self.options.data_dir, file["path"])
         if not path.is_file():
             raise Missing(f"{self.bench}: no {path}; get it: {GET} {self.bench}")
         try:
             content = path.read_bytes()
-            rows = parse_rows(content, path.suffix)
+            rows = parse_rows(content, path.suffix.lower())
             whole = all(has_keys(row, keys) for row in rows)
             digest = hashlib.sha256(content).hexdigest()
-            fewer = whole and 0 < len(rows) < file["n"] and self.options.allow_missing
-            official = len(rows) == file["n"] and file.get("sha256") in (None, digest)
+            fewer = whole and n and 0 < len(rows) < n and self.options.allow_missing
+            official = n in (None, len(rows)) and rows and file.get("sha256") in (None, digest)
             if fewer:
-                self.partial = f"partial: {len(rows):,} of the official {file['n']:,} rows"
+                self.partial = f"partial: {len(rows):,} of the official {n:,} rows"
             elif not whole or not official:
                 extent = "all" if whole else "not all"
                 raise ValueError(f"{len(rows)} rows, {extent} with {', '.join(map(str, keys))}")
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} is not the official file of {file['n']} rows ({error}): "
+            raise ValueError(f"{path} is not the official file of {n or 'unknown'} rows ({error}): "
                              f"delete it and get it: {GET} {self.bench}"
                              ) from None
         return rows
@@ -975,10 +1027,15 @@ class Source:
 
 
 def parse_rows(content, suffix):
-    """The rows of a .jsonl file, or of a json list, or the values of a json dict."""
+    """The rows of a .csv or .jsonl file, of a json list, of Karpathy's json files, which have them
+    under images, or the values of another json dict."""
     if suffix == ".jsonl":
         return [json.loads(line) for line in content.splitlines()]
+    if suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
     rows = json.loads(content)
+    if isinstance(rows, dict) and isinstance(rows.get("images"), list):
+        return rows["images"]
     if isinstance(rows, dict):      # by number, with gaps in SugarCrepe's swap_obj
         rows = list(rows.values())
     return rows
@@ -1207,9 +1264,18 @@ def sugarcrepe(source):
                               "negative_caption": "..."}, "1": ...}
     """
     rows = source.rows({"filename": str, "caption": str, "negative_caption": str})
-    images = source.pictures([row["filename"] for row in rows])
-    texts = [(row["caption"], row["negative_caption"]) for row in rows]
+    images = source.pictures(column(rows, "filename"))
+    texts = columns(rows, "caption", "negative_caption")
     yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
+
+
+def column(rows, key):
+    return [row[key] for row in rows]
+
+
+def columns(rows, *keys):
+    """A list of tuples: the values of several keys in each row."""
+    return list(map(itemgetter(*keys), rows))
 
 
 def tuples(items):
@@ -1240,8 +1306,8 @@ def sugarcrepe_pp(source):
                          "caption2": "...", "negative_caption": "..."}, ...]
     """
     rows = source.rows({"filename": str, "caption": str, "caption2": str, "negative_caption": str})
-    images = tuples(source.pictures([row["filename"] for row in rows]))
-    texts = [(row["caption"], row["caption2"], row["negative_caption"]) for row in rows]
+    images = tuples(source.pictures(column(rows, "filename")))
+    texts = columns(rows, "caption", "caption2", "negative_caption")
     yield Choices(f"{source.subset}_itt", both_captions_win, 1 / 3, images, texts)
     yield Choices(f"{source.subset}_tot", captions_are_nearest, 1 / 3, images, texts)
 
@@ -1273,9 +1339,9 @@ def aro_swap(source, label_key, label_type, least):
     box = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
     rows = source.rows({"image_path": str, "true_caption": str, "false_caption": str,
                         label_key: label_type, **dict.fromkeys(box, (int, float))})
-    boxes = [[row[key] for key in box] for row in rows]
-    images = source.pictures([row["image_path"] for row in rows], boxes)
-    texts = [(row["true_caption"], row["false_caption"]) for row in rows]
+    boxes = columns(rows, *box)
+    images = source.pictures(column(rows, "image_path"), boxes)
+    texts = columns(rows, "true_caption", "false_caption")
     labels = [str(row[label_key]) for row in rows]
     count = Counter(labels)
     left_out = source.spec["files"][source.subset].get("left_out", ())
@@ -1346,8 +1412,8 @@ def valse(source):
     """
     rows = source.rows({"image_file": str, "caption": str, "foil": str, "mturk": dict})
     rows = [row for row in rows if row["mturk"]["caption"] >= 2]
-    images = source.pictures([row["image_file"] for row in rows])
-    texts = [(row["caption"], row["foil"]) for row in rows]
+    images = source.pictures(column(rows, "image_file"))
+    texts = columns(rows, "caption", "foil")
     yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
 
 
@@ -1363,7 +1429,7 @@ def winoground(source):
         PAIRED,
         source.pictures([f"{row['image_0']}.png" for row in rows]),
         source.pictures([f"{row['image_1']}.png" for row in rows]),
-        [(row["caption_0"], row["caption_1"]) for row in rows])
+        columns(rows, "caption_0", "caption_1"))
 
 
 def paired_choices(rules, first_images, second_images, texts):
@@ -1382,9 +1448,9 @@ def colorswap(source):
     rows = source.rows({"image_1": str, "image_2": str, "caption_1": str, "caption_2": str})
     yield from paired_choices(
         PAIRED,
-        source.pictures([row["image_1"] for row in rows]),
-        source.pictures([row["image_2"] for row in rows]),
-        [(row["caption_1"], row["caption_2"]) for row in rows])
+        source.pictures(column(rows, "image_1")),
+        source.pictures(column(rows, "image_2")),
+        columns(rows, "caption_1", "caption_2"))
 
 
 WHATSUP_MEANS = {
@@ -1414,13 +1480,13 @@ def whatsup(source):
         names = [f"val2017/{str(row[0]):0>12}.jpg" for row in rows]
     else:
         names = [f"data/vg_images/{row[0]}.jpg" for row in rows]
-    texts = [(row[1], row[2]) for row in rows]
+    texts = columns(rows, 1, 2)
     yield Choices(source.subset, first_text_wins, 1 / 2, tuples(source.pictures(names)), texts)
 
 
 def whatsup_controlled(source):
     rows = source.rows({"image_path": str, "caption_options": [str]})
-    images = source.pictures([row["image_path"] for row in rows])
+    images = source.pictures(column(rows, "image_path"))
     texts = [tuple(row["caption_options"]) for row in rows]
     yield Choices(source.subset, first_text_wins, 1 / 4, tuples(images), texts)
     pairs, sets = {}, {}        # {objects: [images, texts]} in which all must be right
@@ -1449,11 +1515,152 @@ def cola(source):
         {source.subset: PAIRED["image"]},
         source.pictures([file_name(row[0]) for row in rows]),
         source.pictures([file_name(row[2]) for row in rows]),
-        [(row[1], row[3]) for row in rows])
+        columns(rows, 1, 3))
 
 
 def file_name(url):
     return re.sub("http.*/", "", url)
+
+
+def bivlc(source):
+    """An image of COCO and its caption, and a negative caption of SugarCrepe with an image that was
+    made for it. As Winoground: text, image and group score, chance 1/4, 1/4 and 1/6. The 2,933
+    items of the test split.
+
+        test.jsonl  {"image": "0_image.jpg", "negative_image": "0_negative_image.jpg",
+                     "caption": "...", "negative_caption": "...", "type": "add", "subtype": "obj"}
+    (a hub data set: download writes it in this form, by the package datasets)
+    """
+    keys = ("image", "negative_image", "caption", "negative_caption")
+    rows = source.rows(dict.fromkeys(keys, str))
+    yield from paired_choices(
+        PAIRED,
+        source.pictures(column(rows, "image")),
+        source.pictures(column(rows, "negative_image")),
+        columns(rows, "caption", "negative_caption"))
+
+
+def vismin(source):
+    """Two images that differ in one object, attribute, count or spatial relation, and a caption of
+    each. As Winoground, by category: CATEGORY_text, _image and _group; text, image and group are
+    the means over categories. 2,084 items.
+
+        test.jsonl  {"image_0": "0_image_0.jpg", "image_1": "0_image_1.jpg", "text_0": "...",
+                     "text_1": "...", "category": "object", ...}
+    (a hub data set: download writes it in this form, by the package datasets)
+    """
+    keys = ("image_0", "image_1", "text_0", "text_1", "category")
+    rows = source.rows(dict.fromkeys(keys, str))
+    for category in dict.fromkeys(row["category"] for row in rows):
+        some = [row for row in rows if row["category"] == category]
+        yield from paired_choices(
+            {f"{category}_{rule}": found for rule, found in PAIRED.items()},
+            source.pictures(column(some, "image_0")),
+            source.pictures(column(some, "image_1")),
+            columns(some, "text_0", "text_1"))
+
+
+def mmvp(source):
+    """Two images that CLIP's image tower finds alike, and a statement about each: each text "a
+    photo of STATEMENT" must strictly prefer its own image. 135 pairs, 15 in each of 9 patterns.
+
+        Questions.csv  Question ID,Type,Statement: two rows in turn are a pair
+        MLLM_VLM Images/TYPE/ID.jpg, TYPE as in the first row of the pair
+    """
+    rows = [list(row.values()) for row in source.rows({})]
+    if any(len(row) != 3 or not all(row) for row in rows) or len(rows) % 2:
+        raise ValueError("mmvp: expected pairs of rows of three values: ID, type, statement")
+    pairs = {}          # {pattern: [(first row, second row), ...]}
+    for first, second in zip(rows[::2], rows[1::2]):
+        pairs.setdefault(first[1], []).append((first, second))
+    for pattern, some in pairs.items():
+        yield from paired_choices(
+            {pattern: PAIRED["image"]},
+            source.pictures([f"{pattern}/{first[0]}.jpg" for first, _ in some]),
+            source.pictures([f"{pattern}/{second[0]}.jpg" for _, second in some]),
+            [(f"a photo of {first[2]}", f"a photo of {second[2]}") for first, second in some])
+
+
+def negbench(source):
+    """Four captions of an image, of which one is true: it must score strictly highest. Some say
+    what is there (positive), some what is not (negative), some both (hybrid). coco and voc are over
+    all items, coco_negative and so on over those whose true caption is of that kind.
+
+        COCO_val_mcq_llama3.1_rephrased.csv  columns image_path, caption_0 to caption_3,
+            correct_answer (0 to 3), correct_answer_template (positive, negative, hybrid)
+    """
+    keys = [f"caption_{i}" for i in range(4)]
+    rows = source.rows(dict.fromkeys(
+        (*keys, "image_path", "correct_answer", "correct_answer_template"), str))
+    images = tuples(source.pictures([os.path.basename(row["image_path"]) for row in rows]))
+    texts = []
+    for row in rows:
+        captions = [row[key] for key in keys]
+        number = row["correct_answer"].removesuffix(".0")
+        if number not in ("0", "1", "2", "3"):
+            raise ValueError(f"negbench: correct_answer {number!r:.40}: expected 0 to 3")
+        true = captions.pop(int(number))
+        texts.append((true, *captions))
+    yield Choices(source.subset, first_text_wins, 1 / 4, images, texts)
+    for kind in ("positive", "negative", "hybrid"):
+        some = [i for i, row in enumerate(rows) if row["correct_answer_template"] == kind]
+        if some:
+            yield Choices(f"{source.subset}_{kind}", first_text_wins, 1 / 4,
+                          [images[i] for i in some], [texts[i] for i in some])
+
+
+def hard_positives(source):
+    """A caption, the same with a word or an order changed that keeps its meaning (hard positive),
+    and one that does not (hard negative): both of the first must strictly beat the third. swap: on
+    crops of Visual Genome; replace_att, replace_rel: on whole images. Chance is 1/3.
+
+        data/vl_checklist_attributes.json  [{"image_id": "2401814",
+            "image_path": "data/VG_100K_2/2401814.jpg", "true_caption": "walking elephant",
+            "false_caption": "jumping elephant"}, ...]
+        swapped_data/vl_checklist_attributes.json  the same with the hard positive as true_caption
+    """
+    if source.subset.endswith("_positive"):     # the second file of another part
+        return
+    keys = {"image_path": str, "true_caption": str, "false_caption": str}
+    box = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
+    if source.subset == "swap":
+        keys |= dict.fromkeys(box, (int, float))
+    rows = source.rows(keys)
+    positives = source.rows(keys, f"{source.subset}_positive")
+    if len(rows) != len(positives):
+        raise ValueError(f"hard_positives {source.subset}: {len(rows)} captions and "
+                         f"{len(positives)} hard positives")
+    names = [row["image_path"].removeprefix("data/") for row in rows]
+    boxes = columns(rows, *box) if source.subset == "swap" else None
+    texts = [(row["true_caption"], other["true_caption"], other["false_caption"])
+             for row, other in zip(rows, positives)]
+    images = tuples(source.pictures(names, boxes))
+    yield Choices(source.subset, both_captions_win, 1 / 3, images, texts)
+
+
+def vl_checklist(source):
+    """A caption must score strictly higher than the same with an object, attribute or relation
+    changed; where a row has several of either, the first counts. Published are the means of
+    attribute, object and relation, over sets; macro_3 is theirs.
+
+        Attribute/vg/color.json  [["VG_100K/2372476.jpg",
+                                   {"POS": ["red car"], "NEG": ["blue car"]}], ...]
+    """
+    rows = source.rows({0: str, 1: dict})
+    texts = []
+    for _, captions in rows:
+        if not has_keys(captions, {"POS": [str], "NEG": [str]}):
+            raise ValueError(f"vl_checklist {source.subset}: a row has no texts under POS and NEG")
+        texts.append((captions["POS"][0], captions["NEG"][0]))
+    images = source.pictures([name for name, _ in rows])
+    yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
+
+
+def vl_checklist_means():
+    subsets = list(TABLE["vl_checklist"]["files"])
+    kinds = ("attribute", "object", "relation")
+    means = {kind: [name for name in subsets if name.startswith(kind)] for kind in kinds}
+    return {**means, "macro_3": list(kinds)}
 
 
 RETRIEVAL_MEANS = {     # of both directions
@@ -1488,6 +1695,22 @@ def retrieval(source):
             texts.append(caption)
             keys.append(len(keys))
     yield pairs_to_ranking(source.pictures(images), keys, texts, f"{source.subset}_")
+
+
+def flickr8k(source):
+    """As retrieval, on the 1,000 test images of Flickr8k with 5 captions each (Karpathy's split).
+
+        dataset_flickr8k.json  {"images": [{"filename": "1000268201_693b08cb0e.jpg",
+            "split": "test", "sentences": [{"raw": "..."}, ...], ...}, ...], ...}
+    """
+    images, texts = [], []
+    for row in source.rows({"filename": str, "split": str, "sentences": list}):
+        for sentence in row["sentences"] if row["split"] == "test" else ():
+            if not has_keys(sentence, {"raw": str}):
+                raise ValueError("flickr8k: a sentence of dataset_flickr8k.json has no text (raw)")
+            images.append(row["filename"])
+            texts.append(sentence["raw"])
+    yield pairs_to_ranking(source.pictures(images), range(len(texts)), texts, prefix="")
 
 
 def own_retrieval(options):
@@ -1587,6 +1810,21 @@ def imagenet(source):
     data = image_folder(source, folder_name)
     count = source.spec["n"]
     yield classification(source, data, known["classes"], known["templates"], count)
+
+
+def imagenet_variant(source):
+    """Zero-shot classification, top 1 and 5, with the names and prompts of imagenet, of which only
+    the classes that have a folder compete. Folders are WordNet's numbers (n01440764), or for
+    ImageNet-V2 the numbers of the classes, 0 to 999."""
+    known = json.loads((ASSETS / "imagenet.json").read_text("utf-8"))
+    data = image_folder(source, os.path.join(source.options.data_dir, source.spec["folder"]))
+    synsets = ImageNetInfo().label_names()      # in the order of the 1,000 classes
+    try:
+        numbers = [int(name) if name.isdigit() else synsets.index(name) for name in data.classes]
+        classes = [known["classes"][number] for number in numbers]
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{source.bench}: a folder is no class of ImageNet: {error}") from None
+    yield classification(source, data, classes, known["templates"], source.spec["n"])
 
 
 def folder(source):
@@ -1726,9 +1964,20 @@ READERS = {
     "colorswap": colorswap,
     "whatsup": whatsup,
     "cola": cola,
+    "bivlc": bivlc,
+    "vismin": vismin,
+    "mmvp": mmvp,
+    "negbench": negbench,
+    "hard_positives": hard_positives,
+    "vl_checklist": vl_checklist,
     "retrieval": retrieval,
+    "flickr8k": flickr8k,
     "pointing": pointing,
     "imagenet": imagenet,
+    "imagenet_v2": imagenet_variant,
+    "imagenet_a": imagenet_variant,
+    "imagenet_r": imagenet_variant,
+    "imagenet_sketch": imagenet_variant,
     "folder": folder,
     "choices": choices,
     **dict.fromkeys(TORCHVISION, torchvision_set),
@@ -1737,6 +1986,9 @@ MEANS = {       # {benchmark: {name: its parts}}, see summarize
     "sugarcrepe": SUGARCREPE_MEANS,
     "sugarcrepe_pp": SUGARCREPE_PP_MEANS,
     "retrieval": RETRIEVAL_MEANS,
+    "flickr8k": RETRIEVAL_MEANS,
+    "hard_positives": {"macro_3": ["swap", "replace_att", "replace_rel"]},
+    "vl_checklist": vl_checklist_means(),
     "valse": VALSE_MEANS,
     "whatsup": WHATSUP_MEANS,
 }
@@ -1761,10 +2013,38 @@ def download(benches, data_dir):
                 fetch(file["url"], path, file.get("sha256"), data_dir)
         for name in spec.get("archives", []):
             fetch_archive(ARCHIVES[name], data_dir)
+        if "hub" in spec:
+            export_hub(**spec["hub"], folder=os.path.join(data_dir, bench))
         if "by_hand" in spec:
             print(f"{bench}, by hand: {spec['by_hand'].replace('DATA', data_dir)}")
         else:
             print(f"{bench}: there")
+
+
+def export_hub(repository, split, images, folder):
+    """Write a data set of the hub as FOLDER/SPLIT.jsonl and image files, byte for byte, through the
+    package datasets. images: its columns of images."""
+    path = os.path.join(folder, f"{split}.jsonl")
+    if os.path.isfile(path):
+        return
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{repository} is read by the package datasets: pip install datasets"
+                         ) from None
+    rows = datasets.load_dataset(repository, split=split)
+    for name in images:
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    os.makedirs(folder, exist_ok=True)
+    lines = []
+    for number, row in enumerate(rows):
+        for name in images:
+            content = row[name]["bytes"]
+            row[name] = f"{number}_{name}.jpg"      # whatever its format: pillow looks inside
+            Path(folder, row[name]).write_bytes(content)
+        lines.append(json.dumps(row))
+    Path(f"{path}.part").write_text("\n".join(lines), "utf-8")
+    os.replace(f"{path}.part", path)
 
 
 def fetch_archive(archive, data_dir):
@@ -2511,8 +2791,7 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
     benches = (bench or default_bench(settings["data"])).split(",")
     if benches != ["all"]:
         check_names(benches)
-    options = Options(**settings)
-    options.device = pick_device(options.device)
+    options = running_options(settings)
     start_processes(options.device)
     started = time.time()
     files = []          # what --json holds of each model
@@ -2540,8 +2819,16 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
         given = {"init": init, "model": model, "tokenizer": tokenizer, "interpolate": interpolate}
         given |= {"bench": bench, "torch": torch.__version__, "processes": WORLD, **settings}
         write_json(json_path, files, given)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    stop_processes()
+
+
+def running_options(settings):
+    """Options of flags, with the device and the number of workers that None means."""
+    options = Options(**settings)
+    options.device = pick_device(options.device)
+    if options.workers is None:
+        options.workers = min(8, os.cpu_count() or 1) if options.device == "cuda" else 0
+    return options
 
 
 def start_processes(device):
@@ -2551,6 +2838,11 @@ def start_processes(device):
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
+def stop_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def write_json(path, files, settings):
     """A file for each model; of several the number of the model is put before the ending."""
     stem, ending = os.path.splitext(path)
@@ -2558,6 +2850,91 @@ def write_json(path, files, settings):
         name = path if len(files) == 1 else f"{stem}.{number}{ending}"
         Path(name).write_text(json.dumps({**content, "settings": settings}))
         print0(f"wrote {name}")
+
+
+def verify(registry, bench, tolerance, **settings):
+    """Print our figures of public checkpoints beside the published ones."""
+    options = running_options(settings)
+    start_processes(options.device)
+    only = bench.split(",") if bench else list(BENCHES)
+    check_names(only)
+    close, far = 0, 0
+    for name, entry in read_registry(registry).items():
+        figures = {key: value for key, value in entry["figures"].items() if key in only}
+        try:
+            tasks = read_what_is_there(figures, options)
+            if not tasks:
+                print0(f"\n{name}: none of the files of {', '.join(figures)} are there")
+                continue
+            model = load_verified(name, entry, options.data_dir)
+        except (ValueError, OSError) as error:
+            print0(f"\n{name}: not verified, {plain_words(error)}")
+            continue
+        results = score(model.to(options.device).eval(), tasks, options)
+        print0(f"\n{name:32s}    ours  published  difference")
+        for key, found in results.items():
+            for subset, published in figures[key].items():
+                if subset not in found:
+                    continue
+                ours = 100 * found[subset]["accuracy"]
+                is_close = abs(ours - published) <= tolerance + 1e-9
+                close, far = close + is_close, far + (not is_close)
+                verdict = "" if is_close else f"  more than {tolerance:g}"
+                print0(f"{key + ' ' + subset:32s}  {ours:6.1f}  {published:9.1f}  "
+                      f"{ours - published:+10.1f}{verdict}")
+    print0(f"\n{close} of {close + far} figures are within {tolerance:g} points")
+    stop_processes()
+
+
+def read_registry(path):
+    """{name: {init or checkpoint, model, figures {bench: {subset: percent}}}}: of a json file, or
+    the checkpoints of benchmarks.json with what is published of them."""
+    if path is None:
+        registry = {}
+        for name, entry in DATA["checkpoints"].items():
+            figures = {}
+            for bench, spec in TABLE.items():
+                known = dict(spec.get("published", {}).get(name, {}))
+                known.pop("source", None)
+                if known:
+                    figures[bench] = known
+            registry[name] = {**entry, "figures": figures}
+        return registry
+    try:
+        registry = json.loads(Path(path).read_text("utf-8"))
+        for entry in registry.values():
+            check_names(entry["figures"])
+            for known in entry["figures"].values():
+                if not all(is_kind(figure, (int, float)) for figure in known.values()):
+                    raise ValueError("a figure is no number")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: expected {{NAME: {{init or checkpoint, figures: {{bench: "
+                         f"{{subset: percent}}}}}}}} ({error})") from None
+    return registry
+
+
+def read_what_is_there(benches, options):
+    tasks = {}
+    for bench in benches:
+        try:
+            tasks.update(read([bench], options)[0])
+        except Missing:
+            pass
+    return tasks
+
+
+def load_verified(name, entry, data_dir):
+    """The model of an entry of the registry; a file with a url is downloaded first."""
+    if "checkpoint" in entry:
+        return CLIP.load(entry["checkpoint"])
+    if "path" not in entry:
+        return load_source(entry.get("init"), entry.get("model"))
+    path = os.path.join(data_dir, entry["path"])
+    if "url" in entry:
+        fetch(entry["url"], path, entry.get("sha256"), data_dir)
+    if not os.path.isfile(path):
+        raise Missing(f"no {path}: {entry['by_hand']}")
+    return CLIP.from_pretrained(path, entry.get("model"))
 
 
 def default_bench(data):
@@ -2580,7 +2957,7 @@ def data_digests(tasks):
 
 
 FUNCTIONS = {"evaluate": evaluate, "download": download, "compare": compare, "describe": describe,
-             "plot": plot, "show": show}
+             "verify": verify, "plot": plot, "show": show}
 
 
 def call(argv):

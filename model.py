@@ -25,6 +25,7 @@ import os
 import re
 import unicodedata
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -47,6 +48,14 @@ CHOICES = {  # of the fields of CLIPConfig that are words
     "interpolation": ("bicubic", "bilinear"),
     "text_clean": ("lower", "canonicalize"),
 }
+LARGEST = {  # far above any model there is: a damaged config must not fill the memory
+    "embed_dim": 2**14,
+    "image_size": 2**13,
+    "patch_size": 2**13,
+    "vocab_size": 2**22,
+    "context_length": 2**16,
+}
+LARGEST_TOWER = {"width": 2**14, "layers": 2**9, "heads": 2**10, "hidden units": 2**17}
 
 
 @dataclass
@@ -76,12 +85,55 @@ class CLIPConfig:
 
     def __post_init__(self):
         for field in ("vision", "text", "mean", "std"):
-            setattr(self, field, tuple(getattr(self, field)))  # json only knows lists
+            value = getattr(self, field)
+            if isinstance(value, list):
+                setattr(self, field, tuple(value))  # json only knows lists
+        self.check()
+
+    def check(self):
+        """Raises a ValueError for a field that no model can have."""
         for field, allowed in CHOICES.items():
             value = getattr(self, field)
             if value not in allowed:
                 expected = ", ".join(allowed)
                 raise ValueError(f"CLIPConfig.{field} is {value!r}, expected one of {expected}")
+        for field, largest in LARGEST.items():
+            check_size(f"CLIPConfig.{field}", getattr(self, field), largest)
+        if self.patch_size > self.image_size:
+            raise ValueError(f"CLIPConfig.patch_size is {self.patch_size}, "
+                             f"but the image has {self.image_size} pixels")
+        for field in ("vision", "text"):
+            tower = getattr(self, field)
+            if not isinstance(tower, tuple) or len(tower) != 4:
+                raise ValueError(f"CLIPConfig.{field} is {tower!r}, "
+                                 "expected width, layers, heads, hidden units")
+            for (what, largest), size in zip(LARGEST_TOWER.items(), tower):
+                check_size(f"{what} of CLIPConfig.{field}", size, largest)
+            if tower[0] % tower[2]:
+                raise ValueError(f"CLIPConfig.{field}: width {tower[0]} is no multiple of "
+                                 f"{tower[2]} heads")
+        for field in ("mean", "std"):
+            value = getattr(self, field)
+            numbers = isinstance(value, tuple) and all(is_number(x) for x in value)
+            if not numbers or len(value) != 3 or (field == "std" and 0 in value):
+                raise ValueError(f"CLIPConfig.{field} is {value!r}, expected three numbers")
+        if not is_number(self.logit_scale):
+            raise ValueError(f"CLIPConfig.logit_scale is {self.logit_scale!r}, expected a number")
+        if self.logit_bias is not None and not is_number(self.logit_bias):
+            raise ValueError(f"CLIPConfig.logit_bias is {self.logit_bias!r}, "
+                             "expected a number or None")
+        check_size("CLIPConfig.pad_id", self.pad_id, self.vocab_size - 1, smallest=0)
+        if not isinstance(self.tokenizer, str) or not isinstance(self.name, str):
+            raise ValueError("CLIPConfig.tokenizer and .name must be text")
+
+
+def is_number(x):
+    return isinstance(x, (int, float)) and math.isfinite(x)
+
+
+def check_size(what, size, largest, smallest=1):
+    if type(size) is not int or not smallest <= size <= largest:
+        raise ValueError(f"{what} is {size!r}, expected a whole number from {smallest} to {largest}")
 
 
 def clip_config(patch_size, image_size, vision, text, act="gelu"):
@@ -150,6 +202,7 @@ MODELS = {  # patch size, image size, towers, activation; ViT-...: by the names 
     "ViT-B-16-SigLIP2-512": siglip2_config(16, 512, BASE, "gelu"),
     "ViT-L-16-SigLIP2-256": siglip2_config(16, 256, LARGE, "gelu"),
     "ViT-L-16-SigLIP2-384": siglip2_config(16, 384, LARGE, "gelu"),
+    "ViT-L-16-SigLIP2-512": siglip2_config(16, 512, LARGE, "gelu_tanh"),
     "ViT-SO400M-14-SigLIP2": siglip2_config(14, 224, SO400M, "gelu"),
     "ViT-SO400M-14-SigLIP2-378": siglip2_config(14, 378, SO400M, "gelu"),
     "ViT-SO400M-16-SigLIP2-256": siglip2_config(16, 256, SO400M, "gelu_tanh"),
@@ -506,9 +559,7 @@ class Tokenizer:
         self.backend = None
         if not config.tokenizer:
             return
-        self.backend = Backend.from_str(config.tokenizer)
-        self.backend.no_padding()
-        self.backend.enable_truncation(config.context_length)  # keeps the end-of-text token
+        self.backend = parse_tokenizer(config.tokenizer, config.context_length)
         size = self.backend.get_vocab_size()
         if size > config.vocab_size:
             raise ValueError(
@@ -522,7 +573,8 @@ class Tokenizer:
                 "this model has no tokenizer: set_tokenizer(model, path), or --tokenizer, "
                 "gives it one")
         cleaned = [clean_text(text, self.config.text_clean) for text in texts]
-        return self.backend.encode_batch(cleaned)
+        with tokenizer_errors("the model's tokenizer fails"):
+            return self.backend.encode_batch(cleaned)
 
     def __call__(self, texts, trim=False):
         """list of N str -> LongTensor (N, context_length).
@@ -539,7 +591,11 @@ class Tokenizer:
             longest = max(len(ids) for ids in rows)
             length = min(length, math.ceil(longest / 8) * 8)
         padded = [ids + [self.config.pad_id] * (length - len(ids)) for ids in rows]
-        return torch.tensor(padded, dtype=torch.long).view(-1, length)
+        tokens = torch.tensor(padded, dtype=torch.long).view(-1, length)
+        if tokens.numel() and tokens.max() >= self.config.vocab_size:
+            raise ValueError(f"the tokenizer gives id {tokens.max()}, the model embeds "
+                             f"{self.config.vocab_size} tokens: give its own")
+        return tokens
 
     def spans(self, text, phrases):
         """For each phrase the tokens [(first, end)] of the text where it first stands as words.
@@ -564,13 +620,46 @@ class Tokenizer:
         return spans
 
 
+@contextmanager
+def tokenizer_errors(what):
+    """Makes a ValueError of one line of whatever the tokenizers library raises.
+
+    It raises Exception itself, and where its Rust code panics a BaseException.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # a class that cannot be imported
+        if not isinstance(error, Exception) and not panic:
+            raise  # a signal
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"{what} ({lines[0]})") from None
+
+
+def parse_tokenizer(text, context_length):
+    """The text of a tokenizer.json -> tokenizers.Tokenizer that cuts and does not pad.
+
+    Raises ValueError, also for what would only fail at the first text.
+    """
+    with tokenizer_errors("this is not a tokenizer"):
+        backend = Backend.from_str(text)
+        backend.no_padding()
+        backend.enable_truncation(context_length)  # keeps the end-of-text token
+        backend.encode("a photo, 2 dogs")
+        special = backend.encode("").ids
+    if not special:
+        raise ValueError("this tokenizer adds no end-of-text token")
+    return backend
+
+
 def read_tokenizer(path):
     """The text of a tokenizer.json, for CLIPConfig.tokenizer. Raises ValueError."""
     try:
-        Backend.from_file(path)
         with open(path, encoding="utf-8") as file:
-            return file.read()
-    except Exception as error:  # tokenizers raises Exception itself
+            text = file.read()
+        parse_tokenizer(text, 512)
+        return text
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a tokenizer ({error}): expected a tokenizer.json "
                          "as the hub has it") from None
 
@@ -791,8 +880,9 @@ def fill(model, state, source):
         if name not in state:
             continue
         tensor = state[name]
+        check_finite(tensor, name, source)
         shape = parts[0].shape if len(parts) == 1 else torch.cat(parts).shape
-        if name in POSITIONS and tensor.shape != shape and tensor.shape[-1] == shape[-1]:
+        if name in POSITIONS and tensor.shape != shape and tensor.shape[-1:] == shape[-1:]:
             tensor = resample_positions(tensor, shape, config, source)
         if tensor.shape == shape or tensor.numel() == shape.numel() == 1:
             copy_rows(tensor, parts)
@@ -818,6 +908,20 @@ def fill(model, state, source):
                      f"It was read as {layout}; likely {likely}")
 
 
+def check_finite(tensor, name, source):
+    """Raises a ValueError for a tensor that is no weight: not of numbers, or with NaN among them."""
+    if not tensor.is_floating_point() or tensor.layout != torch.strided:
+        raise ValueError(f"{source}: {name} is {tensor.dtype} ({tensor.layout}), expected a dense "
+                         "tensor of floats: another file, or a damaged one")
+    # The sum alone is fast and needs no memory; it may overflow where every number is finite.
+    if tensor.sum(dtype=torch.float32).isfinite():
+        return
+    bad = (~tensor.float().isfinite()).sum().item()
+    if bad:
+        raise ValueError(f"{source}: {name} has {bad} of {tensor.numel()} values that are NaN or "
+                         "infinite: the training went wrong or the file is damaged")
+
+
 def copy_rows(tensor, parts):
     """Copies a tensor into our tensors, which are its rows one after the other."""
     if len(parts) == 1:
@@ -830,8 +934,11 @@ def copy_rows(tensor, parts):
 def resample_positions(tensor, shape, config, source):
     """Position embeddings of a square of patches -> those of another square, of the given shape."""
     prefix = 1 if config.family == "clip" else 0  # the class token has a position, too
-    old = math.isqrt(tensor.shape[-2] - prefix)
+    patches = tensor.shape[-2] - prefix if tensor.ndim == len(shape) else 0
+    old = math.isqrt(max(patches, 0))
     new = math.isqrt(shape[-2] - prefix)
+    if patches < 1 or old * old != patches:
+        return tensor  # no square: fill says that the shape is wrong
     warnings.warn(f"{source}: position embeddings resampled from {old} x {old} "
                   f"to {new} x {new} patches")
     tensor = tensor.float().reshape(1, -1, shape[-1])
@@ -965,15 +1072,21 @@ def read_folder(source):
             return json.load(file)
 
     try:
+        content, tokenizer_config = read(config_name), read("tokenizer_config.json")
         if project == "open_clip":
-            config = read_open_clip(read(config_name))
+            config = read_open_clip(content)
         else:
             preprocessor = read("processor_config.json").get("image_processor")
             if "preprocessor_config.json" in names:
                 preprocessor = read("preprocessor_config.json")
-            config = read_transformers(read(config_name), preprocessor or {})
-        pad_token = read("tokenizer_config.json").get("pad_token")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+            config = read_transformers(content, preprocessor or {})
+        pad_token = tokenizer_config.get("pad_token")
+    except Unsupported as error:
+        hint = ""
+        if project == "open_clip":
+            hint = ". evaluate.py --init open_clip:NAME/PRETRAINED evaluates all that it can build"
+        raise ValueError(f"{source}: this code cannot build {config_name}: {error}{hint}") from None
+    except Exception as error:
         raise ValueError(f"{source}: this code cannot build {config_name} "
                          f"({type(error).__name__}: {error})") from None
     config.name = os.path.basename(source.rstrip("/"))
@@ -1002,8 +1115,8 @@ def find_pad(config, pad_token):
     pad_token: as tokenizer_config.json has it, a str or {"content": str}, or None.
     """
     if isinstance(pad_token, dict):
-        pad_token = pad_token["content"]
-    for token in json.loads(config.tokenizer)["added_tokens"]:
+        pad_token = pad_token.get("content")
+    for token in json.loads(config.tokenizer).get("added_tokens", []):
         if token["content"] == pad_token:
             return token["id"]
     return 0 if config.vocab_size == 256000 else 1  # SigLIP 2 and SigLIP
@@ -1013,6 +1126,10 @@ def find_pad(config, pad_token):
 # Configs of other projects, in and out
 
 
+class Unsupported(ValueError):
+    """A config is sound, but describes a model that this code cannot build."""
+
+
 def get(section, key, default):
     """section[key]; what is left out, or null, has the default."""
     value = section.get(key)
@@ -1020,11 +1137,12 @@ def get(section, key, default):
 
 
 def only(section, where, **allowed):
-    """Raises a ValueError if a section says anything else than what this code can do."""
+    """Raises Unsupported if a section says anything else than what this code can do."""
     for key, expected in allowed.items():
         value = get(section, key, expected)
         if value != expected:
-            raise ValueError(f"{where}/{key} is {value!r}, but this code can only do {expected!r}")
+            raise Unsupported(
+                f"{where}/{key} is {value!r}, but this code can only do {expected!r}")
 
 
 def ours_of(table, theirs):
@@ -1060,13 +1178,13 @@ def read_open_clip(content):
     model_cfg, preprocess_cfg = content["model_cfg"], get(content, "preprocess_cfg", {})
     vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     tower = vision_cfg.get("timm_model_name")
+    check_open_clip(model_cfg, tower)
     if not tower:
         base = MODELS["ViT-B-16"]
     elif tower.startswith("local-dir:"):  # an export of this project, which tells all numbers
         base = MODELS["nano"]
     else:
         base = TOWERS[tower]
-    check_open_clip(model_cfg, base.family)
 
     width, layers, heads, mlp = base.vision
     head_width = get(vision_cfg, "head_width", width // heads)
@@ -1102,18 +1220,32 @@ def read_open_clip(content):
         text_clean=get(get(text_cfg, "tokenizer_kwargs", {}), "clean", base.text_clean))
 
 
-def check_open_clip(model_cfg, family):
-    """Raises a ValueError if open_clip would compute anything else than this code."""
+def check_open_clip(model_cfg, tower):
+    """Raises Unsupported if open_clip would build anything else than this code."""
     where = "open_clip_config.json/model_cfg"
     vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    other = None
+    if tower and tower not in TOWERS and not tower.startswith("local-dir:"):
+        other = f"the image tower is timm's {tower}"
+    elif not tower and isinstance(vision_cfg.get("layers"), list):
+        other = "the image tower is a ResNet"
+    elif text_cfg.get("hf_model_name"):
+        other = f"the text tower is transformers' {text_cfg['hf_model_name']}"
+    elif model_cfg.get("multimodal_cfg"):
+        other = "this is a CoCa, with a decoder of captions"
+    if other:
+        raise Unsupported(f"{other}, but this code can only do the ViTs and the text transformers "
+                          f"of open_clip itself, and of timm {', '.join(TOWERS)}")
     norm_kwargs = get(text_cfg, "norm_kwargs", {})
-    if family == "siglip":
+    only(text_cfg, f"{where}/text_cfg", embed_cls=False, proj_type="linear", ls_init_value=None)
+    if tower:
         only(model_cfg, where, custom_text=True)
         only(vision_cfg, f"{where}/vision_cfg", timm_pool="map", timm_proj="none")
         only(text_cfg, f"{where}/text_cfg", pool_type="last", no_causal_mask=True, proj_bias=True)
         only(norm_kwargs, f"{where}/text_cfg/norm_kwargs", eps=1e-6)
     else:
-        only(vision_cfg, f"{where}/vision_cfg", pool_type="tok")
+        only(vision_cfg, f"{where}/vision_cfg", pool_type="tok", no_ln_pre=False,
+             attentional_pool=False, ls_init_value=None)
         only(text_cfg, f"{where}/text_cfg", pool_type="argmax", no_causal_mask=False,
              proj_bias=False)
         only(norm_kwargs, f"{where}/text_cfg/norm_kwargs", eps=1e-5)
@@ -1189,8 +1321,8 @@ def read_transformers(content, preprocessor):
         base = MODELS["ViT-B-32-quickgelu"]
         eps = 1e-5
     else:
-        raise ValueError(f"config.json/model_type is {model_type!r}, "
-                         "but this code can only do 'clip' or 'siglip'")
+        raise Unsupported(f"config.json/model_type is {model_type!r}, "
+                          "but this code can only do 'clip' or 'siglip'")
     vision_config, text_config = get(content, "vision_config", {}), get(content, "text_config", {})
     only(vision_config, "config.json/vision_config", layer_norm_eps=eps)
     only(text_config, "config.json/text_config", layer_norm_eps=eps)

@@ -108,6 +108,9 @@ group.add_argument("--caption-key", metavar="COLUMN",
 group.add_argument("--captions", metavar="TABLE",
                    help="A table of other captions for the images of tar shards, joined by key or "
                         "url.")
+group.add_argument("--index-dir", metavar="DIR",
+                   help="The folder of the indices of --data, which are made once. Default: beside "
+                        "each file, or your cache folder where that cannot be written.")
 group.add_argument("--world", choices=("small", "large"), default="small",
                    help="Scenes only: small shows two objects of 8 colours and 6 shapes, large "
                         "three of 12 and 12, so that near misses are rare. Default: small.")
@@ -138,6 +141,11 @@ group.add_argument("--no-dedupe", dest="dedupe", action="store_false",
                    help="A phrase is a positive only for the caption it was found in, and a "
                         "negative for others that hold the same phrase, as in the code that the "
                         "paper's authors released.")
+group.add_argument("--concept-count", choices=("different", "all"), default="different",
+                   help="What the sigmoid form of the concept losses is divided by: the number of "
+                        "different phrases in the batch, or of all (image, phrase) pairs. A large "
+                        "batch repeats more phrases, so that with the first each pair weighs more. "
+                        "Default: different.")
 group.add_argument("--concept-features", choices=("phrase", "span"), default="phrase",
                    help="phrase: each phrase is encoded by itself. span: its feature is the mean "
                         "over its tokens within the caption. Default: phrase.")
@@ -161,7 +169,8 @@ group.add_argument("--lr", type=float, metavar="RATE",
 group.add_argument("--warmup", type=int, metavar="N",
                    help="Steps in which the learning rate rises from 0.")
 group.add_argument("--weight-decay", type=float, metavar="W",
-                   help="Of all weights with two or more dimensions; biases and norms have none.")
+                   help="Of all matrices and position embeddings; biases, norms, scalars and the "
+                        "class token have none.")
 group.add_argument("--beta2", type=float, metavar="B",
                    help="Decay of AdamW's second moments. Its first decay is 0.9, its epsilon "
                         "1e-6.")
@@ -248,20 +257,31 @@ from tqdm import tqdm
 import evaluate
 from data import (CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers, normalize_images,
                   train_tokenizer, train_transform)
-from losses import (METHODS, Features, concept_columns, extra_terms, first_row, gather_features,
-                    share_concepts)
-from model import CLIP, MODELS, read_tokenizer, set_tokenizer
+from losses import (METHODS, Features, extra_terms, gather_features, gather_together,
+                    plan_batch)
+from model import CLIP, MODELS, no_decay, read_tokenizer, set_tokenizer
 from pooling import concept_similarity
 
 # ---- what was not given ----------------------------------------------------
 if args.device is None:
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_device(name):
+    """Its torch.device. A GPU becomes the current one: under torchrun each process has its own."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        own = int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(own if device.index is None else device.index)
+    torch.empty(1, device=device)
+    return device
+
+
 try:
-    torch.empty(1, device=args.device)
+    gpu = choose_device(args.device).type == "cuda"
 except (RuntimeError, AssertionError) as error:
     reason = str(error).splitlines()[0]
     parser.exit(1, f"train.py: --device {args.device} cannot be used here ({reason}): give cpu\n")
-gpu = args.device.startswith("cuda")
 
 from_scratch = args.init == "scratch" or (args.init is None and args.model in (None, "nano"))
 if args.preset is None:
@@ -332,8 +352,6 @@ PATIENT = 120       # minutes that a process waits for others that index data, c
 rank = int(os.environ.get("RANK", 0))
 world_size = int(os.environ.get("WORLD_SIZE", 1))
 if world_size > 1:
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # torchrun's store keeps the addresses of dead workers over --max-restarts, so each attempt gets
     # keys of its own. Several nodes count their attempts apart, and cannot.
     attempt = ""
@@ -341,8 +359,9 @@ if world_size > 1:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     store, _, _ = next(dist.rendezvous("env://"))
     dist.init_process_group(
-        "nccl" if gpu else "gloo", store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank,
-        world_size=world_size, timeout=timedelta(minutes=PATIENT))
+        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world_size,
+        timeout=timedelta(minutes=PATIENT))
 torch.manual_seed(args.seed)
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 sys.stdout.reconfigure(line_buffering=True)     # a log file has each line at once
@@ -354,6 +373,26 @@ def print0(text):
 
 
 bar = None      # of progress, once training has begun
+
+
+def torchrun_set_threads():
+    """Whether torchrun set OMP_NUM_THREADS to 1, as it does where the user has not set it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("OMP_NUM_THREADS") != "1":
+        return False
+    try:
+        with open(f"/proc/{os.getppid()}/environ", "rb") as f:      # what torchrun itself was given
+            given = f.read().split(b"\0")
+    except OSError:
+        return True
+    return not any(variable.startswith(b"OMP_NUM_THREADS=") for variable in given)
+
+
+if torchrun_set_threads():
+    cores = default_workers()
+    torch.set_num_threads(cores)
+    if cores > 1:
+        print0(f"{cores} threads a process, as many as it has cores, instead of the one that "
+               "torchrun sets; OMP_NUM_THREADS in the environment is kept")
 
 
 def stop(message, status=1):
@@ -388,17 +427,22 @@ def wait_for_others(minutes):
         set_timeout(timedelta(minutes=minutes))
 
 
+first_step = 0          # of this run: that of the checkpoint it goes on from
+done = 0                # the last whole step
 interrupted = []        # signals that came
 noticed = threading.Event()     # set when the loop has reached the end of a step, and saves
 DEADLINE = 30           # seconds
 
 
 def interrupt(number, frame):
-    if interrupted:     # the second ends at once
-        os._exit(130)
-    interrupted.append(number)
-    if rank == 0:       # print() could meet itself here
+    # print() could meet itself here
+    if done == first_step:
+        os.write(2, b"\ntrain.py: ended before its first step: there is nothing to save\n")
+    elif rank == 0 and not interrupted:
         os.write(2, b"\nsaving after this step; again to quit now\n")
+    if interrupted or done == first_step:
+        os._exit(128 + number)
+    interrupted.append(number)
 
 
 def watch_for_signals(reader):
@@ -438,7 +482,7 @@ def summed(x):
 if args.data:
     dataset = guard(CaptionFile, args.data, args.image_root, args.image_key, args.caption_key,
                     args.captions, max_pixels=args.max_pixels,
-                    fast_decode=not args.exact_decode)
+                    fast_decode=not args.exact_decode, index_dir=args.index_dir)
     rows = len(dataset) + dataset.lost_rows
     if dataset.lost_rows > args.max_bad * rows:
         name, why = dataset.skipped[0]
@@ -539,7 +583,7 @@ MAY_CHANGE = {      # these may differ,
     "lr", "warmup", "steps", "epochs", "grad_clip", "max_skips", "max_bad", "eval_every",
     "save_every", "log_every", "keep", "bench", "val_data", "data_dir", "tensorboard",
     "image_root", "workers", "accum", "device", "dtype", "compile", "grad_checkpointing", "timeout",
-    "max_pixels", "val_image_root", "val_image_key", "val_caption_key"}
+    "max_pixels", "index_dir", "val_image_root", "val_image_key", "val_caption_key"}
 SILENT = {          # and these say where weights came from, or what else this command does
     "init", "preset", "tokenizer", "resume", "out_dir", "overwrite", "dry_run"}
 
@@ -584,10 +628,14 @@ def digest(path):
     return f"{path} with digest {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
+# what each process or node may have of its own
+OWN = {"device", "workers", "out_dir", "data_dir", "image_root", "index_dir"}
+
+
 def check_agreement():
     """Each node has its own command line and disk: stops where one differs from process 0."""
     mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
-            if name not in ("device", "workers", "out_dir", "data_dir", "image_root")}
+            if name not in OWN}
     mine["data of so many rows:"] = len(dataset)
     mine["--resume"] = digest(args.resume)
     theirs = [None] * world_size
@@ -602,12 +650,12 @@ def check_agreement():
         os._exit(1)
 
 
-first_step = 0
 args.resume = from_process_0(choose_checkpoint)
 if world_size > 1:
     check_agreement()
 if args.resume:
     saved_name, first_step, saved_args = read_header(args.resume)
+    done = first_step
     if args.model and args.model != saved_name:
         stop_all(f"--resume {args.resume} holds a {saved_name}, but --model is {args.model}: give "
                  "that model")
@@ -670,19 +718,24 @@ model.text.requires_grad_(args.freeze != "text")
 # parameters with `model`, which stays as it is, for evaluation and saving.
 network = copy.copy(model)
 if args.compile:
-    network.encode_image = torch.compile(model.encode_image)
-    # captions and concepts come in varying numbers
+    # For any number of rows at once: captions and concepts come in varying numbers, and images do
+    # where a row cannot be read. Compiled for a number, the towers would be compiled again at the
+    # next one, at another step on each process.
+    network.encode_image = torch.compile(model.encode_image, dynamic=True)
     network.encode_text = torch.compile(model.encode_text, dynamic=True)
+    # Under DDP dynamo would cut the towers at the buckets of gradients, each part for one size.
+    torch._dynamo.config.optimize_ddp = False
 if world_size > 1:
-    network = DistributedDataParallel(network)      # on the device that set_device chose
+    # on the device that choose_device chose; gradients live in the buffers that are exchanged
+    network = DistributedDataParallel(network, gradient_as_bucket_view=True)
 
 # ---- optimizer -------------------------------------------------------------
 trained = [p for p in model.parameters() if p.requires_grad]
-matrices = [p for p in trained if p.ndim >= 2]
-vectors = [p for p in trained if p.ndim < 2]    # biases, norms, logit_scale, logit_bias
+undecayed = [p for name, p in model.named_parameters() if p.requires_grad and no_decay(name, p)]
+decayed = [p for name, p in model.named_parameters() if p.requires_grad and not no_decay(name, p)]
 optimizer = torch.optim.AdamW(
-    [{"params": matrices, "weight_decay": args.weight_decay},
-     {"params": vectors, "weight_decay": 0.0}],
+    [{"params": decayed, "weight_decay": args.weight_decay},
+     {"params": undecayed, "weight_decay": 0.0}],
     lr=args.lr, betas=(0.9, args.beta2), eps=1e-6, fused=gpu)
 
 
@@ -709,7 +762,7 @@ thresholds = torch.zeros(4, device=args.device)     # of ce_clip, from one step 
 if args.resume:
     saved = torch.load(args.resume, map_location=args.device, weights_only=True)
     model.load_state_dict(saved["model"])       # once more, in this run's dtype
-    optimizer.load_state_dict(saved["optimizer"])
+    guard(optimizer.load_state_dict, saved["optimizer"])
     if teacher is not None:
         teacher.load_state_dict(saved["teacher"])
     best = max(saved["best"], best_before())
@@ -724,11 +777,14 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+# Phrases are filled up to a multiple of this, because code that is compiled for any number of rows
+# is compiled again for 0 and for 1. So each part of a batch has more.
+rows_multiple = 8 * args.accum if args.compile else 1
 collate = Collate(
     train_transform(model.config) if args.data else model.transform,
     model.tokenize,
     with_concepts,
-    pad_concepts=64 if args.compile else 1,
+    pad_concepts=rows_multiple,
     negatives=method.negatives,
     negative_images=method.negative_images,
     spans=args.concept_features == "span")
@@ -743,55 +799,88 @@ loader = DataLoader(
     worker_init_fn=ignore_signals)
 
 
+seen = 0        # rows of this process that were read, and that could not be
+bad = 0
+fallback = 0    # captions that are their own concept, for want of a noun phrase in them
+left_out = 0    # steps in a row that were not finite
+
+def check_rows(rows, step):
+    """Rows that could not be read are reported; training stops when they are too many."""
+    global seen, bad, fallback
+    seen += len(rows["keys"])
+    bad += len(rows["bad"])
+    fallback += rows["fallback"]
+    for key, why in rows["bad"]:
+        tqdm.write(f"skipped {key}: {why}")
+        log({"step": step, "skipped": key, "error": why})
+    allowed = args.max_bad * max(seen + bad, min(len(dataset), 1000))
+    if rows["bad"] and (bad > allowed or not rows["keys"]):
+        key, why = rows["bad"][-1]
+        stop(f"{bad} of {seen + bad} rows could not be read, more than --max-bad "
+             f"{args.max_bad:g}; the last is {key}: {why}. Check --image-root, or raise --max-bad")
+
+
+INPUTS = ("images", "tokens", "concept_tokens", "spans", "negative_tokens", "negative_images")
+
+
 def batches():
-    """The batches of this process, on its device."""
+    """Yields this process's rows of each batch, what the network reads of them, and the plan.
+
+    The loader's rows stay on the CPU, where the processes agree on the plan (see losses.Plan):
+    which of them encodes which phrase, and which phrase belongs to which image. No GPU is waited
+    for.
+    """
     iterator = iter(loader)
     # The loader's own handler would raise an error as soon as a worker dies, also in the midst of a
     # step. Without it the death is noticed here, when the next batch is due.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    while True:
+    for step in range(first_step + 1, args.steps + 1):
         try:
-            batch = next(iterator)
-        except StopIteration:
-            return
+            rows = next(iterator)
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
             saved_words = save_what_is_done()
             stop("a process that reads data was killed, most often for want of memory: give fewer "
                  f"--workers. {saved_words}")
-        for name, value in batch.items():
-            if torch.is_tensor(value):
-                batch[name] = value.to(args.device, non_blocking=True)
-        yield batch
+        if not rows["keys"]:
+            check_rows(rows, step)      # which ends training
+        plan = agree(rows).to(args.device)
+        inputs = {name: rows[name] for name in INPUTS if name in rows}
+        if plan.tokens is not None:
+            inputs["concept_tokens"] = plan.tokens      # of phrases that it encodes for all
+        for name, value in inputs.items():
+            # Always a copy: a view of another tensor would be compiled apart.
+            inputs[name] = value.to(args.device, non_blocking=True, copy=True)
+        yield rows, inputs, plan
+
+
+def agree(rows):
+    """The plan of a batch, after an exchange with the other processes."""
+    try:
+        return plan_batch(
+            len(rows["tokens"]),
+            rows.get("concept_ids"),
+            rows.get("pairs"),
+            rows.get("concept_tokens") if args.dedupe else None,
+            dedupe=args.dedupe,
+            merge=args.concept_features == "phrase",
+            negative_mask=rows.get("negative_mask"),
+            pad_id=model.config.pad_id,
+            multiple=rows_multiple)
+    except RuntimeError as error:
+        end_if_others_died(error)
+        raise
 
 
 # ---- one training step -----------------------------------------------------
-INPUTS = ("images", "tokens", "concept_tokens", "spans", "negative_tokens", "negative_images")
-
-
-def train_step(batch):
+def train_step(rows, inputs, plan):
     """Leaves the gradient of the whole batch in the parameters; returns this process's terms."""
-    inputs, phrase_ids = share_phrases(batch)
     taught = teach([inputs])
     out = forward(network, inputs)
-    terms = loss_terms(out, batch, phrase_ids, taught)
+    terms = loss_terms(out, rows, plan, taught)
     backward(terms["loss"])
     return terms
-
-
-def share_phrases(batch):
-    """What the network reads of a batch, and the ids of the phrases that this process encodes.
-
-    A phrase that the captions of several processes hold is encoded by one of them. The ids are None
-    where a process encodes its own phrases.
-    """
-    inputs = {name: batch[name] for name in INPUTS if name in batch}
-    if world_size == 1 or not args.dedupe or "concept_tokens" not in batch:
-        return inputs, None
-    inputs["concept_tokens"], phrase_ids = share_concepts(
-        batch["concept_tokens"], batch["concept_ids"], model.config.pad_id)
-    return inputs, phrase_ids
 
 
 def forward(network, inputs):
@@ -818,36 +907,35 @@ def teach(parts):
     return taught
 
 
-def loss_terms(out, batch, phrase_ids, taught):
+def loss_terms(out, rows, plan, taught):
     """This process's share of each loss term, and of their weighted sum, "loss".
 
     Its own images are compared with the captions and concepts of all processes. Summed over the
     processes, the shares are the loss of the whole batch.
     """
     global thresholds
-    image_features = out["image_features"]
+    gathered = gather_texts(out, plan)
     features = Features(
-        image_features=image_features,                              # (b, D)
-        text_features=gather_features(out["text_features"]),        # (B, D)
-        offset=first_row(len(image_features), image_features.device),
+        image_features=out["image_features"],                       # (b, D), of this process
+        text_features=gathered["text_features"],                    # (B, D), of all
+        concept_features=gathered.get("concept_features"),          # (N, D)
+        concept_labels=plan.labels,                                 # (b, N)
+        negative_features=gathered.get("negative_features"),        # (B, K, D)
+        negative_mask=plan.negative_mask,                           # (B, K)
+        offset=plan.offset,
         logit_scale=out["logit_scale"],
         logit_bias=out["logit_bias"],
         thresholds=thresholds)
-    if method.negatives:
-        features.negative_features = gather_features(out["negative_features"])      # (B, K, D)
-        features.negative_mask = gather_features(batch["negative_mask"])            # (B, K)
     if method.negative_images:
-        features.negative_image_features = out["negative_image_features"]           # (b, D)
-        features.negative_image_mask = batch["negative_image_mask"]                 # (b,)
+        features.negative_image_features = out["negative_image_features"]       # (b, D)
+        features.negative_image_mask = rows["negative_image_mask"]              # (b,)
     if with_teacher:
-        features.teacher = gather_taught(taught)
-    if with_concepts:
-        features.concept_features, features.concept_labels = concept_columns(       # (N, D), (b, N)
-            out["concept_features"], batch["concept_ids"], batch["pairs"], len(image_features),
-            args.dedupe, merge=args.concept_features == "phrase", feature_ids=phrase_ids)
+        features.teacher = gather_taught(taught, plan)
     if weights["xac"]:
-        features.concept_similarity = concept_similarity(                           # (b, N)
+        features.concept_similarity = concept_similarity(                       # (b, N)
             out["patch_tokens"], features.concept_features)
+    if args.concept_count == "all":
+        features.concept_count = plan.pairs
 
     terms = method.loss(features)
     thresholds = terms.pop("thresholds", thresholds)
@@ -858,13 +946,26 @@ def loss_terms(out, batch, phrase_ids, taught):
     return terms
 
 
+def gather_texts(out, plan):
+    """Captions, concepts and negatives of all processes, in one exchange: {name: features}."""
+    texts = {"text_features": out["text_features"]}
+    counts = [plan.rows]
+    if with_concepts:
+        texts["concept_features"] = out["concept_features"].index_select(0, plan.given)
+        counts.append(plan.given_counts)
+    if method.negatives:
+        texts["negative_features"] = out["negative_features"]
+        counts.append(plan.rows)
+    return dict(zip(texts, gather_together(list(texts.values()), counts)))
+
+
 @torch.no_grad()
-def gather_taught(taught):
-    """Captions and negatives of all processes, images of this one, as everywhere."""
+def gather_taught(taught, plan):
+    """The teacher's captions and negatives of all processes, and its images of this one."""
     gathered = {"image_features": taught["image_features"]}
     for name in ("text_features", "negative_features"):
         if name in taught:
-            gathered[name] = gather_features(taught[name])
+            gathered[name] = gather_features(taught[name], plan.rows)
     return gathered
 
 
@@ -877,27 +978,26 @@ def backward(loss):
 SCALARS = ("logit_scale", "logit_bias")     # of the outputs: the same in every part
 
 
-def train_step_in_parts(batch):
+def train_step_in_parts(rows, inputs, plan):
     """As train_step, but with the activations of one part of the batch at a time.
 
     This is GradCache (Gao et al. 2021). It is exact: the features of all parts come first, without
     a graph, then the loss of the whole batch and its gradient with respect to the features, then
     each part again, with its piece of that gradient.
     """
-    inputs, phrase_ids = share_phrases(batch)
     pieces = {name: x.tensor_split(args.accum) for name, x in inputs.items()}
     parts = [{name: pieces[name][i] for name in pieces} for i in range(args.accum)]
     taught = teach(parts)
     with torch.no_grad():
         outs = [forward(network, part) for part in parts]
     leaves = join_parts(outs)
-    rows = {name: [len(out[name]) for out in outs] for name in leaves if name not in SCALARS}
+    sizes = {name: [len(out[name]) for out in outs] for name in leaves if name not in SCALARS}
     del outs
 
-    terms = loss_terms(leaves, batch, phrase_ids, taught)
+    terms = loss_terms(leaves, rows, plan, taught)
     backward(terms["loss"])
 
-    gradients = {name: leaves[name].grad.split(rows[name]) for name in rows}
+    gradients = {name: leaves[name].grad.split(sizes[name]) for name in sizes}
     for i, part in enumerate(parts):
         is_last = i == args.accum - 1
         exchange = contextlib.nullcontext()
@@ -906,7 +1006,7 @@ def train_step_in_parts(batch):
         with exchange:
             out = forward(network, part)
             # the scalar whose gradient is, for every parameter, what backward() would have sent on
-            total = sum((out[name] * gradients[name][i]).sum() for name in rows)
+            total = sum((out[name] * gradients[name][i]).sum() for name in sizes)
             if is_last:
                 for name in SCALARS:
                     if out[name] is not None:
@@ -950,7 +1050,8 @@ def is_evaluated(step):
 
 def evaluation_options():
     """Where the data of the benchmarks is, for evaluate.py."""
-    options = {"data_dir": args.data_dir, "data": args.val_data, "allow_missing": True}
+    options = {"data_dir": args.data_dir, "data": args.val_data, "allow_missing": True,
+               "workers": args.workers}
     for name in ("image_root", "image_key", "caption_key"):
         own = getattr(args, f"val_{name}")
         options[name] = getattr(args, name) if own is None else own
@@ -1192,10 +1293,9 @@ def operations_for_each_number(model):
     return {"tokens": 6 * text, "images": 6 * image / numbers_in_a_patch, "spans": 0}
 
 
-def operations_in(batch):
-    """Of one step of this process on a batch."""
-    return sum(batch[name].numel() * operations[name.split("_")[-1]]
-               for name in INPUTS if name in batch)
+def operations_in(inputs):
+    """Of one step of this process."""
+    return sum(x.numel() * operations[name.split("_")[-1]] for name, x in inputs.items())
 
 
 class Window:
@@ -1207,14 +1307,16 @@ class Window:
         self.waiting = 0.0      # of these, for data
 
 
-def log_row(step, terms, grad_norm, window):
+def log_row(step, values, grad_norm, window):
     """Losses of the whole batch at this step, and speed since the last row."""
-    values = summed(torch.stack([term.detach() for term in terms.values()])).tolist()
-    row = {"step": step, **dict(zip(terms, values))}
+    row = {"step": step, **values}
     row["grad_norm"] = grad_norm
     row["lr"] = learning_rate(step - 1)
-    row["logit_scale"] = model.logit_scale.exp().item()
-    row["logit_bias"] = None if model.logit_bias is None else model.logit_bias.item()
+    scalars = [model.logit_scale.detach().exp()]
+    if model.logit_bias is not None:
+        scalars.append(model.logit_bias.detach())
+    row["logit_scale"], *bias = torch.stack(scalars).tolist()       # a GPU is waited for once
+    row["logit_bias"] = bias[0] if bias else None
     row["images_per_second"] = window.images * world_size / window.seconds
     row["waiting"] = window.waiting / window.seconds
     row["peak_mib"] = peak_mib()
@@ -1298,17 +1400,18 @@ for name, what in getattr(dataset, "remarks", []):
 
 step_function = train_step if args.accum == 1 else train_step_in_parts
 if args.dry_run:
-    batch = next(batches())
+    stream = batches()
+    rows, inputs, plan = next(stream)
+    step_function(rows, inputs, plan)   # which compiles, so that the second is timed
     began = time.time()
-    loss = summed(step_function(batch)["loss"].detach()).item()
+    loss = summed(step_function(rows, inputs, plan)["loss"].detach()).item()
     seconds = time.time() - began
     images = args.steps * len(dataset) // sampler.steps_per_epoch
-    print0(f"dry run: {len(batch['keys'])} rows read, {len(batch['bad'])} bad; loss {loss:.3f}; "
-           f"{images:,} images, {images / len(dataset):.2f} epochs; {seconds:.2f} s for the first "
-           f"step, at most {args.steps * seconds / 3600:.2f} hours; peak memory {peak_mib():.0f} "
-           "MiB. Nothing was trained")
+    print0(f"dry run: {len(rows['keys'])} rows read, {len(rows['bad'])} bad; loss {loss:.3f}; "
+           f"{images:,} images, {images / len(dataset):.2f} epochs; {seconds:.2f} s a step, "
+           f"{args.steps * seconds / 3600:.2f} hours and the time to read data; peak memory "
+           f"{peak_mib():.0f} MiB. Nothing was trained")
     sys.exit()
-
 
 def commit():
     """Of the code, "" without git or a repository."""
@@ -1327,47 +1430,31 @@ log({"args": vars(args),
      "versions": {module.__name__: module.__version__ for module in (torch, timm, tokenizers)}})
 
 # ---- the loop --------------------------------------------------------------
-done = first_step   # the last whole step
-seen = 0        # rows of this process that were read, and that could not be
-bad = 0
-fallback = 0    # captions that are their own concept, for want of a noun phrase in them
-left_out = 0    # steps in a row that were not finite
-results = {}    # of the last evaluation
-
-
-def check_rows(batch, step):
-    """Rows that could not be read are reported; training stops when they are too many."""
-    global seen, bad, fallback
-    seen += len(batch["keys"])
-    bad += len(batch["bad"])
-    fallback += batch["fallback"]
-    for key, why in batch["bad"]:
-        tqdm.write(f"skipped {key}: {why}")
-        log({"step": step, "skipped": key, "error": why})
-    allowed = args.max_bad * max(seen + bad, min(len(dataset), 1000))
-    if batch["bad"] and (bad > allowed or not batch["keys"]):
-        key, why = batch["bad"][-1]
-        stop(f"{bad} of {seen + bad} rows could not be read, more than --max-bad "
-             f"{args.max_bad:g}; the last is {key}: {why}. Check --image-root, or raise --max-bad")
-
-
-def leave_out(step, batch, loss, grad_norm):
+def leave_out(step, rows, loss, grad_norm):
     """A step whose loss or gradient is not finite is left out; too many in a row end training."""
     global left_out
     left_out += 1
     why = f"loss {loss:.4g}, gradient norm {grad_norm:.4g} at step {step}: left out"
     log({"step": step, "left_out": left_out, "why": why})
-    tqdm.write(f"{why}; its first rows: {', '.join(batch['keys'][:4])}")
+    tqdm.write(f"{why}; its first rows: {', '.join(rows['keys'][:4])}")
     if left_out > args.max_skips:
         stop(f"{why}, as {left_out} steps in a row (--max-skips {args.max_skips}). Try a smaller "
              f"--lr, or --grad-clip 1; last good checkpoint: {last_good()}")
 
 
-def ask_all(loss, grad_norm):
-    """Whether any process has a loss or gradient that is not finite, and whether any is to end."""
-    is_bad = not (loss.isfinite() and math.isfinite(grad_norm))
-    flags = torch.tensor([float(is_bad), float(len(interrupted))], device=args.device)
-    return summed(flags).tolist()
+def ask_all(terms, grad_norm):
+    """All numbers of a step, in one exchange: the CPU waits for the GPU here, and only here.
+
+    Returns the terms of the whole batch as floats, the gradient's norm, whether a loss or gradient
+    of any process is not finite, and whether any process is to end.
+    """
+    loss = terms["loss"].detach()
+    is_bad = ~(loss.isfinite() & grad_norm.isfinite())
+    to_end = torch.full_like(loss, len(interrupted))
+    shares = torch.stack([*terms.values(), is_bad.to(loss.dtype), to_end]).detach()
+    numbers = torch.cat([summed(shares), grad_norm.view(1)])
+    *values, any_bad, any_interrupted, norm = numbers.tolist()
+    return dict(zip(terms, values)), norm, any_bad, any_interrupted
 
 
 def end_if_others_died(error):
@@ -1388,6 +1475,7 @@ def after_step():
         torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - args.ema)
 
 
+results = {}    # of the last evaluation
 if args.resume and is_evaluated(first_step) and not was_evaluated:
     results = evaluation(first_step)    # what a kill between the two prevented
 window = Window()
@@ -1395,24 +1483,29 @@ was_interrupted = False
 on_terminal = sys.stderr.isatty()       # elsewhere a line for each row of the log, and no bar
 bar = tqdm(total=args.steps, initial=first_step, unit="step", dynamic_ncols=True,
            disable=rank != 0 or not on_terminal)
+stream = batches()
 started = before = time.time()
-for step, batch in enumerate(batches(), first_step + 1):    # step is 1 for the first batch
-    window.waiting += time.time() - before
-    check_rows(batch, step)
+upcoming = next(stream, None)
+for step in range(first_step + 1, args.steps + 1):
+    rows, inputs, plan = upcoming
+    check_rows(rows, step)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step - 1)
     if (step - 1) % sampler.steps_per_epoch == 0:
         thresholds = torch.zeros_like(thresholds)
 
     try:
-        terms = step_function(batch)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip).item()
-        any_bad, any_interrupted = ask_all(terms["loss"], grad_norm)
+        terms = step_function(rows, inputs, plan)
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
+        asked = time.time()
+        upcoming = next(stream, None)   # while a GPU is still at work
+        window.waiting += time.time() - asked
+        values, grad_norm, any_bad, any_interrupted = ask_all(terms, norm)
     except RuntimeError as error:
         end_if_others_died(error)
         raise
     if any_bad:
-        leave_out(step, batch, terms["loss"].item(), grad_norm)
+        leave_out(step, rows, values["loss"], grad_norm)
     else:
         left_out = 0
         optimizer.step()
@@ -1420,18 +1513,20 @@ for step, batch in enumerate(batches(), first_step + 1):    # step is 1 for the 
     after_step()
     done = step
 
-    window.images += len(batch["keys"])
-    window.operations += operations_in(batch)
+    window.images += len(rows["keys"])
+    window.operations += operations_in(inputs)
     window.seconds += time.time() - before
     if step % args.log_every == 0 or step == args.steps:
-        row = log_row(step, terms, grad_norm, window)
+        row = log_row(step, values, grad_norm, window)
         log(row)
-        shown = " ".join(f"{name} {row[name]:.2f}" for name in terms)
+        shown = " ".join(f"{name} {row[name]:.2f}" for name in values)
         shown += f" {row['images_per_second']:.0f} img/s"
         bar.set_postfix_str(shown, refresh=False)
         if not on_terminal:
             print0(f"step {step:,}/{args.steps:,}: {shown}")
         window = Window()
+    if args.compile and step <= first_step + 2:
+        window = Window()       # of compilation, not of training
     bar.update()
 
     if step == first_step + 1:      # which compiles

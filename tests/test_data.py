@@ -4,8 +4,10 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import re
+import shutil
 import tarfile
 import tracemalloc
 from collections import Counter
@@ -22,7 +24,7 @@ from torchvision import transforms
 import data as data_module
 from concepts import negate, swap_negatives
 from data import (COLOURS, SHAPES, WORLDS, CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers, load_fast,
-                  load_image, normalize_images, string_id, train_tokenizer, train_transform)
+                  load_image, normalize_images, permute, string_id, train_tokenizer, train_transform)
 from model import MODELS, Tokenizer, image_transform
 
 
@@ -171,6 +173,33 @@ def test_missing_column_by_name(folder):
     path = write(folder, "t.csv", "image,caption\na.png,a wall\n")
     with pytest.raises(ValueError, match="columns or keys caption, image .*--caption-key"):
         CaptionFile(path, str(folder), caption_key="text")
+
+
+def test_annotations_of_coco_and_karpathy(folder):
+    coco = {"info": {}, "images": [{"id": 7, "file_name": "a.png"}, {"id": 3, "file_name": "b.jpg"},
+                                   {"id": 5, "file_name": "c.png"}],
+            "annotations": [{"image_id": i, "id": n, "caption": f" caption {n}\n"} for n, i in enumerate((3, 7, 3, 7, 7))]}
+    data = CaptionFile(write(folder, "captions_val.json", json.dumps(coco)), str(folder))
+    assert [data.sample(i)["captions"] for i in range(2)] == [["caption 1", "caption 3", "caption 4"],
+                                                              ["caption 0", "caption 2"]]
+    assert data[1]["image"].getpixel((5, 5))[2] > 200 and data.lost_rows == 1 and data.skipped[0][0] == "c.png (row 3)"
+    karpathy = {"dataset": "x", "images": [
+        {"filename": name, "split": split, "sentences": [{"raw": f"{name} {k}", "tokens": []} for k in range(2)], **more}
+        for name, split, more in (("a.png", "train", {}), ("b.jpg", "test", {}), ("c.png", "restval", {"filepath": "."}),
+                                  ("d.png", "val", {}))]}
+    path = write(folder, "dataset_x.json", json.dumps(karpathy))
+    for name, captions in (("", ["a.png 0", "a.png 1", "c.png 0", "c.png 1"]), ("#test", ["b.jpg 0", "b.jpg 1"]),
+                           ("#val", ["d.png 0", "d.png 1"])):
+        assert CaptionFile(path + name, str(folder)).captions == captions
+    assert CaptionFile(path, str(folder))[1]["image"].size == (40, 30)
+    for text in ("[1]", "{", '{"images": 3}', '{"images": [{"id": 1}]}', "[" * 100_000, '{"annotations": [1]}', "{}"):
+        with pytest.raises(ValueError, match="expected captions_.*json of COCO") as error:
+            CaptionFile(write(folder, "x.json", text))
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    with pytest.raises(ValueError, match="no images of this split"):
+        CaptionFile(f"{path}#dev")
+    with pytest.raises(ValueError, match="no file .*y.json#val"):
+        CaptionFile(str(folder / "y.json#val"))
 
 
 def test_bad_rows_are_named_not_lost(folder):
@@ -358,7 +387,7 @@ def test_shards_and_tables_are_one_data_set(shards, folder):
     assert data[42]["image"].size == (40, 30) and "(row 2)" in data[42]["key"]
     assert CaptionFile(shards, caption_key="caption").captions[3] == "json 3"
     for part in data.parts:     # no object for each sample
-        assert isinstance(part.lines, bytes) and isinstance(part.ends, np.ndarray)
+        assert isinstance(part.index.content, np.ndarray) and isinstance(part.index.ends, np.ndarray)
 
 
 def test_one_of_several_captions_by_seed_epoch_and_index(shards):
@@ -408,13 +437,12 @@ def test_index_is_cached_and_follows_the_shard(tmp_path, monkeypatch):
     shard(path, [(n, c.replace(b"text", b"TEXT")) for n, c in samples(5, 10)])
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
     assert os.path.getsize(path) == stat.st_size and CaptionFile(path).captions[0] == "TEXT 5" and len(scans) == 3
-    for name in os.listdir(tmp_path):
-        if name.endswith(".jsonl"):
-            os.remove(tmp_path / name)
+    assert len(os.listdir(tmp_path)) == 2 and len(os.listdir(tmp_path / ".c2lip-index")) == 1     # old ones are removed
+    shutil.rmtree(tmp_path / ".c2lip-index")
 
-    def refuse(*args):
+    def refuse(*args, **options):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(os, "replace", refuse)      # a folder that cannot be written
+    monkeypatch.setattr(os, "makedirs", refuse)      # a folder that cannot be written
     with pytest.warns(UserWarning, match="kept in memory only"):
         assert len(CaptionFile(path)) == 5
     with pytest.warns(UserWarning):
@@ -548,6 +576,208 @@ def test_large_tables_are_read_row_by_row(tmp_path, kind):
     assert peak < 8e6, peak     # all rows at once: 19e6
 
 
+# ------------------------------------------------------------------------------------------- indices of large files
+
+@pytest.fixture
+def large(monkeypatch):
+    """Tables of any size have an index."""
+    monkeypatch.setattr(data_module, "INDEX_FROM", 0)
+
+
+def index_of(folder):
+    """The one index in a folder."""
+    [name] = os.listdir(folder / ".c2lip-index")
+    return folder / ".c2lip-index" / name
+
+
+def table_of(folder, count=50, name="t.csv"):
+    return write(folder, name, "image,caption,neighbours\n" + "".join(
+        f"{'ab'[i % 2]}.{('png', 'jpg')[i % 2]},caption {i},{i - 1}\n" for i in range(count)))
+
+
+def rows_of(data):
+    return [data.sample(i) for i in range(len(data))]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_an_index_gives_the_rows_that_reading_gives(folder, kind, monkeypatch):
+    rows = [{"image": "a.png", "caption": f"a cät {i}" * (i % 7), "concepts": f"x{i}|y", "neighbours": f"{i - 1}|{i + 1}"}
+            for i in range(300)]
+    path = folder / f"t.{kind}"
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        if kind == "jsonl":
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            table = csv.DictWriter(f, rows[0], delimiter="\t" if kind == "tsv" else ",")
+            table.writeheader()
+            table.writerows(rows)
+    plain = CaptionFile(str(path), str(folder))
+    assert not os.path.exists(folder / ".c2lip-index")
+    monkeypatch.setattr(data_module, "INDEX_FROM", 0)
+    for _ in range(2):      # written, then found
+        indexed = CaptionFile(str(path), str(folder))
+        assert rows_of(indexed) == rows_of(plain) and len(plain) == 257
+        assert [indexed[i]["neighbours"] for i in range(9)] == [plain[i]["neighbours"] for i in range(9)]
+        assert indexed.skipped == plain.skipped and indexed.lost_rows == plain.lost_rows == 43
+        monkeypatch.setattr(data_module, "read_rows", None)
+    with pytest.raises(TypeError):      # another column: another index, so the table is read
+        CaptionFile(str(path), str(folder), caption_key="concepts")
+
+
+@pytest.mark.parametrize("harm", ["cut", "short", "zeroed", "zeros inside", "empty", "one bit", "other"])
+def test_a_damaged_index_is_made_anew_with_a_word(folder, large, harm):
+    path = table_of(folder)
+    before = rows_of(CaptionFile(path, str(folder)))
+    place = index_of(folder)
+    content = bytearray(place.read_bytes())
+    if harm == "cut":
+        del content[1000:]
+    elif harm == "short":
+        del content[500:508]
+    elif harm == "zeroed":
+        content[:] = bytes(len(content))
+    elif harm == "zeros inside":
+        content[100:300] = bytes(200)
+    elif harm == "empty":
+        content = b""
+    elif harm == "one bit":
+        content[700] ^= 1
+    else:
+        content = b"something else\n" * 40 + data_module.INDEX_MARK
+    os.remove(place)        # not in place: an open one stays as it was
+    place.write_bytes(content)
+    data = CaptionFile(path, str(folder))
+    assert rows_of(data) == before and index_of(folder) == place
+    assert len(data.remarks) == 1 and data.remarks[0][1].startswith("its index was damaged")
+    assert CaptionFile(path, str(folder)).remarks == []
+
+
+def test_what_a_kill_leaves_of_an_index_is_removed(folder, large):
+    path = table_of(folder)
+    CaptionFile(path, str(folder))
+    place = index_of(folder)
+    os.rename(place, f"{place}.0123456789abcdef.partial")
+    (folder / ".c2lip-index" / f"{place.name}.lock").write_text("")
+    assert len(CaptionFile(path, str(folder))) == 50 and index_of(folder) == place
+
+
+def killed(path, root, rows):
+    """Index a table, and be killed after some rows."""
+    data_module.INDEX_FROM = 0
+    number = data_module.IndexWriter.number
+
+    def kill(self, column, value):
+        if column == "numbers" and value == rows:
+            os.kill(os.getpid(), 9)
+        number(self, column, value)
+    data_module.IndexWriter.number = kill
+    CaptionFile(path, root)
+
+
+def test_killed_while_indexing(folder, large):
+    path = table_of(folder)
+    process = multiprocessing.get_context("fork").Process(target=killed, args=(path, str(folder), 30))
+    process.start()
+    process.join()
+    assert process.exitcode == -9 and len(os.listdir(folder / ".c2lip-index")) == 2     # partial and lock
+    assert len(CaptionFile(path, str(folder))) == 50 and index_of(folder).name.endswith(".index")
+
+
+def test_a_full_disk_while_indexing(folder, large, monkeypatch, tmp_path_factory):
+    path, text = table_of(folder), data_module.IndexWriter.text
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+    def full(self, value):
+        if self.path and self.path.startswith(str(folder)) and "40" in str(value):
+            raise data_module.CannotWrite("No space left on device")
+        text(self, value)
+    monkeypatch.setattr(data_module.IndexWriter, "text", full)
+    assert len(CaptionFile(path, str(folder))) == 50
+    assert os.listdir(folder / ".c2lip-index") == []        # nothing is left behind
+    assert len(os.listdir(cache / "c2lip" / "index")) == 1  # the next place
+    os.remove(cache / "c2lip" / "index" / os.listdir(cache / "c2lip" / "index")[0])
+    monkeypatch.setattr(data_module.IndexWriter, "finish", lambda self, about, finish=data_module.IndexWriter.finish: (
+        finish(self, about) if self.path is None else (_ for _ in ()).throw(data_module.CannotWrite("No space left"))))
+    with pytest.warns(UserWarning, match="No space left: indices of its files are kept in memory only.*--index-dir"):
+        assert len(CaptionFile(path, str(folder))) == 50
+    assert os.listdir(folder / ".c2lip-index") == os.listdir(cache / "c2lip" / "index") == []
+
+
+def test_a_source_that_cannot_be_read_on(folder, large, monkeypatch):
+    path, read = table_of(folder), data_module.read_rows
+
+    def broken(path):
+        yield from list(read(path))[:20]
+        raise OSError(5, "Input/output error")
+    monkeypatch.setattr(data_module, "read_rows", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        CaptionFile(path, str(folder))
+    assert os.listdir(folder / ".c2lip-index") == []
+
+
+def test_files_that_are_replaced(folder, large, monkeypatch):
+    path, read, times = table_of(folder), data_module.read_rows, []
+
+    def replaced(path):
+        times.append(1)
+        yield from read(path)
+        if len(times) == 1:
+            table_of(folder, 60)
+    monkeypatch.setattr(data_module, "read_rows", replaced)
+    assert len(CaptionFile(path, str(folder))) == 60 and len(times) == 2
+    tar = shard(folder / "a.tar", samples(0, 4))
+    data = CaptionFile(tar)
+    assert "error" not in data[1]
+    shard(folder / "a.tar", samples(4, 8))
+    assert "has changed since" in data[1]["error"]
+
+
+def test_another_folder_for_indices(folder, large, tmp_path_factory):
+    place = tmp_path_factory.mktemp("indices")
+    os.makedirs(folder / "other")
+    one, two = table_of(folder), table_of(folder, 20, "other/t.csv")
+    for _ in range(2):
+        assert len(CaptionFile(f"{one}::{two}", str(folder), index_dir=str(place))) == 70
+        assert len(os.listdir(place)) == 2 and not os.path.exists(folder / ".c2lip-index")
+    assert len(CaptionFile(two, str(folder), index_dir=str(place / "new/folder"))) == 20
+
+
+def test_an_index_moves_with_its_folder(tmp_path, monkeypatch):
+    os.makedirs(tmp_path / "old")
+    shard(tmp_path / "old" / "a.tar", samples(0, 4))
+    assert len(CaptionFile(str(tmp_path / "old" / "a.tar"))) == 4
+    os.rename(tmp_path / "old", tmp_path / "new")
+    monkeypatch.setattr(data_module, "tar_members", None)
+    monkeypatch.chdir(tmp_path)
+    data = CaptionFile("new/a.tar")
+    assert data[3]["key"] == "new/a.tar 000000003" and data.sample(0)["image"][0] == "new/a.tar"
+
+
+def test_a_row_of_ten_megabytes(folder, large):
+    path = write(folder, "t.jsonl", "".join(json.dumps({"image": "a.png", "caption": c * 10_000_000}) + "\n" for c in "ab"))
+    data = CaptionFile(path, str(folder))
+    assert [len(text) for text in data.captions] == [10_000_000] * 2
+
+
+def test_an_index_is_mapped_by_workers_that_are_spawned(folder, large):
+    data = CaptionFile(table_of(folder), str(folder))
+    copied = pickle.loads(pickle.dumps(data))
+    assert len(pickle.dumps(data)) < 3000 and rows_of(copied) == rows_of(data)
+    assert copied[0]["image"].size == (40, 30)
+
+
+def test_joined_captions_by_their_index(shards, tmp_path, large):
+    table = write(tmp_path, "c.csv", "key,caption\n" + "".join(f"{i:09d},new {i}\n" for i in range(50) if i != 7))
+    results = [CaptionFile(shards, captions=table) for _ in range(2)]
+    for data in results:
+        assert data.captions == [f"new {i}" for i in range(41) if i != 7] and data.lost_rows == 1
+        assert data.skipped[0] == (table, "9 key fit no image, the first is '000000041'")
+    write(tmp_path, "c.csv", "key,caption\n" + "".join(f"{i:09d},newer {i}\n" for i in range(41)))
+    data = CaptionFile(shards, captions=table)
+    assert data.captions == [f"newer {i}" for i in range(41)] and data.skipped == []
+
+
 # ----------------------------------------------------------------------------------- nothing lost, nothing silent
 
 def test_a_tsv_has_no_quotes(folder):
@@ -558,13 +788,20 @@ def test_a_tsv_has_no_quotes(folder):
 
 
 @pytest.mark.parametrize("end", ["", '\nb.jpg,"a dog"', '\nb.jpg,a "dog" runs', "\nb.jpg,a dog" * 1500])
-def test_a_quote_that_is_not_closed_swallows_no_rows(folder, end):
+def test_a_quote_that_is_not_closed_costs_one_row(folder, end):
     rows = ["a.png,caption 0", 'a.png,"caption, 1"', 'a.png,"caption 2'] + [f"a.png,caption {i}" for i in range(3, 12)]
     path = write(folder, "t.csv", "image,caption\n" + "\n".join(rows) + end + "\n")
     data = CaptionFile(path, str(folder))
-    assert data.captions[:12] == ["caption 0", "caption, 1"] + [f"caption {i}" for i in range(2, 12)]
-    assert len(data) == 12 + end.count("\n") and data.skipped == [] and data.lost_rows == 0
-    assert "the first is row 3: a quote that is not closed" in data.remarks[0][1]
+    assert data.captions[:11] == ["caption 0", "caption, 1"] + [f"caption {i}" for i in range(3, 12)]
+    assert len(data) == 11 + end.count("\n") and data.lost_rows == 1
+    assert data.skipped == [(path, "row 3: a quote that is not closed")]
+
+
+def test_text_behind_a_quote_is_remarked(folder):
+    path = write(folder, "t.csv", 'image,caption\na.png,"STOP" on a sign\na.png,a "big" dog\na.png,"open')
+    data = CaptionFile(path, str(folder))
+    assert data.captions == ["STOP on a sign", 'a "big" dog', "open"] and data.lost_rows == 0
+    assert data.remarks == [(path, "2 rows, the first is row 1: a quote that is not closed, or is followed by text")]
 
 
 def test_line_breaks_in_a_csv_are_remarked(folder):
@@ -1017,6 +1254,49 @@ def test_every_row_once_an_epoch_at_any_world_size(length, batch, world):
         assert sorted(seen) == list(range(length))
     assert whole[0] != [(0, i) for _, i in whole[steps]]                    # another order in the second epoch
     assert list(Epochs(length, batch, 5, start_step=1, stop_step=2 * steps)) == whole[1:]      # resumed
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 15, 16, 17, 255, 256, 257, 1000, 4095, 4097, 65_536, 65_537, 100_003])
+def test_the_order_is_a_permutation(length):
+    for key in ("0 0", "0 1"):
+        rows = permute(np.arange(length), length, key)
+        assert rows.dtype == np.int64 and sorted(rows.tolist()) == list(range(length))
+        some = np.arange(0, length, 3)
+        assert (permute(some, length, key) == rows[some]).all()     # each by itself
+    if length > 10:
+        assert (permute(np.arange(length), length, "0 0") != rows).any()
+
+
+def test_the_order_is_random_in_every_place():
+    """Over keys, each position takes each row equally often, and neighbours fall apart: chi-square, 5 sigma."""
+    length, keys = 23, 4000
+    orders = np.stack([permute(np.arange(length), length, f"{key} 0") for key in range(keys)])
+    for counts, cells in ((np.stack([np.bincount(column, minlength=length) for column in orders.T]), length - 1),
+                          (np.bincount(np.diff(orders) .ravel() % length, minlength=length)[1:][None], length - 2)):
+        expected = counts.sum(1, keepdims=True) / counts.shape[1]
+        chi = ((counts - expected) ** 2 / expected).sum(1)
+        assert (np.abs(chi - cells) < 5 * (2 * cells) ** 0.5).all()
+    counts = np.bincount((orders[:, :2] @ [length, 1]), minlength=length ** 2)      # pairs of first and second
+    counts = counts[counts > 0]
+    assert len(counts) == length * (length - 1)
+    cells = len(counts) - 1
+    assert abs(((counts - keys / len(counts)) ** 2 / (keys / len(counts))).sum() - cells) < 5 * (2 * cells) ** 0.5
+    rows = permute(np.arange(100_000), 100_000, "7 3")          # one long order: runs, halves, correlation
+    assert abs(np.corrcoef(np.arange(100_000), rows)[0, 1]) < 5 / 100_000 ** 0.5
+    assert abs((np.diff(rows) > 0).mean() - 0.5) < 5 * (1 / 12 / 100_000) ** 0.5
+    assert abs((rows[:50_000] < 50_000).sum() - 25_000) < 5 * (100_000 / 16) ** 0.5
+
+
+def test_the_order_of_huge_data_takes_no_array():
+    tracemalloc.start()
+    length, stream = 10 ** 12, Epochs(10 ** 12, 768, 1, 1, 2, start_step=10 ** 10, stop_step=10 ** 10 + 3)
+    batches = list(stream)
+    assert tracemalloc.get_traced_memory()[1] < 3e6
+    tracemalloc.stop()
+    assert [len(batch) for batch in batches] == [384] * 3
+    rows = [index for batch in batches for _, index in batch]
+    assert len(set(rows)) == len(rows) and 0 <= min(rows) < length / 100 and 0.99 * length < max(rows) < length
+    assert {epoch for batch in batches for epoch, _ in batch} == {10 ** 10 // stream.steps_per_epoch}
 
 
 def test_batch_larger_than_the_data():

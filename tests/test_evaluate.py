@@ -3,6 +3,7 @@
 SugarCrepe and SugarCrepe++ with the peer's own model; the others with a random nano model of ours.
 """
 import copy
+import csv
 import hashlib
 import http.server
 import io
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import types
 import zipfile
 from dataclasses import replace
 
@@ -422,6 +424,189 @@ def test_whatsup(nano, official, tmp_path):
         assert 0 < sum(fours) < 4 and sum(halves) > 2 * sum(fours)
     means = [np.mean(expected[s]) for s in TABLE["whatsup"]["files"]]
     assert results["macro_6"]["accuracy"] == pytest.approx(np.mean(means))
+
+
+def scores_of(plain, images, texts):
+    """Cosines of two images and two texts: (text, image, group) of Winoground."""
+    (a, b), (c, d) = [[plain.cos(path, text) for text in texts] for path in images]
+    text, image = a > b and d > c, a > c and d > b
+    return int(text), int(image), int(text and image)
+
+
+def test_bivlc_and_vismin(nano, official, tmp_path):
+    rng, plain, expected = random.Random(11), Plain(nano), {"bivlc": [], "vismin": []}
+    rows = {"bivlc": [], "vismin": []}
+    for i in range(40):
+        for bench, columns in ("bivlc", ("image", "negative_image")), ("vismin", ("image_0", "image_1")):
+            names = [f"{i}_{column}.jpg" for column in columns]
+            for name in names:
+                picture(f"{tmp_path}/{bench}/{name}", random.Random(f"{i % 9} {name}"))
+            texts = [caption(rng), caption(rng)]
+            expected[bench].append(scores_of(plain, [f"{tmp_path}/{bench}/{name}" for name in names], texts))
+            row = dict(zip(columns, names))
+            row |= dict(zip(("caption", "negative_caption") if bench == "bivlc" else ("text_0", "text_1"), texts))
+            rows[bench].append({**row, "category": "count" if i % 4 else "object", "type": "add"})
+    for bench in rows:
+        official(tmp_path, bench, "test", rows[bench])
+    results = run(nano, ["bivlc", "vismin"], **arguments(data_dir=str(tmp_path)))
+    for place, rule in enumerate(("text", "image", "group")):
+        right = [x[place] for x in expected["bivlc"]]
+        assert results["bivlc"][rule]["correct"] == right and results["bivlc"][rule]["chance"] == (1 / 4, 1 / 4, 1 / 6)[place]
+        kinds = {"object": expected["vismin"][::4], "count": [x for i, x in enumerate(expected["vismin"]) if i % 4]}
+        for kind, some in kinds.items():
+            assert results["vismin"][f"{kind}_{rule}"]["correct"] == [x[place] for x in some]
+        mean = np.mean([np.mean([x[place] for x in some]) for some in kinds.values()])
+        assert results["vismin"][rule]["accuracy"] == pytest.approx(mean)
+    assert 0 < sum(x[2] for x in expected["bivlc"]) < 40
+
+
+def test_hub_data_sets_are_written_byte_for_byte(tmp_path, monkeypatch):
+    """With a stand-in of the package datasets: images are its dicts of bytes where they are not decoded."""
+    class Rows(list):
+        def cast_column(self, name, kind):
+            assert kind == "encoded"
+            return Rows({**row, name: {"bytes": row[name], "path": None}} for row in self)
+
+    fake = types.ModuleType("datasets")
+    fake.Image = lambda decode: "encoded" if not decode else None
+    given = [{"image": b"one", "negative_image": b"two", "caption": "a \u00e9", "negative_caption": "b", "type": "add"}]
+    fake.load_dataset = lambda name, split: Rows(given) if (name, split) == ("imirandam/BiVLC", "test") else None
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    evaluate.main(["download", "bivlc", "--data-dir", str(tmp_path)])
+    assert (tmp_path / "bivlc" / "0_image.jpg").read_bytes() == b"one"
+    assert (tmp_path / "bivlc" / "0_negative_image.jpg").read_bytes() == b"two"
+    row = json.loads((tmp_path / "bivlc" / "test.jsonl").read_text())
+    assert row == {**given[0], "image": "0_image.jpg", "negative_image": "0_negative_image.jpg"}
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    evaluate.main(["download", "bivlc", "--data-dir", str(tmp_path)])       # is there
+    with pytest.raises(SystemExit, match="pip install datasets"):
+        evaluate.main(["download", "vismin", "--data-dir", str(tmp_path)])
+
+
+def test_mmvp(nano, official, tmp_path):
+    rng, plain, rows, expected = random.Random(12), Plain(nano), [], {"Quantity and Count": [], "Texts": []}
+    for i in range(24):
+        pattern = "Quantity and Count" if i < 14 else "Texts"
+        texts, paths = [caption(rng), caption(rng)], []
+        for number in (2 * i + 1, 2 * i + 2):
+            paths.append(f"{tmp_path}/mmvp/MLLM_VLM Images/{pattern}/{number}.jpg")
+            picture(paths[-1], rng)
+            rows.append([number, pattern, texts[(number + 1) % 2]])
+        expected[pattern].append(scores_of(plain, paths, [f"a photo of {text}" for text in texts])[1])
+    official.table["mmvp"]["files"]["mmvp"]["n"] = 48
+    with open(tmp_path / "mmvp" / "Questions.csv", "w", newline="") as f:
+        csv.writer(f).writerows([["Question ID", "Type", "Statement"], *rows])
+    results = run(nano, ["mmvp"], **arguments(data_dir=str(tmp_path)))["mmvp"]
+    assert {name: results[name]["correct"] for name in expected} == expected and sum(map(sum, expected.values())) > 0
+    assert results["macro"]["accuracy"] == pytest.approx(np.mean([np.mean(x) for x in expected.values()]))
+    assert results["micro"]["accuracy"] == pytest.approx(np.mean(sum(expected.values(), [])))
+
+
+def test_negbench(nano, tmp_path):
+    rng, plain, rows, expected = random.Random(13), Plain(nano), [], {"coco": []}
+    for i in range(6):
+        picture(f"{tmp_path}/coco/val2017/{i}.jpg", rng)
+    for i in range(30):
+        texts, true, kind = [caption(rng) for _ in range(4)], rng.randrange(4), ("positive", "negative", "hybrid")[i % 3]
+        rows.append([f"data/coco/images/val2017/{i % 6}.jpg", *texts, true if i % 2 else f"{true}.0", kind])
+        scores = [plain.cos(f"{tmp_path}/coco/val2017/{i % 6}.jpg", text) for text in texts]
+        right = int(all(scores[true] > x for j, x in enumerate(scores) if j != true))
+        expected["coco"].append(right)
+        expected.setdefault(f"coco_{kind}", []).append(right)
+    os.makedirs(tmp_path / "negbench")
+    with open(tmp_path / "negbench" / "COCO_val_mcq_llama3.1_rephrased.csv", "w", newline="") as f:
+        head = ["image_path", *(f"caption_{i}" for i in range(4)), "correct_answer", "correct_answer_template"]
+        csv.writer(f).writerows([head, *rows])
+    results = run(nano, ["negbench"], **arguments(data_dir=str(tmp_path), allow_missing=True))["negbench"]
+    assert {name: r["correct"] for name, r in results.items()} == expected and 0 < sum(expected["coco"]) < 30
+    assert all(r["chance"] == 1 / 4 for r in results.values())
+
+
+def test_hard_positives_and_vl_checklist(nano, official, tmp_path):
+    rng, plain, expected = random.Random(14), Plain(nano), {}
+    for i in range(5):
+        picture(f"{tmp_path}/vg/VG_100K/{i}.jpg", rng)
+        picture(f"{tmp_path}/aro/images/{i}.jpg", rng)
+    for part in ("swap", "replace_att", "replace_rel"):
+        rows, others, expected[part] = [], [], []
+        for i in range(30):
+            x, y, z = caption(rng), caption(rng), caption(rng)
+            row = {"image_id": str(i % 5), "image_path": f"data/VG_100K/{i % 5}.jpg", "true_caption": x, "false_caption": z}
+            path, box = f"{tmp_path}/vg/VG_100K/{i % 5}.jpg", None
+            if part == "swap":
+                row |= {"image_path": f"{i % 5}.jpg", "bbox_x": 3, "bbox_y": i, "bbox_w": 20, "bbox_h": 12}
+                path, box = f"{tmp_path}/aro/images/{i % 5}.jpg", (3, i, 23, i + 12)
+            rows.append(row)
+            others.append({**row, "true_caption": y})
+            scores = [plain.cos(path, text, box) for text in (x, y, z)]
+            expected[part].append(int(min(scores[:2]) > scores[2]))
+        official(tmp_path, "hard_positives", part, rows)
+        official(tmp_path, "hard_positives", f"{part}_positive", others)
+    results = run(nano, ["hard_positives"], **arguments(data_dir=str(tmp_path)))["hard_positives"]
+    assert {name: results[name]["correct"] for name in expected} == expected and results["swap"]["chance"] == 1 / 3
+    assert list(results) == [*expected, "macro_3"] and 0 < sum(expected["swap"]) < 30
+    official(tmp_path, "hard_positives", "swap_positive", others[:-1])
+    with pytest.raises(ValueError, match="swap: 30 captions and 29 hard positives|not the official"):
+        run(nano, ["hard_positives"], **arguments(data_dir=str(tmp_path)))
+
+    expected = {}
+    for part in TABLE["vl_checklist"]["files"]:
+        rows, expected[part] = [], []
+        for i in range(4):
+            row = {"POS": [caption(rng), "not this"], "NEG": [caption(rng), "nor this"]}
+            rows.append([f"VG_100K/{i}.jpg", row])
+            path = f"{tmp_path}/vg/VG_100K/{i}.jpg"
+            expected[part].append(int(plain.cos(path, row["POS"][0]) > plain.cos(path, row["NEG"][0])))
+        official(tmp_path, "vl_checklist", part, rows)
+    results = run(nano, ["vl_checklist"], **arguments(data_dir=str(tmp_path)))["vl_checklist"]
+    assert {name: results[name]["correct"] for name in expected} == expected
+    means = {kind: np.mean([np.mean(x) for name, x in expected.items() if name.startswith(kind)])
+             for kind in ("attribute", "object", "relation")}
+    assert {name: results[name]["accuracy"] for name in means} == pytest.approx(means)
+    assert results["macro_3"]["accuracy"] == pytest.approx(np.mean(list(means.values())))
+
+
+def test_flickr8k(nano, official, tmp_path):
+    rng, plain, images = random.Random(15), Plain(nano), []
+    for i in range(12):
+        picture(f"{tmp_path}/flickr8k/Flicker8k_Dataset/{i}.jpg", rng)
+        sentences = [{"raw": caption(rng), "tokens": []} for _ in range(rng.randint(1, 3))]
+        images.append({"filename": f"{i}.jpg", "split": "test" if i < 9 else "train", "sentences": sentences})
+    official(tmp_path, "flickr8k", "flickr8k", {"dataset": "flickr8k", "images": images})
+    official.table["flickr8k"]["files"]["flickr8k"]["n"] = 12
+    results = run(nano, ["flickr8k"], **arguments(data_dir=str(tmp_path)))["flickr8k"]
+    texts = [(i, s["raw"]) for i, row in enumerate(images[:9]) for s in row["sentences"]]
+    scores = [[plain.cos(f"{tmp_path}/flickr8k/Flicker8k_Dataset/{i}.jpg", c) for _, c in texts] for i in range(9)]
+    for k in (1, 5):
+        of = [{j for j, (i, _) in enumerate(texts) if i == n} for n in range(9)]
+        assert results[f"i2t_r{k}"]["correct"] == recall(scores, of, k)
+        assert results[f"t2i_r{k}"]["correct"] == recall(np.array(scores).T.tolist(), [{i} for i, _ in texts], k)
+    assert results["mean_r5"]["accuracy"] == (results["i2t_r5"]["accuracy"] + results["t2i_r5"]["accuracy"]) / 2
+
+
+@pytest.mark.parametrize("bench, folders", [
+    ("imagenet_v2", {"0": 0, "10": 10, "2": 2}), ("imagenet_a", {"n01498041": 6, "n01531178": 11}),
+    ("imagenet_r", {"n01443537": 1, "n01484850": 2, "n01498041": 6}), ("imagenet_sketch", {"n01440764": 0, "n15075141": 999})])
+def test_imagenet_variants(nano, official, tmp_path, bench, folders):
+    """Only the classes with a folder compete, under their names of imagenet's 1,000."""
+    rng, plain, files = random.Random(16), Plain(nano), []
+    known = json.loads((evaluate.ASSETS / "imagenet.json").read_text())
+    spec = official.table[bench]
+    for label, name in enumerate(sorted(folders)):
+        for i in range(2):
+            files.append((f"{tmp_path}/{spec['folder']}/{name}/{i}.png", label))
+            picture(files[-1][0], rng)
+    spec["n"] = len(files)
+    results = run(nano, [bench], **arguments(data_dir=str(tmp_path)))[bench]
+    means = []
+    for name in sorted(folders):
+        text = known["classes"][folders[name]]
+        means.append(torch.stack([plain.text(t.replace("{}", text)) for t in known["templates"]]).mean(0))
+    scores = [[(plain.image(path) @ m / m.norm()).item() for m in means] for path, _ in files]
+    assert results["top1"]["correct"] == recall(scores, [{label} for _, label in files], 1)
+    os.rename(f"{tmp_path}/{spec['folder']}/{sorted(folders)[0]}", f"{tmp_path}/{spec['folder']}/n99999999")
+    with pytest.raises(ValueError, match=f"{bench}: a folder is no class of ImageNet"):
+        read([bench], nano, arguments(data_dir=str(tmp_path)))
 
 
 def recall(scores, positives, k):
@@ -1080,5 +1265,7 @@ def test_the_table_is_whole():
     assert len(TABLE["valse"]["files"]) == 11 and TABLE["cola"]["files"]["multi_objects"]["n"] == 210
     for bench, spec in TABLE.items():
         for subset, f in spec.get("files", {}).items():
-            assert ("url" in f or "by_hand" in spec) and f["n"], (bench, subset)
-            assert "raw.githubusercontent" not in f.get("url", "") or len(f["sha256"]) == 64
+            assert "url" in f or "by_hand" in spec or "hub" in spec, (bench, subset)
+            # counts that could not be looked up: of files that no mirror holds
+            assert f.get("n") or bench in ("vl_checklist", "negbench", "hard_positives"), (bench, subset)
+            assert "raw.githubusercontent" not in f.get("url", "") or not f.get("n") or len(f["sha256"]) == 64

@@ -605,6 +605,43 @@ def test_open_clip_configs_that_cannot_be_built(tmp_path, clip_tokenizer):
         CLIP.from_pretrained(folder)
 
 
+@torch.no_grad()
+def test_every_config_of_open_clip_is_built_or_refused(tmp_path):
+    """One line that says which tower, what is supported, and how it can be evaluated all the same."""
+    refused = {}
+    write_text(tmp_path, "open_clip_model.safetensors", "")
+    for name in open_clip.list_models():
+        cfg = open_clip.get_model_config(name)
+        write_json(tmp_path, "open_clip_config.json", {"model_cfg": cfg})
+        try:
+            config, _ = M.read_folder(str(tmp_path))
+        except ValueError as error:
+            refused[name] = str(error)
+            assert "open_clip_config.json: " in refused[name] and "\n" not in refused[name], refused[name]
+            assert "evaluate.py --init open_clip:NAME/PRETRAINED" in refused[name]
+            continue
+        if name in M.SOURCES:
+            continue        # another test's
+        cfg["text_cfg"]["layers"] = 1           # the shapes of what is left are those of open_clip
+        if config.family == "clip":
+            cfg["vision_cfg"]["layers"] = 1
+        kwargs = {k: v for k, v in cfg.items() if k != "custom_text"}
+        with torch.device("meta"):
+            peer = (open_clip.model.CustomTextCLIP if "custom_text" in cfg else open_clip.model.CLIP)(**kwargs)
+            model = CLIP(layers(config, text=1, **{"vision": 1} if config.family == "clip" else {}))
+        parts = M.named_as(model, f"open_clip {config.family}")
+        ours = {k: tuple(torch.cat(x).shape) if len(x) > 1 else tuple(x[0].shape) for k, x in parts.items()}
+        theirs = {k: tuple(x.shape) for k, x in peer.state_dict().items() if k.split(".")[-1] not in M.NO_WEIGHTS}
+        assert ours == theirs, name
+    for name, why in (("RN50", "a ResNet"), ("EVA02-B-16", "eva02_base_patch16_clip_224"), ("convnext_base", "timm's"),
+                      ("ViTamin-L", "vitamin_large_224"), ("PE-Core-B-16", "vit_pe_core"), ("MobileCLIP-S1", "fastvit"),
+                      ("ViT-gopt-16-SigLIP2-256", "vit_giantopt_patch16_siglip_256"), ("coca_ViT-B-32", "CoCa"),
+                      ("roberta-ViT-B-32", "roberta-base"), ("ViT-L-14-CLIPA", "pool_type is 'avg'"),
+                      ("ViT-M-16-alt", "ls_init_value is 0.0001")):
+        assert why in refused[name], (name, refused[name])
+    assert len(refused) < len(open_clip.list_models()) - len(M.SOURCES)
+
+
 def test_quickgelu_name_contradicts_a_gelu_config(tmp_path, clip_tokenizer, monkeypatch):
     folder, _ = write_hf(tmp_path, "clip", clip_tokenizer[0], hidden_act="gelu")
     config = CLIP.from_pretrained(folder).config
@@ -613,6 +650,144 @@ def test_quickgelu_name_contradicts_a_gelu_config(tmp_path, clip_tokenizer, monk
     assert CLIP.from_pretrained(folder, "small").config.name == "small"
     with pytest.raises(ValueError, match="vision_act gelu, not quick_gelu"):
         CLIP.from_pretrained(folder, "small-quickgelu")
+
+
+# -----------------------------------------------------------------------------
+# in: damage
+
+NONSENSE = [None, "x", "", -1, 0, 1, 3, 1.5, 1e300, float("nan"), True, [], [1], {}, {"a": 1}, 10 ** 12, "\ud800"]
+
+
+def damage_json(content, rng):
+    """One value anywhere in nested dicts and lists is removed or replaced; long lists are not walked through."""
+    keys = list(content) if isinstance(content, dict) else list(range(min(len(content), 20)))
+    key = keys[rng.randint(len(keys))]
+    inner = content[key]
+    if isinstance(inner, (dict, list)) and inner and rng.rand() < 0.75:
+        damage_json(inner, rng)
+    elif rng.rand() < 0.4:
+        del content[key]
+    else:
+        content[key] = NONSENSE[rng.randint(len(NONSENSE))]
+
+
+def damage_bytes(path, rng):
+    with open(path, "rb") as f:
+        content = bytearray(f.read())
+    kind = rng.randint(4)
+    if kind == 0:
+        content = content[:rng.randint(len(content))]
+    elif kind == 1:         # the head, where the structure is
+        content[rng.randint(min(len(content), 2000))] = rng.randint(256)
+    elif kind == 2:
+        for _ in range(8):
+            content[rng.randint(len(content))] ^= 1 << rng.randint(8)
+    else:
+        start = rng.randint(len(content))
+        content[start:start + 100] = b"\0" * 100
+    with open(path, "wb") as f:
+        f.write(content)
+
+
+def damage(folder, rng):
+    """Damages one file of the folder; returns what happened to it."""
+    name = sorted(os.listdir(folder))[rng.randint(len(os.listdir(folder)))]
+    path = os.path.join(folder, name)
+    if name.endswith(".json") and rng.rand() < 0.8:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+        damage_json(content, rng)
+        write_json(folder, name, content)
+    elif name.endswith(".pt") and rng.rand() < 0.6:
+        saved = torch.load(path, weights_only=True)
+        saved.pop("digest", None)
+        if rng.rand() < 0.5:
+            damage_json(saved["config"], rng)
+        else:
+            key = list(saved["model"])[rng.randint(len(saved["model"]))]
+            x = saved["model"][key]
+            saved["model"][key] = [x * float("nan"), x.flatten(), x[None], x.long(), x.bool(), x.to_sparse(), "x", None,
+                                   x.to(torch.complex64), torch.empty(0), x.half()][rng.randint(11)]
+        torch.save(saved, path)
+    else:
+        damage_bytes(path, rng)
+    return name
+
+
+def fuzz(originals, folder, seeds):
+    """Opens damaged copies; yields (seed, name of the file, None or the one-line error). Anything else is raised."""
+    originals = sorted(originals)
+    for seed in seeds:
+        rng = np.random.RandomState(seed)
+        original = originals[seed % len(originals)]
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(original, folder)
+        name = damage(folder, rng)
+        source = os.path.join(folder, "last.pt") if os.path.exists(os.path.join(folder, "last.pt")) else folder
+        try:
+            model = CLIP.from_pretrained(source)
+            tokens = model.tokenize(["a red circle", ""])
+            side = model.config.image_size
+            model.encode_text(tokens), model.encode_image(torch.zeros(1, 3, side, side))
+            model.transform(picture((9, 7)))
+        except ValueError as error:
+            assert "\n" not in str(error), (seed, name, str(error))
+            yield seed, name, str(error)
+        except BaseException as error:
+            raise AssertionError(f"seed {seed}, {name} of {os.path.basename(original)}: {error!r}") from error
+        else:
+            yield seed, name, None
+
+
+@torch.no_grad()
+def test_damaged_files_give_one_line(tmp_path, siglip_tokenizer):
+    """Checkpoints, weights, configs and tokenizers, damaged by a seed: a ValueError of one line, or a model that works."""
+    folders = make_originals(tmp_path, siglip_tokenizer)
+    found = list(fuzz(folders, str(tmp_path / "damaged"), range(70)))
+    assert 30 < sum(error is not None for _, _, error in found)
+
+
+def test_a_panic_of_the_tokenizers_library_is_one_line(tmp_path, siglip_tokenizer):
+    """Its Rust code raises a BaseException where the template names a token that it does not list."""
+    broken = json.loads(siglip_tokenizer)
+    broken["post_processor"]["special_tokens"] = {}
+    write_json(tmp_path, "tokenizer.json", broken)
+    for call in (lambda: M.read_tokenizer(str(tmp_path / "tokenizer.json")),
+                 lambda: CLIP(replace(MODELS["nano"], vocab_size=600, tokenizer=json.dumps(broken)))):
+        with pytest.raises(ValueError, match="is not a tokenizer .*no entry found for key"):
+            call()
+    with pytest.raises(KeyboardInterrupt):
+        with M.tokenizer_errors("a signal is none of them"):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path, siglip_tokenizer):
+    folder, _ = write_hf(tmp_path, "siglip", siglip_tokenizer)
+    state = load_file(tmp_path / "model.safetensors")
+    state["text_model.encoder.layers.1.mlp.fc1.weight"][3, 4] = value
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layers.1.mlp.fc1.weight has 1 of \d+ values that are NaN or infinite"):
+        CLIP.from_pretrained(folder)
+    state["text_model.encoder.layers.1.mlp.fc1.weight"][:] = 3e38       # finite, though their sum is not
+    save_file(state, tmp_path / "model.safetensors")
+    CLIP.from_pretrained(folder)
+
+
+def make_originals(tmp_path, siglip_tokenizer):
+    """Small folders of each kind."""
+    size = dict(image_size=16, vision=(32, 1, 2, 64), text=(32, 1, 2, 64), embed_dim=32)
+    siglip = nano(siglip_tokenizer, **size)
+    clip = nano(siglip_tokenizer, family="clip", logit_bias=None, **size)
+    folders = []
+    for name, model in (("siglip", siglip), ("clip", clip)):
+        for format in ("open_clip", "transformers"):
+            folders.append(str(tmp_path / f"{name}-{format}"))
+            export(model, format, folders[-1])
+        folders.append(str(tmp_path / f"{name}-own"))
+        os.makedirs(folders[-1])
+        save(os.path.join(folders[-1], "last.pt"), model.checkpoint())
+    return folders
 
 
 # -----------------------------------------------------------------------------

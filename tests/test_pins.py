@@ -295,7 +295,7 @@ def accept_made_files(project, data):
     def visit(entry):
         if not isinstance(entry, dict):
             return
-        if "n" in entry and "path" in entry:
+        if "n" in entry and "path" in entry and Path(data, entry["path"]).is_file():    # not of later benchmarks
             text = Path(data, entry["path"]).read_text()
             entry["n"] = len(text.splitlines() if entry["path"].endswith("jsonl") else json.loads(text))
             entry["sha256"] = None
