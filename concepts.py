@@ -1,38 +1,115 @@
-"""Captions -> noun-phrase concepts and hard negatives: a perceptron and a lexicon tag words, GRAMMAR finds phrases.
+r"""Captions -> noun-phrase concepts, and hard negatives made of a caption's own words.
 
     >>> extract("A cat sits on its hind legs, and swats at the plant.")
     ['A cat', 'its hind legs', 'the plant']
+
+How a phrase is found:
+    1. WORD, a regular expression, cuts the caption into words.
+    2. FastTagger gives each word a tag of the Penn Treebank: NN is a noun, JJ an adjective. It is
+       an averaged perceptron; assets/tagger.json.gz holds its weights.
+    3. ConceptExtractor.refine gives some words a class of assets/lexicon.json instead of their
+       tag: "of" becomes OF.
+    4. GRAMMAR, rules over tags, marks the noun phrases.
+    5. JUNK leaves out those that no image shows, such as "the top".
+
+This file needs numpy and its two files in assets/. NLTK, torch and tqdm are imported only where
+they are used. `python concepts.py --help` lists the commands.
 """
 import argparse
 import csv
 import functools
 import gzip
+import hashlib
 import json
+import multiprocessing
 import os
 import random
 import re
+import shlex
 import signal
 import sys
-import tarfile
+import threading
 import zipfile
-from collections import Counter
-from itertools import chain, islice, starmap
-from multiprocessing import Pool
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np  # NLTK is imported where it is used: the fast path does without
+import numpy as np
 
-LEXICON, WEIGHTS = (Path(__file__).resolve().parent / "assets" / x for x in ("lexicon.json", "tagger.json.gz"))
-# NLTK's notation: <A|B> is one tag, {...} is what gets the label, and around it stands the context it needs. A line
-# sees the labels of those before it. Two ways to read the same tags inside a star would cost exponential time.
+ASSETS = Path(__file__).resolve().parent / "assets"
+LEXICON = ASSETS / "lexicon.json"
+WEIGHTS = ASSETS / "tagger.json.gz"
+
+# ---------------------------------------------------------------------------------------- patterns
+# Words, as NLTK's word tokenizer finds them in a caption. Every repeat is bounded, so that the
+# time stays linear in the length of any text.
+WORD = re.compile(r"""
+    </?[A-Za-z][^<>\n]{0,60}>                     # markup is one word
+  | &\#?\w{1,8};                                  # so is &amp;
+  | https?://\S{1,200}
+  | [A-Z]\.(?:[A-Z]\.){1,4}                       # U.S.A.
+  | [A-Z]\.(?=[ \t]+[A-Z])                        # W. Centre
+  | (?:Mr|Mrs|Ms|Dr|St|Ave)\.(?=[ \t])
+  | (?i:close[ ]up|each[ ]other|one[ ]another)\b
+  | [A-Za-z]{2,6}(?=n't\b)                        # do|n't
+  | n't\b
+  | w/(?=[ \t])                                   # with
+  | \w{1,50}(?:                                   # a word, with what may join its parts:
+        (?: [-&/](?=\w)                           #   t-shirt, black/white
+          | \.(?=[a-z\d])                         #   3.5, x.org
+          | (?<=\d)[,:](?=\d)                     #   1,000 and 10:30
+          | '(?!(?i:s|m|d|ll|re|ve|t)\b)(?=\w)    #   o'clock, but man|'s
+        )\w{1,50}){0,8}
+  | '(?i:s|m|d|ll|re|ve)\b
+  | \S                                            # any other sign is a word of its own
+""", re.VERBOSE)
+
+# A caption without a match is all in capitals or a title: its case says nothing about its words.
+LOWER_CASE_WORD = re.compile(
+    r"(?<![\w'])(?!(?:an?|and|as|at|by|for|from|in|is|of|on|or|the|to|with|w)\b)[a-z]")
+
+# Phrases that are no concept.
+JUNK = re.compile(r"""
+    (?i:\A                                        # an empty word with or without a determiner
+        (?:(?:a|an|the|this|that|these|those|some|any|each|every|another|no
+             |his|her|its|their|my|your|our)(?:\s+|\Z))?
+        (?:close[ ]up|close-up|closeup|image|photo|photograph|picture|view|shot|scene
+          |top|side|front|back|middle|background|foreground|corner|left|right|center|edge
+          |someone|something|somebody|anyone|anything|everything|nothing|other|others|lots|one)?
+     \Z)
+  | (?:\A|\s)\S\Z                                 # a single letter at the end
+  | \A(?:\S+\s+){8}                               # more than eight words
+  | [][(){}<>]                                    # brackets and markup
+  | \w_\w
+  | (?i:https?:|\b(?:IMG|DSC)\d+|^(?:jpe?g|png)$)
+""", re.VERBOSE)
+
+# The rules for noun phrases, in NLTK's notation: <A|B> is one word with tag A or B, {...} is what
+# gets the label, and around the braces stands the context that it needs. Each rule sees the labels
+# of those before it. Beside the tags of the Penn Treebank there are ours, from the lexicon:
+#   S    before each sentence                DTA  a, an, each: with a singular
+#   IN   a preposition, whatever follows     INX  one that may also be a conjunction or an adverb
+#   OF   of                                  LOC  inside, outside, past
+#   QN   a measure: a group, a bowl          ORG  orange, the fruit or the colour
+#   PX   a participle: covered, shaped       GN   a word in -ing that was tagged as a noun
+#   CAN  can, the noun or the verb
+# Where a part may be repeated, no two alternatives in it may read the same tags: matching would
+# take exponential time. A test measures it.
 NOUN = "<NN|NNS|NNP|NNPS|QN>"
-PART = f"(<VBG|VBN|VBD|GN|PX>(?={NOUN}|<JJ|ORG|PX|GN|VBN>))?"
-MORE = f"((<,><CC>?|<CC>)(?=<RB>*<JJ|ORG>)|<,|CC><RB>?<VBN|PX>(?={NOUN}))?"
-ADJ = f"<RB>*<JJ|ORG>{MORE}"
-UNIT = f"({ADJ}{PART}|<RB>+<VBN|PX>(?={NOUN}|<JJ>)|<CD>{PART}|{NOUN}(<PX|GN>(?={NOUN}))?)"
+PARTICIPLE = f"(<VBG|VBN|VBD|GN|PX>(?={NOUN}|<JJ|ORG|PX|GN|VBN>))?"
+NEXT_ADJECTIVE = f"((<,><CC>?|<CC>)(?=<RB>*<JJ|ORG>)|<,|CC><RB>?<VBN|PX>(?={NOUN}))?"
+ADJECTIVE = f"<RB>*<JJ|ORG>{NEXT_ADJECTIVE}"
+UNIT = (f"({ADJECTIVE}{PARTICIPLE}"                # red, old and worn
+        f"|<RB>+<VBN|PX>(?={NOUN}|<JJ>)"           # brightly painted
+        f"|<CD>{PARTICIPLE}"                       # two
+        f"|{NOUN}(<PX|GN>(?={NOUN}))?)")           # fire (hydrant), snow covered (hill)
 BODY = f"{UNIT}*{NOUN}"
-LONE = f"(({ADJ})+|<CD>)"
-DET = rf"<PDT>?<DTA|DT|PRP\$>({PART}{BODY}|{LONE}?<ORG|GN|LOC>)|<DTA|PRP\$><JJ>+"
+WITHOUT_NOUN = f"(({ADJECTIVE})+|<CD>)"
+DETERMINED = (rf"<PDT>?<DTA|DT|PRP\$>({PARTICIPLE}{BODY}|{WITHOUT_NOUN}?<ORG|GN|LOC>)"
+              rf"|<DTA|PRP\$><JJ>+")
 GRAMMAR = rf"""
 JJ:  <S|OF|IN|INX|TO|VBG|,|CC>{{<VBN|PX>}}(?=<JJ>|{NOUN})   # next to parked cars
 JJ:  <OF|IN|TO>{{<VBG|GN>}}(?={NOUN})                       # in running water
@@ -41,173 +118,358 @@ NN:  <PRP\$>{{<RB>}}(?!<JJ|VBN|VBG|PX|RB>)                  # on its back
 NN:  <JJ>{{<CD>}}(?!<JJ|CD>|{NOUN})                         # a pink one
 NN:  {{<CAN>}}(?!<VB|VBP|RB|PRP>)                           # a trash can
 JJ:  {{<JJR|JJS>}}
-VBZ: <DTA>{PART}{UNIT}*<NN|NNP>{{<NNS>}}(?!{NOUN})          # a tall man rides
-NP:  {{({DET}|{BODY}|{LONE}<GN>|<JJ>*<ORG>)(<POS>{PART}{BODY})*}}
+VBZ: <DTA>{PARTICIPLE}{UNIT}*<NN|NNP>{{<NNS>}}(?!{NOUN})    # a tall man rides
+NP:  {{({DETERMINED}|{BODY}|{WITHOUT_NOUN}<GN>|<JJ>*<ORG>)(<POS>{PARTICIPLE}{BODY})*}}
 """
+
+
+def compile_grammar(symbol):
+    """GRAMMAR as regular expressions over texts with one symbol for each tag.
+
+    symbol: {tag: its symbol}. Returns [(label, pattern), ...]. In a pattern the group "chunk" is
+    what stands in braces, and the group "left" is what stands before.
+    """
+    def symbol_class(match):
+        return "[" + "".join(symbol[tag] for tag in match[1].split("|")) + "]"
+
+    text = re.sub(r"[ \\]|#.*", "", GRAMMAR)  # spaces, the backslash of PRP\$, comments
+    text = re.sub("<(.+?)>", symbol_class, text)
+    text = re.sub(r"\((?!\?)", "(?:", text)  # groups need no numbers
+    text = text.replace("{", ")(?P<chunk>").replace("}", ")")
+    rules = []
+    for label, rule in re.findall("(.+?):(.+)", text):
+        rules.append((label, re.compile("(?P<left>" + rule)))
+    return rules
+
+
+# ------------------------------------------------------------------------------------- the tagger
 PADS = ["-START-", "-START2-"]  # what a tagger sees before a sentence
+# A word's features in five groups: for the scores of the word itself, of the words one and two
+# places after it, and of those one and two places before it.
+ROLE_STARTS = [0, 4, 6, 7, 9]
+ROLE_DISTANCES = [0, 1, 2, -1, -2]
+
+
+class WordScores(NamedTuple):
+    """What FastTagger knows of a word; C is the number of tags.
+
+    tag: the number of the word's only tag, or -1 if the tag depends on the context.
+    after (C + 2,): for each tag or pad before the word, the row of FastTagger.scores for both.
+    roles (5, C): the word's share in the scores of itself and of its four neighbours.
+    """
+    tag: int
+    after: np.ndarray
+    roles: np.ndarray
 
 
 class FastTagger:
-    """NLTK's PerceptronTagger for many sentences at once: their first words, then their second words, ..."""
-    def __init__(self, weights, tagdict, classes):
-        self.tags = [*sorted(classes, reverse=True), *PADS]  # argmax takes the first of equals, NLTK the last
-        self.fixed = {word: self.tags.index(tag) for word, tag in [*tagdict.items(), *zip(PADS, PADS[::-1])]}
-        self.row = {feature: i for i, feature in enumerate(weights, 1)}  # row 0: no such feature
-        self.scores = np.array([[row.get(tag, 0) for tag in self.tags[:-2]] for row in ({}, *weights.values())], "f4")
-        self.history = np.array([[self.score(f"i-1 tag {p}", f"i-2 tag {q}", f"i tag+i-2 tag {p} {q}").sum(0)
-                                  for q in self.tags] for p in self.tags])
+    """NLTK's PerceptronTagger, the same tags, for many sentences at once.
 
-    def score(self, *features):
-        return self.scores[[self.row.get(feature, 0) for feature in features]]
+    The tagger goes from left to right. The score of a tag is a sum of weights: of features of the
+    word, of its neighbours, and of the two tags before it. What depends on words alone is summed
+    once for each different word, and kept. What depends on tags is looked up for the first words
+    of all sentences at once, then for their second words, and so on.
+
+    weights {feature: {tag: weight}}, tagdict {word: its only tag} and classes (all tags) are as
+    NLTK's encode_json_obj returns them. Weights must be multiples of a power of two: their sums
+    then do not depend on the order, and both taggers agree.
+    """
+    def __init__(self, weights, tagdict, classes):
+        # Of equal scores argmax takes the first tag, NLTK the last.
+        self.tags = sorted(classes, reverse=True) + PADS
+        self.only_tag = {word: self.tags.index(tag) for word, tag in tagdict.items()}
+        self.only_tag["-START-"] = self.tags.index("-START2-")
+        self.only_tag["-START2-"] = self.tags.index("-START-")
+        self.row_of = {feature: row for row, feature in enumerate(weights, 1)}
+        scores = [[0] * len(classes)]  # row 0 is for features without weights
+        for row in weights.values():
+            scores.append([row.get(tag, 0) for tag in self.tags[:-2]])
+        self.scores = np.array(scores, "f4")  # (features, C)
+        history = [[self.score_of_history(p, q) for q in self.tags] for p in self.tags]
+        self.history = np.array(history)  # (C + 2, C + 2, C)
+
+    def rows(self, features):
+        return [self.row_of.get(feature, 0) for feature in features]
+
+    def score_of_history(self, before, before_that):
+        features = (f"i-1 tag {before}", f"i-2 tag {before_that}",
+                    f"i tag+i-2 tag {before} {before_that}")
+        return self.scores[self.rows(features)].sum(0)
 
     @functools.lru_cache(maxsize=1 << 14)  # about a kilobyte each
     def learn(self, word):
-        """Of a word: its only tag or -1; rows of scores after each tag; scores for itself and four neighbours."""
-        norm = word if word in PADS else word.lower()
-        if "-" in word and word[0] != "-":  # as PerceptronTagger.normalize
-            norm = "!HYPHEN"
-        elif word[0].isdigit():
-            norm = "!YEAR" if word.isdigit() and len(word) == 4 else "!DIGITS"
-        end = norm.replace("-START", "-END")  # a pad is also behind a sentence
-        scores = self.score("bias", "i suffix " + word[-3:], "i pref1 " + word[0], "i word " + norm,
-                            "i-1 word " + norm, "i-1 suffix " + norm[-3:], "i-2 word " + norm,
-                            "i+1 word " + end, "i+1 suffix " + end[-3:], "i+2 word " + end)
-        after = np.array([self.row.get(f"i-1 tag+i word {tag} {norm}", 0) for tag in self.tags])
-        return self.fixed.get(word, -1), after, np.add.reduceat(scores, [0, 4, 6, 7, 9])
+        """The WordScores of a word."""
+        norm = normalize_word(word)
+        end = norm.replace("-START", "-END")  # a pad also stands behind the sentence before
+        features = (
+            "bias", f"i suffix {word[-3:]}", f"i pref1 {word[0]}", f"i word {norm}",
+            f"i-1 word {norm}", f"i-1 suffix {norm[-3:]}",
+            f"i-2 word {norm}",
+            f"i+1 word {end}", f"i+1 suffix {end[-3:]}",
+            f"i+2 word {end}")
+        after = self.rows([f"i-1 tag+i word {tag} {norm}" for tag in self.tags])
+        roles = np.add.reduceat(self.scores[self.rows(features)], ROLE_STARTS)
+        return WordScores(self.only_tag.get(word, -1), np.array(after), roles)
 
     def tag_sents(self, sentences):
         """Lists of words -> lists of (word, tag)."""
-        words = [word for sentence in sentences for word in (*PADS, *sentence)] + PADS
-        index = {word: i for i, word in enumerate(dict.fromkeys(words))}
-        tags, after, scores = map(np.array, zip(*map(self.learn, index)))  # of the different words
-        words = np.array([index[word] for word in words])
-        tags, lengths = tags[words], np.array([len(sentence) for sentence in sentences], int)
-        first = np.cumsum(lengths + 2) - lengths
-        alone = sum(scores[np.roll(words, -distance), role] for role, distance in enumerate((0, -1, -2, 1, 2)))
+        words = []
+        for sentence in sentences:
+            words += PADS
+            words += sentence
+        words += PADS  # behind the last sentence
+        number_of = {word: number for number, word in enumerate(dict.fromkeys(words))}
+        known = [self.learn(word) for word in number_of]
+        only_tag, after, roles = (np.array(column) for column in zip(*known))
+
+        word = np.array([number_of[word] for word in words])  # (W,)
+        tags = only_tag[word]  # (W,), -1 where it is still to be found
+        score_of_words = np.zeros((len(words), roles.shape[2]), "f4")  # (W, C)
+        for role, distance in enumerate(ROLE_DISTANCES):
+            score_of_words += roles[np.roll(word, distance), role]
+
+        lengths = np.array([len(sentence) for sentence in sentences], int)
+        first = np.cumsum(lengths + 2) - lengths  # where each sentence begins
         for step in range(max(lengths, default=0)):
             i = first[lengths > step] + step
             i = i[tags[i] < 0]
-            score = alone[i] + self.history[tags[i - 1], tags[i - 2]] + self.scores[after[words[i], tags[i - 1]]]
-            tags[i] = score.argmax(1)
-        names = iter([self.tags[tag] for tag in tags.tolist()])
-        return [list(zip([*PADS, *sentence], names))[2:] for sentence in sentences]
+            score_of_tags = self.history[tags[i - 1], tags[i - 2]]
+            score_of_both = self.scores[after[word[i], tags[i - 1]]]
+            tags[i] = (score_of_words[i] + score_of_tags + score_of_both).argmax(1)
+
+        names = [self.tags[tag] for tag in tags.tolist()]
+        ends = (first + lengths).tolist()
+        tagged = []
+        for sentence, end in zip(sentences, ends):
+            tagged.append(list(zip(sentence, names[end - len(sentence):end])))
+        return tagged
+
+
+def normalize_word(word):
+    """The form of a word in the tagger's features, as PerceptronTagger.normalize."""
+    if word in PADS:
+        return word
+    if "-" in word and word[0] != "-":
+        return "!HYPHEN"
+    if word[0].isdigit():
+        return "!YEAR" if word.isdigit() and len(word) == 4 else "!DIGITS"
+    return word.lower()
+
+
+def load_weights(weights):
+    """(weights, tagdict, classes) of a tagger, as NLTK's PerceptronTagger writes them.
+
+    Weights are rounded to multiples of 1/1024, so that their sums are exact.
+    """
+    if weights == "nltk":
+        from nltk import PerceptronTagger
+        table, tagdict, classes = PerceptronTagger().encode_json_obj()
+    else:
+        text = gzip.decompress(Path(weights or WEIGHTS).read_bytes())
+        table, tagdict, classes = json.loads(text)
+    rounded = {}
+    for feature, row in table.items():
+        rounded[feature] = {tag: round(weight * 1024) / 1024 for tag, weight in row.items()}
+    if not classes:
+        raise ValueError("no tags")
+    return rounded, tagdict, classes
+
+
+# ---------------------------------------------------------------------------------- the extractor
+BATCH = 256  # captions tagged together
+MAX_SENTENCE = 64  # words: a longer sentence is cut, which keeps the time linear
+MAX_CONCEPT = 8  # words
+
+
+class Parsed(NamedTuple):
+    """A batch of captions as a row of places: the words, and one more before each sentence.
+
+    places: of each (number of its caption, start, end), with end 0 before a sentence.
+    symbols: a str with the symbol of each place's tag.
+    chunks: the noun phrases, [(first place, place after the last), ...].
+    """
+    places: list
+    symbols: str
+    chunks: list
 
 
 class ConceptExtractor:
-    """weights: None (ours), "nltk" (its averaged_perceptron_tagger_eng) or a file of train's. Rounded: sums are exact.
+    """Finds noun phrases in captions. May be pickled, and shared by threads.
 
-    fast: False for NLTK's own tagger and chunker, the same results, slowly. May be pickled and shared by threads.
-    Raises ValueError (no such file) or LookupError (NLTK's data is missing)."""
+    Parameters
+    ----------
+    weights : None for ours, "nltk" for NLTK's averaged_perceptron_tagger_eng, or the path of a
+        file that `concepts.py train` wrote.
+    fast : False to tag and parse with NLTK itself, for comparison. The results are the same, at an
+        eighth of the speed.
+
+    Raises ValueError for a file that is missing or damaged, LookupError if NLTK's data is missing.
+    """
     def __init__(self, weights=None, fast=True):
-        if weights == "nltk" or not fast:
-            from nltk import PerceptronTagger, RegexpParser
         try:
-            self.lexicon = lexicon = json.loads(LEXICON.read_text("utf-8"))
-            table, tagdict, classes = (PerceptronTagger().encode_json_obj() if weights == "nltk" else
-                                       json.loads(gzip.decompress(Path(weights or WEIGHTS).read_bytes())))
-            table = {f: {tag: round(w * 1024) / 1024 for tag, w in row.items()} for f, row in table.items()}
-            if not classes or not {*tagdict.values()} <= {*classes} <= {*lexicon["tags"]}:
-                raise ValueError("not the tags of the lexicon")
-        except (OSError, EOFError, ValueError, TypeError, AttributeError, ArithmeticError, gzip.zlib.error) as e:
-            raise ValueError(f"{weights or LEXICON.parent}: {e}; expected assets/ and weights of our train") from None
-        self.word, self.lower, self.junk = (re.compile("|".join(lexicon[name])) for name in ("word", "lower", "junk"))
-        self.class_of = {word: name for name, words in lexicon["classes"].items() for word in words}
-        self.symbol = {tag: chr(0xC0 + i) for i, tag in enumerate(lexicon["tags"])}  # one letter a tag
+            lexicon = json.loads(LEXICON.read_text("utf-8"))
+            model = load_weights(weights)
+            _, tagdict, classes = model
+            if not {*tagdict.values()} <= {*classes} <= {*lexicon["tags"]}:
+                raise ValueError("its tags are not those of the lexicon")
+        except (OSError, EOFError, ValueError, TypeError, AttributeError, ArithmeticError,
+                gzip.zlib.error) as error:
+            raise ValueError(f"{weights or ASSETS}: {error}; expected assets/ as it was, beside "
+                             "concepts.py, or a file that its train command wrote") from None
+        self.auxiliary = set(lexicon["auxiliary"])
+        self.only = lexicon["only"]
+        self.class_of = {}
+        for name, words in lexicon["classes"].items():
+            self.class_of.update(dict.fromkeys(words, name))
+        self.symbol = {tag: chr(0xC0 + number) for number, tag in enumerate(lexicon["tags"])}
         self.tag_of = {symbol: tag for tag, symbol in self.symbol.items()}
         if fast:
-            self.tagger, self.chunk = FastTagger(table, tagdict, classes), self.fast_chunk
-            rules = re.sub("<(.+?)>", lambda m: f"[{''.join(map(self.symbol.get, m[1].split('|')))}]",
-                           re.sub(r"[ \\]|#.*", "", GRAMMAR))
-            rules = re.sub(r"\((?!\?)", "(?:", rules).replace("{", ")(?P<chunk>").replace("}", ")")
-            self.rules = [(label, re.compile("(?P<left>" + rule)) for label, rule in re.findall("(.+?):(.+)", rules)]
+            self.tagger = FastTagger(*model)
+            self.rules = compile_grammar(self.symbol)
+            self.chunk = self.fast_chunk
         else:
-            self.tagger, self.chunk = PerceptronTagger.decode_json_obj((table, tagdict, classes)), self.nltk_chunk
+            from nltk import PerceptronTagger, RegexpParser
+            self.tagger = PerceptronTagger.decode_json_obj(model)
             self.parser = RegexpParser(GRAMMAR)
+            self.chunk = self.nltk_chunk
 
-    def fast_chunk(self, symbols):
-        """(symbols, corrected; [(first, end), ...] of noun phrases) by the rules of GRAMMAR."""
-        for label, rule in self.rules[:-1]:
-            symbols = rule.sub(rf"\g<left>{self.symbol[label]}", symbols)
-        return symbols, [m.span("chunk") for m in self.rules[-1][1].finditer(symbols)]
+    def extract(self, caption, spans=False):
+        """The concepts of one caption. extract_batch is much faster for many."""
+        return self.extract_batch([caption], spans)[0]
 
-    def nltk_chunk(self, symbols):
-        tree = self.parser.parse([(i, self.tag_of[symbol]) for i, symbol in enumerate(symbols)])
-        tags = [tag if label in ("S", "NP") else label for (_, tag), label in tree.pos()]
-        chunks = [node.leaves() for node in tree.subtrees(lambda node: node.label() == "NP")]
-        return "".join(map(self.symbol.get, tags)), [(chunk[0][0], chunk[-1][0] + 1) for chunk in chunks]
+    def extract_batch(self, captions, spans=False):
+        """The concepts of each caption, in their order, each once whatever its case.
+
+        A caption in which none is found is its own concept; a blank one has none.
+        captions: a list of str; anything else is a TypeError.
+        spans: return (start, end) in the caption instead of strings.
+        """
+        found = []
+        for caption, phrases in zip(captions, self.phrases(captions)):
+            kept = {}
+            for start, end in phrases:
+                phrase = caption[start:end]
+                if not self.is_junk(phrase):
+                    kept.setdefault(phrase.lower(), (start, end))
+            if not kept and caption.strip():
+                kept[caption] = (len(caption) - len(caption.lstrip()), len(caption.rstrip()))
+            if spans:
+                found.append([*kept.values()])
+            else:
+                found.append([caption[start:end] for start, end in kept.values()])
+        return found
+
+    def phrases(self, captions, merge=True):
+        """Yield the noun phrases of each caption, [(start, end), ...], before any is left out.
+
+        merge: "a group of people" is one phrase, not two.
+        """
+        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+            raise TypeError(f"expected a list of captions (str), got {captions!r:.80}")
+        for i in range(0, len(captions), BATCH):
+            yield from self.phrases_of_batch(captions[i:i + BATCH], merge)
+
+    def phrases_of_batch(self, captions, merge):
+        places, symbols, chunks = self.parse(captions)
+        measure_of = self.symbol["QN"] + self.symbol["OF"]
+        found = [[] for _ in captions]
+        previous_end = 0
+        for first, end in chunks:
+            number, start, _ = places[first]
+            _, _, stop = places[end - 1]
+            spans = found[number]
+            # "a group" ends in a measure, and only "of" stands between it and "people".
+            if merge and previous_end == first - 1 and symbols[first - 2:first] == measure_of:
+                whole_start, _ = spans[-1]
+                if len(captions[number][whole_start:stop].split()) <= MAX_CONCEPT:
+                    spans.pop()
+                    start = whole_start
+            spans.append((start, stop))
+            previous_end = end
+        return found
+
+    def words(self, caption):
+        """[(start, end, tag), ...] of a caption's words; for the tags see GRAMMAR."""
+        places, symbols, _ = self.parse([caption])
+        words = []
+        for (_, start, end), symbol in zip(places, symbols):
+            if end > 0:
+                words.append((start, end, self.tag_of[symbol]))
+        return words
+
+    def parse(self, captions):
+        """Captions -> Parsed."""
+        sentences, places = [], []
+        for number, caption in enumerate(captions):
+            text = caption.replace("’", "'")
+            # A letter whose lower case is longer would move all places behind it.
+            if not LOWER_CASE_WORD.search(text) and len(text.lower()) == len(text):
+                text = text.lower()
+            sentence = None
+            for match in WORD.finditer(text):
+                if sentence is None:
+                    sentence = []
+                    sentences.append(sentence)
+                    places.append((number, 0, 0))
+                word = match[0]
+                sentence.append(word)
+                places.append((number, match.start(), match.end()))
+                if word in ".!?;" or len(sentence) == MAX_SENTENCE:
+                    sentence = None
+        symbols = []
+        for tagged in self.tagger.tag_sents(sentences):
+            symbols.append(self.symbol["S"])
+            symbols += [self.refine(word, tag) for word, tag in tagged]
+        return Parsed(places, *self.chunk("".join(symbols)))
 
     @functools.lru_cache(maxsize=1 << 15)
     def refine(self, word, tag):
-        """The symbol of a word's tag: the name of its class, if it has one for such a tag."""
-        sign = word[0] in "<&" or not any(map(str.isalnum, word))  # or emoji, markup
-        name = self.class_of.get(word.lower(), ":" if sign else "GN" if word.lower().endswith("ing") else "")
-        return self.symbol[name if name and tag in self.lexicon["only"].get(name, [tag]) else tag]
-
-    def parse(self, captions):
-        """(number of the caption, start, end) and symbol of each word and, before a sentence, S; noun phrases."""
-        sentences, places = [], []
-        for number, caption in enumerate(captions):
-            text, sentence = caption.replace("’", "'"), None
-            if not self.lower.search(text) and len(text.lower()) == len(text):
-                text = text.lower()
-            for m in self.word.finditer(text):
-                if sentence is None:
-                    sentences.append(sentence := [])
-                    places.append((number, 0, 0))
-                sentence.append(word := m[0])
-                places.append((number, m.start(), m.end()))
-                if word in ".!?;" or len(sentence) == 64:  # cut: time stays linear
-                    sentence = None
-        tagged = self.tagger.tag_sents(sentences)
-        return places, *self.chunk("".join(self.symbol["S"] + "".join(starmap(self.refine, s)) for s in tagged))
-
-    def phrases(self, captions, merge=True):
-        """Yield the noun phrases [(start, end), ...] of each caption; merge: "a group of people" is one, not two."""
-        if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
-            raise TypeError(f"expected a list of captions (str), got {captions!r:.80}")
-        for batch in (captions[i:i + 256] for i in range(0, len(captions), 256)):
-            places, symbols, chunks = self.parse(batch)
-            found = [[] for _ in batch]
-            for (_, last), (first, end) in zip([(0, 0), *chunks], chunks):
-                (i, start, _), (_, _, stop) = places[first], places[end - 1]
-                measure = symbols[last - 1:first] == self.symbol["QN"] + self.symbol["OF"]
-                if merge and measure and len(batch[i][found[i][-1][0]:stop].split()) <= 8:
-                    start, _ = found[i].pop()
-                found[i].append((start, stop))
-            yield from found
-
-    def words(self, caption):
-        """[(start, end, tag), ...] of a caption: Penn Treebank tags, or classes of the lexicon."""
-        places, symbols, _ = self.parse([caption])
-        return [(start, end, self.tag_of[symbol]) for (_, start, end), symbol in zip(places, symbols) if end]
+        """The symbol of the word's class in the lexicon, or else of its tag."""
+        lower = word.lower()
+        if lower in self.class_of:
+            name = self.class_of[lower]
+        elif word[0] in "<&" or not any(letter.isalnum() for letter in word):
+            name = ":"  # markup, emoji and other signs
+        elif lower.endswith("ing"):
+            name = "GN"
+        else:
+            name = ""
+        if name and tag in self.only.get(name, [tag]):
+            return self.symbol[name]
+        return self.symbol[tag]
 
     @functools.lru_cache(maxsize=1 << 15)
     def is_junk(self, phrase):
-        return bool(self.junk.search(phrase))
+        return bool(JUNK.search(phrase))
 
-    def extract_batch(self, captions, spans=False):
-        """Each caption's different concepts (with spans: (start, end)), else its text. TypeError for no list of str."""
-        out = []
-        for caption, phrases in zip(captions, self.phrases(captions)):
-            kept = {x.lower(): (a, b) for a, b in reversed(phrases) if not self.is_junk(x := caption[a:b])}
-            if not kept and caption.strip():
-                kept = {caption: (len(caption) - len(caption.lstrip()), len(caption.rstrip()))}
-            out.append([(a, b) if spans else caption[a:b] for a, b in sorted(kept.values())])
-        return out
+    def fast_chunk(self, symbols):
+        """Apply GRAMMAR: the symbols as its rules leave them, and Parsed.chunks."""
+        *corrections, (_, noun_phrase) = self.rules
+        for label, rule in corrections:
+            symbols = rule.sub(rf"\g<left>{self.symbol[label]}", symbols)
+        return symbols, [match.span("chunk") for match in noun_phrase.finditer(symbols)]
 
-    def extract(self, caption, spans=False):
-        """The concepts of one caption; extract_batch is much faster for many."""
-        return self.extract_batch([caption], spans)[0]
+    def nltk_chunk(self, symbols):
+        """The same by NLTK's RegexpParser."""
+        tree = self.parser.parse([(i, self.tag_of[symbol]) for i, symbol in enumerate(symbols)])
+        tags = []
+        for (_, tag), label in tree.pos():
+            tags.append(tag if label in ("S", "NP") else label)
+        chunks = []
+        for phrase in tree.subtrees(lambda node: node.label() == "NP"):
+            numbers = [number for number, _ in phrase.leaves()]
+            chunks.append((numbers[0], numbers[-1] + 1))
+        return "".join(self.symbol[tag] for tag in tags), chunks
 
 
-FORMATS = {".txt": iter, ".jsonl": iter, ".tar": lambda file: tarfile.open(fileobj=file.buffer, mode="r|*"),
-           ".csv": csv.DictReader, ".tsv": functools.partial(csv.DictReader, delimiter="\t")}
-KEYS = ("image", "filepath", "file_name", "filename", "image_path", "path", "url", "key", "id")
-default_extractor = functools.lru_cache(ConceptExtractor)  # loaded at first use, once
+@functools.lru_cache(maxsize=None)
+def default_extractor():
+    """The ConceptExtractor with our weights, loaded when it is first asked for."""
+    return ConceptExtractor()
 
 
 def extract(caption):
-    """The concepts of a caption (str): substrings of it, or it alone; none if blank. TypeError for anything else."""
+    """The concepts of a caption: parts of it, or the whole caption where none is found."""
     return default_extractor().extract(caption)
 
 
@@ -216,171 +478,594 @@ def extract_batch(captions):
     return default_extractor().extract_batch(captions)
 
 
-def swap_negatives(caption, rng, kinds=("noun", "adjective", "verb", "phrase")):
-    """NegCLIP's hard negatives (ICLR 2023): the caption with two different words or phrases of one kind exchanged.
+# ------------------------------------------------------------------------ the concepts of a batch
+def index_phrases(lists):
+    """Number the phrases of a batch, so that each string is encoded once.
 
-    rng: a random.Random. At most one a kind, never the caption. Nouns end noun phrases; verbs are of one form."""
-    extractor, negatives = default_extractor(), []
-    swaps, phrases = extractor.lexicon["swaps"], next(extractor.phrases([caption]))
-    heads = {end for _, end in phrases}
-    spans = [(*span, "phrase") for span in phrases] + [
-        (a, b, tag) for a, b, tag in extractor.words(caption) if (b in heads or tag not in swaps["noun"][0])
-        and caption[a:b].lower() not in extractor.lexicon["auxiliary"]]
+    Parameters
+    ----------
+    lists : for each caption of the batch, the list of its phrases, as extract_batch returns them.
+
+    Returns
+    -------
+    strings : list of U different str, in the order in which they first appear.
+    ids : (U,) int64, string_id of each.
+    pairs : (P, 2) int64, (number of the caption, number of the string). A phrase that a caption
+        repeats is one pair.
+
+    "A cat", which begins one caption, and "a cat" within another are two strings, which a text
+    tower may tell apart, but one concept: ids are of the lower-case string, and the losses take
+    equal ids as the same concept. If exact strings were hashed, "A cat" would be a negative of the
+    image that shows "a cat", and the other way round.
+    """
+    import torch
+    index = {}
+    pairs = []
+    for row, phrases in enumerate(lists):
+        if isinstance(phrases, str):
+            raise TypeError(f"expected a list of phrases for each caption, got {phrases!r:.80}")
+        for phrase in dict.fromkeys(phrases):
+            column = index.setdefault(phrase, len(index))
+            pairs.append((row, column))
+    strings = list(index)
+    ids = torch.tensor([string_id(string) for string in strings], dtype=torch.long)
+    return strings, ids, torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+
+
+def string_id(text):
+    """A 63-bit hash of the lower-case text, equal in all processes, unlike Python's own."""
+    digest = hashlib.blake2b(text.lower().encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+# ---------------------------------------------------------------------------------- hard negatives
+# What swap_negatives exchanges: for each kind, groups of tags; both words are of one group.
+SWAP_TAGS = {
+    "noun": [{"NN", "NNS", "NNP", "NNPS", "QN"}],
+    "adjective": [{"JJ", "ORG"}],
+    "verb": [{"VB"}, {"VBD"}, {"VBG"}, {"VBN"}, {"VBP"}, {"VBZ"}],  # of one form
+    "phrase": [{"phrase"}],
+}
+ARTICLE = re.compile(r"(?i)\b(a)n?(?=\s+(?!uni|use|eu|one)([aeiou]|hour)?)")
+
+# What negate tries in turn: the tags of the word (any, if empty), the word, what takes its place.
+NEGATIONS = [
+    ((), r"\bnot\b ?", ""),
+    ((), r"\bno\b", "some"),
+    ((), r"\b(?:is|are|was|were)\b", r"\g<0> not"),
+    ((), r"\bwithout\b", "with"),
+    ((), r"\bwith\b", r"\g<0>out"),
+    (("VBZ",), r"\bhas\b", "does not have"),
+    (("VBZ",), r"\b([a-z]+)ies\b", r"does not \1y"),
+    (("VBZ",), r"\b([a-z]+?)(?:(?<=sh|ch|ss)es|(?<=o)es|s)\b", r"does not \1"),
+    (("VBP",), r"\b[a-z]+\b", r"do not \g<0>"),
+    (("VBG",), r"\b\w+", r"not \g<0>"),
+    (("DTA", "DT"), r"\b(?:an?|the|some)\b", "no"),
+]
+
+
+def swap_negatives(caption, rng, kinds=("noun", "adjective", "verb", "phrase")):
+    """NegCLIP's hard negatives (ICLR 2023): two words or phrases of one kind exchanged.
+
+    rng: a random.Random. Returns at most one text for each kind, and never the caption itself.
+    Nouns are those that end a noun phrase; a verb changes places with one of the same form.
+    ValueError for an unknown kind.
+    """
+    spans = swappable(caption)
+    negatives = []
     for kind in kinds:
-        if kind not in swaps:
-            raise ValueError(f"kind {kind!r}: expected one of {', '.join(swaps)}")
-        groups = [{caption[a:b].lower(): (a, b) for a, b, tag in spans[::-1] if tag in tags} for tags in swaps[kind]]
-        if choices := [sorted(group.values()) for group in groups if len(group) > 1]:
-            (a, b), (c, d) = sorted(rng.sample(rng.choice(choices), 2))
-            one, two = caption[a:b], caption[c:d]
-            if a == 0 and one == one.capitalize():  # the capital stays in front
-                one, two = one.lower(), two[0].upper() + two[1:]
-            text = caption[:a] + two + caption[b:c] + one + caption[d:]
-            negatives.append(re.sub(extractor.lexicon["article"], lambda m: m[1] + "n" * bool(m[2]), text))
-    return [text for text in dict.fromkeys(negatives) if text.lower() != caption.lower()]
+        if kind not in SWAP_TAGS:
+            raise ValueError(f"kind {kind!r}: expected one of {', '.join(SWAP_TAGS)}")
+        groups = [different_words(caption, spans, tags) for tags in SWAP_TAGS[kind]]
+        groups = [group for group in groups if len(group) > 1]
+        if groups:
+            first, second = sorted(rng.sample(rng.choice(groups), 2))
+            negatives.append(exchange(caption, first, second))
+    different = dict.fromkeys(negatives)
+    return [text for text in different if text.lower() != caption.lower()]
+
+
+def swappable(caption):
+    """[(start, end, tag), ...] of what may change places: words, and phrases with tag "phrase"."""
+    extractor = default_extractor()
+    phrases = next(extractor.phrases([caption]))
+    ends = {end for _, end in phrases}
+    spans = [(start, end, "phrase") for start, end in phrases]
+    nouns = SWAP_TAGS["noun"][0]
+    for start, end, tag in extractor.words(caption):
+        inner_noun = tag in nouns and end not in ends  # "fire" of a fire hydrant
+        if not inner_noun and caption[start:end].lower() not in extractor.auxiliary:
+            spans.append((start, end, tag))
+    return spans
+
+
+def different_words(caption, spans, tags):
+    """The spans with one of the tags, in their order, the first of each different text."""
+    found = {}
+    for start, end, tag in spans:
+        if tag in tags:
+            found.setdefault(caption[start:end].lower(), (start, end))
+    return sorted(found.values())
+
+
+def exchange(caption, first, second):
+    """The caption with two spans of it in each other's place, "a" and "an" mended."""
+    (a, b), (c, d) = first, second
+    one, two = caption[a:b], caption[c:d]
+    if a == 0 and one == one.capitalize():  # the capital stays in front
+        one, two = one.lower(), two[0].upper() + two[1:]
+    return mend_articles(caption[:a] + two + caption[b:c] + one + caption[d:])
+
+
+def mend_articles(text):
+    """Make each "a" before a vowel "an", and the other way round."""
+    def article(match):
+        return match[1] + ("n" if match[2] else "")
+    return ARTICLE.sub(article, text)
 
 
 def negate(caption, rng=None):
-    """The caption with one statement negated, by the lexicon's first rule that fits; rng chooses where (CoN-CLIP)."""
+    """CoN-CLIP's negatives: one statement negated, by the first of NEGATIONS that fits.
+
+    rng: a random.Random, which chooses among several places; without it the first is taken.
+    """
     tag_at = {start: tag for start, _, tag in default_extractor().words(caption)}
-    for tags, word, negation in default_extractor().lexicon["negations"]:
-        if found := [m for m in re.finditer(word, caption, re.I) if not tags or tag_at.get(m.start()) in tags]:
-            m = rng.choice(found) if rng else found[0]
-            new = m.expand(negation).capitalize() if m[0][0].isupper() else m.expand(negation)
-            return caption[:m.start()] + new + caption[m.end():]
+    for tags, word, negation in NEGATIONS:
+        matches = []
+        for match in re.finditer(word, caption, re.I):
+            if not tags or tag_at.get(match.start()) in tags:
+                matches.append(match)
+        if matches:
+            match = rng.choice(matches) if rng else matches[0]
+            new = match.expand(negation)
+            if match[0][0].isupper():
+                new = new.capitalize()
+            return caption[:match.start()] + new + caption[match.end():]
     return f"no {caption}"
 
 
-def read_rows(path, caption_key, seen):
-    """Yield {"key", "caption"} of a file's rows; seen, a Counter, gets the bytes read, captions and bad rows."""
-    before, extension = seen["bytes"], os.path.splitext(path)[1]
-    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as file:
+# ------------------------------------------------------------------- the command line: extract
+CAPTION_KEYS = ("txt", "caption", "title", "text", "caption_text")  # as in data.py
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+ENDINGS = (".txt", ".csv", ".tsv", ".jsonl")
+MAX_RECORD = 100  # lines of one row of a .csv: more come of a quote that is never closed
+TASK = 512  # captions that a worker gets at a time
+TASKS_AHEAD = 4  # of these for each worker are in memory
+COUNTED = 1_000_000  # different concepts: the memory for their counts is bounded
+
+EXTRACT_HELP = """\
+Write each row of the INPUTS with the concepts of its caption, one JSON object for each line, to
+one file. A row keeps all its columns, and gets "concepts", a list of strings, in place of a column
+of that name. A line of a .txt file becomes {"key": its number, "caption": ..., "concepts": [...]}.
+
+train.py reads this file as it reads the table before it, and then need not extract anything:
+    python train.py --data pairs.concepts.jsonl --image-root images
+For the images of tar shards, which a table of captions names by their key or url, it is
+    python train.py --data 'shards/{000..331}.tar' --captions captions.concepts.jsonl
+Tar shards themselves are no input here: train.py extracts concepts from them as it goes.
+
+The same command goes on after it was interrupted or killed. What cannot be read is passed over,
+counted and named at the end."""
+
+
+class Report:
+    """What was read of the inputs, and what was wrong with it: how often, and where first."""
+    def __init__(self):
+        self.captions = 0
+        self.bytes = 0
+        self.counts = Counter()  # of (fate, problem): fate is "skipped" or "kept"
+        self.first_place = {}
+
+    def add(self, fate, problem, place):
+        self.counts[fate, problem] += 1
+        self.first_place.setdefault((fate, problem), place)
+
+    def skipped(self):
+        return sum(count for (fate, _), count in self.counts.items() if fate == "skipped")
+
+    def print(self):
+        for (fate, problem), count in self.counts.items():
+            print(f"  {fate} {count:,}: {problem}, first in {self.first_place[fate, problem]}")
+
+
+def read_rows(path, caption_key, report):
+    """Yield (row, caption) for each row of a file: a dict of its columns, and its caption's text.
+
+    ValueError for a file without any caption.
+    """
+    ending = os.path.splitext(path)[1].lower()
+    keys = (caption_key,) if caption_key and ending != ".txt" else CAPTION_KEYS
+    captions_before, bytes_before = report.captions, report.bytes
+    columns = {}  # an ordered set
+    newline = "" if ending in DELIMITERS else "\n"
+    with open(path, encoding="utf-8-sig", errors="replace", newline=newline) as file:
+        if ending == ".txt":
+            rows = read_text(file)
+        elif ending == ".jsonl":
+            rows = read_jsonl(file)
+        else:
+            rows = read_table(file, DELIMITERS[ending])
+        for number, (row, problem) in enumerate(rows, 1):
+            report.bytes = bytes_before + file.buffer.tell()
+            place = f"{path}, row {number:,}"
+            if row is None:
+                report.add("skipped", problem, place)
+                continue
+            if len(columns) < 100:  # enough for a message
+                columns.update(dict.fromkeys(row))
+            row.pop("concepts", None)
+            caption = caption_of(row, keys)
+            if not caption:
+                report.add("skipped", "no caption, or one that is no text", place)
+                continue
+            if problem:
+                report.add("kept", problem, place)
+            if "\ufffd" in caption:
+                report.add("kept", "a caption with bytes that are not UTF-8", place)
+            report.captions += 1
+            yield row, caption
+    if report.captions == captions_before:
+        raise ValueError(f"{path}: no captions in a column or key {', '.join(keys)}; it has "
+                         f"{', '.join(columns) or 'none'}: name one of them by --caption-key")
+
+
+def caption_of(row, keys):
+    """The text of the first of the columns that is not empty; "" if it is no text."""
+    for key in keys:
+        if row.get(key):
+            return row[key].strip() if isinstance(row[key], str) else ""
+    return ""
+
+
+# Each reader yields (row, problem). What is skipped has None for its row and the problem; for a row
+# that is kept the problem may be "".
+def read_text(file):
+    for number, line in enumerate(file, 1):
+        yield {"key": number, "caption": line.strip()}, ""
+
+
+def read_jsonl(file):
+    for line in file:
         try:
-            for key, row in enumerate(rows := FORMATS[extension](file), 1):
-                seen["bytes"] = before + file.buffer.tell()
-                if extension == ".tar":
-                    rows.members = []  # tarfile would keep every header
-                    if not row.isfile() or not row.name.endswith(".json" if caption_key else ".txt"):
-                        continue
-                    key, row = os.path.splitext(row.name)[0], rows.extractfile(row).read().decode("utf-8", "replace")
-                try:
-                    if extension == ".jsonl" or extension == ".tar" and caption_key:
-                        row = json.loads(row)
-                    if isinstance(row, dict):
-                        names = [name for name in KEYS if row.get(name) is not None and extension != ".tar"]
-                        key, row = row[names[0]] if names else key, row[caption_key or "caption"]
-                    caption = row.strip()
-                except (AttributeError, KeyError, ValueError, RecursionError):  # no text, no such key, no json
-                    caption = ""
-                seen["captions" if caption else "bad"] += 1
-                if caption:
-                    yield {"key": key, "caption": caption}
-        except (tarfile.TarError, EOFError, csv.Error) as e:
-            print(f"{path}: damaged, its rest is left out ({e})", file=sys.stderr)
-            seen["bad"] += 1
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # RecursionError: a line of 100,000 brackets
+            row = None
+        if isinstance(row, dict):
+            yield row, ""
+        else:
+            yield None, "no JSON object on the line"
+
+
+def read_table(file, delimiter):
+    columns = None
+    for fields, problem in read_records(file, delimiter):
+        if not fields:  # a blank line
+            continue
+        if columns is None:
+            columns = fields
+        elif len(fields) > len(columns):
+            yield None, "more fields than columns"
+        else:
+            yield dict(zip(columns, fields)), problem
+
+
+def read_records(file, delimiter):
+    """Yield (fields, problem) for each record. A quote that is never closed costs one line."""
+    dialect = {"delimiter": delimiter}
+    if delimiter == "\t":  # has no quotes, as other projects write it
+        dialect["quoting"] = csv.QUOTE_NONE
+    csv.field_size_limit(2**31 - 1)  # a long caption is no mistake
+    lines = Lines(file)
+    while True:
+        lines.taken = []
+        problem = ""
+        try:
+            fields = next(csv.reader(lines, strict=True, **dialect))
+            if len(lines.taken) > 1:
+                problem = "a field that holds line breaks"
+        except StopIteration:
+            return
+        except csv.Error:
+            lines.give_back()
+            fields = next(csv.reader(lines.taken, **dialect), [])
+            problem = "a quote that is not closed, or is followed by text"
+        yield fields, problem
+
+
+class Lines:
+    """Gives csv.reader the lines of one record, and takes back those it should not have read."""
+    def __init__(self, file):
+        self.file = file
+        self.waiting = deque()
+        self.taken = []
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if len(self.taken) == MAX_RECORD:
+            raise StopIteration
+        line = self.waiting.popleft() if self.waiting else next(self.file)
+        self.taken.append(line)
+        return line
+
+    def give_back(self):
+        first, *others = self.taken
+        self.waiting.extendleft(reversed(others))
+        self.taken = [first]
 
 
 def extract_files(args):
-    """Write a line {"key", "caption", "concepts"} for every caption; the same command goes on after a kill."""
-    if wrong := [path for path in args.inputs if not path.endswith((*FORMATS,))]:
-        raise ValueError(f"{wrong[0]}: expected a file that ends in {', '.join(FORMATS)}")
+    """The command `extract`: read tables of captions, write their rows with concepts."""
+    from tqdm import tqdm
+    output = check_paths(args)
+    size = sum(os.path.getsize(path) for path in args.inputs)
+    report, frequency = Report(), Counter()
+    rows = chain.from_iterable(read_rows(path, args.caption_key, report) for path in args.inputs)
+    rows = chain([next(rows)], rows)  # if there is no caption, this ends before there is an output
+    pool = ProcessPoolExecutor(args.workers, initializer=start_worker)
+    bar = tqdm(desc="extracting", total=size, unit="B", unit_scale=True,
+               disable=not sys.stderr.isatty())
+    with pool, bar, open(output, "ab+") as out:
+        rows, finished = skip_finished(out, rows, frequency)
+        for extracted in extract_in_pool(pool, rows, args.workers):
+            for row, concepts in extracted:
+                out.write(row_start(row) + json.dumps(concepts).encode() + b"}\n")
+                count(frequency, concepts)
+            bar.set_postfix_str(f"{report.captions:,} captions", refresh=False)
+            bar.update(report.bytes - bar.n)
+    print(f"{output}: {report.captions:,} captions ({finished:,} from an earlier run), "
+          f"{report.skipped():,} bad rows skipped")
+    report.print()
+    most_frequent = [f"{concept} {number:,}" for concept, number in frequency.most_common(10)]
+    print("most frequent:", ", ".join(most_frequent))
+    print(next_command(args, output))
+
+
+def extract_in_pool(pool, rows, workers):
+    """Yield lists of (row, concepts) for (row, caption), in order; memory for a few tasks only."""
+    waiting = deque()
+    while True:
+        task = list(islice(rows, TASK))
+        if task:
+            captions = [caption for _, caption in task]
+            waiting.append((task, pool.submit(extract_batch, captions)))
+        if not waiting:
+            return
+        if not task or len(waiting) == TASKS_AHEAD * workers:
+            done, result = waiting.popleft()
+            yield [(row, concepts) for (row, _), concepts in zip(done, result.result())]
+
+
+def check_paths(args):
+    """The name of the output. ValueError for arguments that cannot be meant."""
+    for path in args.inputs:
+        if path.lower().endswith(".tar"):
+            raise ValueError(f"{path}: tar shards go to train.py --data {path}, which extracts "
+                             f"concepts as it reads; expected {', '.join(ENDINGS)}")
+        if not path.lower().endswith(ENDINGS):
+            raise ValueError(f"{path}: expected a file that ends in {', '.join(ENDINGS)}")
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: expected 1 or more")
     output = args.output or os.path.splitext(args.inputs[0])[0] + ".concepts.jsonl"
-    total, seen, counts = sum(map(os.path.getsize, args.inputs)), Counter(), Counter()
-    rows = (row for path in args.inputs for row in read_rows(path, args.caption_key, seen))
-    done = size = 0
-    with Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool, open(output, "ab+") as out:
-        out.seek(0)
-        for line in out:
-            if line.endswith(b"\n"):  # else torn by a kill
-                if not line.startswith(json.dumps(next(rows, None)).encode()[:-1]):
-                    raise ValueError(f"{output} comes from other inputs: choose another --output")
-                done, size = done + 1, size + len(line)
-        out.truncate(size)
-        while some := list(islice(rows, 8192 * args.workers)):  # constant memory: not all at once
-            batches = [[row["caption"] for row in some[i:i + 512]] for i in range(0, len(some), 512)]
-            for row, concepts in zip(some, chain.from_iterable(pool.imap(extract_batch, batches))):
-                out.write(json.dumps({**row, "concepts": concepts}).encode() + b"\n")
-            if sys.stderr.isatty():
-                share = seen["bytes"] / total
-                print(f"[{'#' * int(20 * share):.<20}] {share:.0%} {seen['captions']:,}", end="\r", file=sys.stderr)
-        out.seek(0)
-        found = (concept.lower() for line in out for concept in json.loads(line)["concepts"])
-        counts.update(c for c in found if c in counts or len(counts) < 1_000_000)  # the first million: constant memory
-    print(f"{output}: {seen['captions']:,} captions ({done:,} from an earlier run), {seen['bad']:,} bad rows skipped")
-    print("most frequent:", ", ".join(f"{concept} {n:,}" for concept, n in counts.most_common(10)))
-    if not seen["captions"]:
-        raise ValueError(f"no captions in {', '.join(args.inputs)}: choose their --caption-key")
+    for path in args.inputs:
+        if os.path.exists(output) and os.path.samefile(path, output):
+            raise ValueError(f"{output} is also an input: choose another --output")
+    return output
+
+
+def row_start(row):
+    """The beginning of the line that is written for a row, up to its concepts."""
+    return json.dumps({**row, "concepts": None}).removesuffix("null}").encode()
+
+
+def skip_finished(out, rows, frequency):
+    """Pass over the rows that an earlier run wrote to out: (the rows that are left, number passed).
+
+    A line that the earlier run was writing when it was killed is cut off. ValueError if the file
+    holds anything else.
+    """
+    finished = size = 0
+    out.seek(0)
+    for line in out:
+        torn = not line.endswith(b"\n")
+        if torn and finished:
+            break
+        row, caption = next(rows, ({}, ""))
+        start = row_start(row)
+        if not line.startswith(start) and not (torn and start.startswith(line)):
+            raise ValueError(f"{out.name} comes from other inputs: choose another --output")
+        if torn:
+            rows = chain([(row, caption)], rows)
+            break
+        count(frequency, json.loads(line)["concepts"])
+        finished += 1
+        size += len(line)
+    out.truncate(size)
+    return rows, finished
+
+
+def count(frequency, concepts):
+    """Count concepts without regard to case. After the first million, new ones are not counted."""
+    for concept in concepts:
+        concept = concept.lower()
+        if concept in frequency or len(frequency) < COUNTED:
+            frequency[concept] += 1
+
+
+def next_command(args, output):
+    """What to do with the output: a line for the user."""
+    if all(path.lower().endswith(".txt") for path in args.inputs):
+        return "next: to train, begin with a table of images and captions: a .txt names no images"
+    command = f"python train.py --data {shlex.quote(output)} --image-root FOLDER"
+    if args.caption_key:
+        command += f" --caption-key {shlex.quote(args.caption_key)}"
+    return f"next: {command}     (for shards: --data SHARDS.tar --captions {shlex.quote(output)})"
+
+
+def start_worker():
+    """In each worker: leave Ctrl-C to the parent, and end when the parent was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+# ------------------------------------------------------------- the command line: train and eval
+TRAIN_HELP = """\
+Train the part-of-speech tagger with NLTK, as assets/tagger.json.gz was made: small weights are
+dropped and the others rounded. The same corpora give the same bytes."""
+
+EVAL_HELP = """\
+Compare the noun phrases that are found with those of a file of captions, in which each noun phrase
+stands in [brackets]. A found phrase that overlaps a {phrase} in braces does not count. Prints
+precision, recall and F1 of exact phrases."""
 
 
 def train(args):
-    """Train NLTK's tagger, drop small weights, round the others; the file has no date: the same bytes every time."""
+    """The command `train`."""
     from nltk import PerceptronTagger
-    sentences, known = [], json.loads(LEXICON.read_text("utf-8"))["tags"]
+    sentences = []
     for path in args.corpus:
-        text, times = Path(path).read_bytes(), 3  # captions weigh more
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as z:
-                text, times = b"\n".join(z.read(name) for name in sorted(z.namelist()) if name.endswith(".txt")), 1
-        lines = text.decode("utf-8", "replace").replace("’", "'").split("\n")
-        found = [[token.rpartition("_")[::2] for token in line.split()] for line in lines]
-        found = [s for s in found if s and all(word and tag in known for word, tag in s)]
-        if not found:
-            raise ValueError(f"{path}: expected lines of word_TAG (A_DT cat_NN), or a zip of such .txt files")
-        sentences += found * times
-    random.seed(0)  # NLTK shuffles sentences with the global generator
+        sentences += read_corpus(path)
+    random.seed(0)  # NLTK shuffles the sentences with the global generator
     tagger = PerceptronTagger(load=False)
     tagger.train(sentences, nr_iter=5)
-    weights = {feature: kept for feature, row in tagger.model.weights.items()
-               if (kept := {tag: round(w * 4) / 4 for tag, w in row.items() if abs(w) >= 1})}
-    text = json.dumps([weights, tagger.tagdict, sorted(tagger.classes)], sort_keys=True, separators=(",", ":"))
-    Path(args.output).write_bytes(gzip.compress(text.encode(), 9, mtime=0))
-    print(f"{args.output}: {len(sentences):,} sentences, {os.path.getsize(args.output):,} bytes")
+    weights = {}
+    for feature, row in tagger.model.weights.items():
+        kept = {tag: round(weight * 4) / 4 for tag, weight in row.items() if abs(weight) >= 1}
+        if kept:
+            weights[feature] = kept
+    model = [weights, tagger.tagdict, sorted(tagger.classes)]
+    text = json.dumps(model, sort_keys=True, separators=(",", ":"))
+    data = gzip.compress(text.encode(), 9, mtime=0)  # without a date
+    Path(args.output).write_bytes(data)
+    print(f"{args.output}: {len(sentences):,} sentences, {len(data):,} bytes")
+
+
+def read_corpus(path):
+    """The sentences of a corpus, lists of (word, tag); those of a text file three times."""
+    tags = json.loads(LEXICON.read_text("utf-8"))["tags"]
+    if zipfile.is_zipfile(path):
+        times = 1
+        with zipfile.ZipFile(path) as archive:
+            names = sorted(name for name in archive.namelist() if name.endswith(".txt"))
+            data = b"\n".join(archive.read(name) for name in names)
+    else:
+        times = 3
+        data = Path(path).read_bytes()
+    sentences = []
+    for line in data.decode("utf-8", "replace").replace("’", "'").split("\n"):
+        sentence = [token.rpartition("_")[::2] for token in line.split()]
+        if sentence and all(word and tag in tags for word, tag in sentence):
+            sentences.append(sentence)
+    if not sentences:
+        raise ValueError(f"{path}: expected lines of word_TAG (A_DT cat_NN), or a zip of them")
+    return sentences * times
 
 
 def evaluate(args):
-    """Score base noun phrases against a gold file: [phrase] is right, what overlaps a {phrase} is ignored."""
-    extractor, right, found, expected = ConceptExtractor(args.weights), 0, 0, 0
+    """The command `eval`."""
+    extractor = ConceptExtractor(args.weights)
+    right = found = expected = 0
     for line in Path(args.gold).read_text("utf-8-sig", "replace").splitlines():
-        text, wanted, neutral = "", set(), set()
-        for i, piece in enumerate(re.split(r"\[([^][{}]+)\]|\{([^][{}]+)\}", line)):
-            if piece:  # in turn: outside, in [], in {}
-                (set(), wanted, neutral)[i % 3].add((len(text), len(text) + len(piece)))
-                text += piece
+        text, wanted, neutral = read_brackets(line)
         if re.search(r"[][{}]", text):
             raise ValueError(f"{args.gold}: unbalanced or nested brackets: {line:.60}")
-        got = next(extractor.phrases([text], merge=False))
-        right, expected = right + len(wanted.intersection(got)), expected + len(wanted)
-        found += sum((a, b) in wanted or not any(a < d and c < b for c, d in neutral) for a, b in got)
+        spans = set(next(extractor.phrases([text], merge=False)))
+        right += len(spans & wanted)
+        expected += len(wanted)
+        for start, end in spans:
+            overlaps = any(start < stop and begin < end for begin, stop in neutral)
+            found += (start, end) in wanted or not overlaps
     if not expected:
-        raise ValueError(f"{args.gold}: no bracketed phrase; expected lines such as: [A cat] on [a mat].")
-    print(f"{expected} phrases, {found} found\nprecision {100 * right / max(found, 1):.1f} "
-          f"recall {100 * right / expected:.1f} F1 {200 * right / (found + expected):.1f}")
+        raise ValueError(f"{args.gold}: no bracketed phrase; expected lines such as: [A cat] sits.")
+    precision = 100 * right / max(found, 1)
+    recall = 100 * right / expected
+    f1 = 200 * right / (found + expected)
+    print(f"{expected} phrases, {found} found")
+    print(f"precision {precision:.1f} recall {recall:.1f} F1 {f1:.1f}")
+
+
+def read_brackets(line):
+    """The text of "[A cat] on {a mat}", and the spans of its [phrases] and of its {phrases}."""
+    text, wanted, neutral = "", set(), set()
+    pieces = re.split(r"(\[[^][{}]+\]|\{[^][{}]+\})", line)  # every second one is in brackets
+    for number, piece in enumerate(pieces):
+        if number % 2 == 1:
+            spans = wanted if piece[0] == "[" else neutral
+            piece = piece[1:-1]
+            spans.add((len(text), len(text) + len(piece)))
+        text += piece
+    return text, wanted, neutral
+
+
+def command_line():
+    """The parser of the command line, and the names of its commands."""
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Noun-phrase concepts of captions, and the tagger that finds them.",
+        epilog="Two short forms:\n"
+               "  concepts.py 'A cat on a mat'    prints the concepts of one caption\n"
+               "  concepts.py pairs.csv           is concepts.py extract pairs.csv")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add_command(name, run, summary, description):
+        command = commands.add_parser(name, help=summary, description=description,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.set_defaults(run=run)
+        return command.add_argument
+
+    add = add_command("extract", extract_files, "write the concepts of all captions of a file",
+                      EXTRACT_HELP)
+    add("inputs", nargs="+", metavar="INPUT",
+        help=".csv, .tsv or .jsonl with a caption in each row, or .txt with one on each line")
+    add("--output", metavar="FILE",
+        help="default: the first input's name with .concepts.jsonl for its ending")
+    add("--workers", type=int, default=1, metavar="N",
+        help="number of processes that extract (default: 1)")
+    add("--caption-key", metavar="NAME",
+        help="column or JSON key of the caption (default: the first that is not empty of "
+             f"{', '.join(CAPTION_KEYS)})")
+
+    add = add_command("eval", evaluate, "measure precision and recall on bracketed captions",
+                      EVAL_HELP)
+    add("gold", metavar="FILE", help="lines such as: [A cat] on [a mat] in {the middle}.")
+    add("--weights", metavar="FILE",
+        help="a file that train wrote, or nltk for NLTK's own (default: assets/tagger.json.gz)")
+
+    add = add_command("train", train, "train the part-of-speech tagger", TRAIN_HELP)
+    add("--corpus", nargs="+", required=True, metavar="FILE",
+        help="text files with lines of word_TAG, which count three times, or zip files of such "
+             ".txt files, which count once")
+    add("--output", default=WEIGHTS, metavar="FILE", help="default: assets/tagger.json.gz")
+    return parser, [*commands.choices]
+
+
+def main(argv):
+    parser, commands = command_line()
+    if len(argv) == 1 and argv[0] not in ("-h", "--help", *commands):
+        if not argv[0].lower().endswith((*ENDINGS, ".tar")):
+            print(*extract(argv[0]), sep="\n")
+            return
+        argv = ["extract", *argv]
+    args = parser.parse_args(argv)
+    args.run(args)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # emoji where the terminal has no UTF-8
-    parser = argparse.ArgumentParser(description="Short forms: concepts.py 'A cat on a mat', concepts.py a.csv")
-    commands = parser.add_subparsers(required=True)
-    for name, run in (("extract", extract_files), ("eval", evaluate), ("train", train)):
-        commands.add_parser(name, help=run.__doc__, description=run.__doc__).set_defaults(run=run)
-    add = commands.choices["extract"].add_argument
-    add("inputs", nargs="+", help=".txt (a caption a line), .csv, .tsv, .jsonl, webdataset .tar")
-    add("--output", help="default INPUT.concepts.jsonl")
-    add("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
-    add("--caption-key", help="column or json key (default caption; in .tar the .txt files)")
-    add = commands.choices["eval"].add_argument
-    add("gold", help="captions with [noun phrases]; what overlaps a {phrase} does not count")
-    add("--weights", help="a file that train wrote, or nltk (default assets/tagger.json.gz)")
-    add = commands.choices["train"].add_argument
-    add("--corpus", nargs="+", required=True, help="word_TAG lines; a zip of .txt counts once, text thrice")
-    add("--output", default=WEIGHTS, help="gzipped json (default assets/tagger.json.gz)")
-    argv = sys.argv[1:]
-    short = len(argv) == 1 and argv[0] not in ("-h", "--help", *commands.choices)
+    sys.stdout.reconfigure(errors="backslashreplace")  # emoji, where the terminal has no UTF-8
     try:
-        if short and not argv[0].endswith((*FORMATS,)):
-            print("\n".join(extract(argv[0])))
-        else:
-            args = parser.parse_args(["extract"] * short + argv)
-            args.run(args)
-    except (OSError, ValueError, LookupError, KeyboardInterrupt) as e:
-        sys.exit(f"error: {str(e) or 'interrupted; the same command goes on'}")
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; the same command goes on")
+    except BrokenProcessPool:
+        sys.exit("error: a worker was killed, probably for want of memory; "
+                 "the same command goes on, try fewer --workers")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'the output'}: {error.strerror or error}")
+    except (ValueError, LookupError, csv.Error) as error:
+        sys.exit(f"error: {error}")

@@ -1,93 +1,214 @@
-"""Where batches come from: built-in scenes, tables of image-caption pairs (.csv, .tsv, .jsonl), and tar shards.
+"""Where batches come from: built-in scenes, tables of image-caption pairs, and tar shards.
 
-A row is a dict: image (PIL), caption, key (its name in reports), and optional: concepts, negatives (lists of str, "" in
-place of one that there is not), negative_image, neighbour (a row). What cannot be read is {"key", "error"}, not lost.
+A row is a dict with
+    image           PIL image, RGB (or uint8 (3, H, W): see load_fast)
+    caption         str; rows of files also carry all their captions, a list of str
+    key             str, its name in reports
+    concepts        optional list of str, the noun phrases of the caption
+    negatives       optional list of str, false captions ("" in place of one that there is not)
+    negative_image  optional PIL image that the caption does not describe
+    neighbour       optional row, a hard negative for this one
+A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
 """
-import csv
+import contextlib
+import fcntl
+import glob
 import hashlib
 import io
 import json
+import math
+import mmap
 import os
 import random
 import re
-import tarfile
+import shutil
+import tempfile
 import warnings
 import zlib
 from array import array
+from bisect import bisect_right
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from tokenizers import ByteLevelBPETokenizer, processors
 from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import v2
 from tqdm import tqdm
 
-from concepts import extract_batch, negate, swap_negatives
+from concepts import (CAPTION_KEYS, DELIMITERS, extract_batch, index_phrases, negate, read_table,
+                      string_id, swap_negatives)
 from model import clean_text
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # the loader's workers are the parallelism
-COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230), "yellow": (240, 220, 50),
-           "purple": (150, 60, 190), "orange": (245, 140, 30), "cyan": (60, 210, 220), "white": (245, 245, 245)}
+# The loader's workers are the parallelism; threads of the tokenizer would only get in their way.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+BICUBIC = transforms.InterpolationMode.BICUBIC
+
+# ---- scenes: pictures that are made, not read ------------------------------
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 230),
+    "yellow": (240, 220, 50),
+    "purple": (150, 60, 190),
+    "orange": (245, 140, 30),
+    "cyan": (60, 210, 220),
+    "white": (245, 245, 245),
+}
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
+MORE_COLOURS = COLOURS | {
+    "pink": (250, 150, 190),
+    "brown": (125, 75, 35),
+    "gray": (140, 140, 140),
+    "olive": (130, 140, 30),
+}
+MORE_SHAPES = SHAPES + ("frame", "bar", "pillar", "funnel", "bowl", "slash")
+
+
+@dataclass(frozen=True)
+class World:
+    """What scenes may show: so many objects, each of another colour and another shape."""
+    objects: int
+    colours: dict       # name -> (red, green, blue)
+    shapes: tuple
+
+
+# In the small world a batch of 128 holds captions that differ in little but their binding, and from
+# those any contrastive loss can learn it. Natural captions are not like that. In the large world
+# such near misses are rare: a bag of words tells nearly all scenes of a batch apart.
+WORLDS = {
+    "small": World(2, COLOURS, SHAPES),
+    "large": World(3, MORE_COLOURS, MORE_SHAPES),
+}
 
 
 class Scenes(Dataset):
-    """Two objects of different colour and shape, one a quadrant: nothing is hard here but binding.
+    """Objects of different colours and shapes, each in its quadrant: only binding is hard here.
 
-    Scene i is a function of (seed, i). Pairs of objects whose checksum falls into one class of ten are for split "val"
-    only: held-out scenes show pairs never seen together. relations: share of captions with "left of", "right of",
-    "above" or "below" instead of "and". Negatives are false by construction: colours exchanged, another colour, another
-    shape, objects exchanged ("" without a relation); negative_images=True renders the first of them.
+    Scene i is a function of (seed, i) alone. Of all sets of objects a tenth, chosen by a
+    checksum, is kept for split "val", so held-out scenes show sets that were never trained on.
+
+    The four negatives of a scene are false by construction. They change the first two objects:
+    the colours exchanged, another colour, another shape, and the objects exchanged ("" where the
+    caption has no relation).
+
+    length           how many scenes there are
+    split            "train" or "val"
+    image_size       side of the square image in pixels
+    relations        share of captions that say "left of", "right of", "above" or "below"
+                     instead of the first "and"
+    negative_images  draw the first negative, too, as negative_image
+    world            name in WORLDS: "small" shows two objects, "large" three of more kinds
     """
-    def __init__(self, length, split="train", seed=0, image_size=32, relations=0.0, negative_images=False):
-        self.length, self.split, self.seed, self.image_size = length, split, seed, image_size
-        self.relations, self.negative_images = relations, negative_images
+
+    def __init__(self, length, split="train", seed=0, image_size=32, relations=0.0,
+                 negative_images=False, world="small"):
+        self.world = WORLDS[world]
+        self.length = length
+        self.split = split
+        self.seed = seed
+        self.image_size = image_size
+        self.relations = relations
+        self.negative_images = negative_images
 
     def __len__(self):
         return self.length
 
     def objects(self, index):
-        """[(colour, shape), (colour, shape)] in the order of the caption, and their quadrants, two of 0..3."""
+        """Return the (colour, shape) of each object in the order of the caption, their quadrants
+        (different ones of 0 to 3), and the generator of all else that is random in this scene."""
+        world = self.world
         rng = random.Random(f"{self.seed} {self.split} {index}")
         while True:
-            pair = list(zip(rng.sample(list(COLOURS), 2), rng.sample(SHAPES, 2)))
-            held_out = zlib.crc32(repr(sorted(pair)).encode()) % 10 == 0
+            colours = rng.sample(list(world.colours), world.objects)
+            shapes = rng.sample(world.shapes, world.objects)
+            objects = list(zip(colours, shapes))
+            checksum = zlib.crc32(repr(sorted(objects)).encode())
+            held_out = checksum % 10 == 0
             if held_out == (self.split == "val"):
-                return pair, rng.sample(range(4), 2), rng
+                return objects, rng.sample(range(4), world.objects), rng
 
     def __getitem__(self, index):
-        pair, cells, rng = self.objects(index)
-        image, link = self.render(pair, cells, rng), "and"
-        if rng.random() < self.relations:       # where the second is, seen from the first
-            x, y = cells[1] % 2 - cells[0] % 2, cells[1] // 2 - cells[0] // 2
-            link = {1: "left of", -1: "right of"}.get(x) or {1: "above", -1: "below"}[y]
-        (colour0, shape0), (colour1, shape1) = pair
-        colour2 = rng.choice([colour for colour in COLOURS if colour not in (colour0, colour1)])
-        shape2 = rng.choice([shape for shape in SHAPES if shape not in (shape0, shape1)])
-        swapped = [(colour1, shape0), (colour0, shape1)]
-        wrong = [swapped, [(colour2, shape0), pair[1]], [(colour0, shape2), pair[1]], pair[::-1]]
-        caption, *negatives = [f"a {a} {b} {link} a {c} {d}" for (a, b), (c, d) in [pair] + wrong]
-        row = {"image": image, "caption": caption, "concepts": caption.split(f" {link} "), "objects": pair,
-               "negatives": negatives[:3] + [negatives[3] * (link != "and")], "key": f"scene {self.split} {index}"}
+        objects, cells, rng = self.objects(index)
+        image = self.render(objects, cells, rng)
+        link = "and"
+        if rng.random() < self.relations:
+            link = relation(*cells[:2])
+        wrong = wrong_objects(objects, self.world, rng)
+        negatives = [describe(others, link) for others in wrong]
+        if link == "and":
+            negatives[3] = ""       # "b and a" is as true as "a and b"
+        caption = describe(objects, link)
+        row = {
+            "image": image,
+            "caption": caption,
+            "concepts": [f"a {colour} {shape}" for colour, shape in objects],
+            "negatives": negatives,
+            "objects": objects,
+            "key": f"scene {self.split} {index}",
+        }
         if self.negative_images:
-            row["negative_image"] = self.render(swapped, cells, self.objects(index)[2])     # places and sizes stay
+            same_places = self.objects(index)[2]        # the generator anew: places and sizes stay
+            row["negative_image"] = self.render(wrong[0], cells, same_places)
         return row
 
-    def render(self, pair, cells, rng):
-        """The image of one or more (colour, shape), each somewhere in its quadrant."""
+    def render(self, objects, cells, rng):
+        """Draw one or more (colour, shape), each somewhere in its quadrant."""
         size = self.image_size
-        image = Image.new("RGB", (size, size), (rng.randint(0, 40),) * 3)
-        draw, half = ImageDraw.Draw(image), size / 2
-        for (colour, shape), cell in zip(pair, cells):
-            r = rng.uniform(0.38, 0.48) * half
-            x = half * (cell % 2) + rng.uniform(r, half - r)
-            y = half * (cell // 2) + rng.uniform(r, half - r)
-            draw_shape(draw, shape, x, y, r, COLOURS[colour])
+        half = size / 2
+        grey = rng.randint(0, 40)
+        image = Image.new("RGB", (size, size), (grey, grey, grey))
+        draw = ImageDraw.Draw(image)
+        for (colour, shape), cell in zip(objects, cells):
+            radius = rng.uniform(0.38, 0.48) * half
+            x = half * (cell % 2) + rng.uniform(radius, half - radius)
+            y = half * (cell // 2) + rng.uniform(radius, half - radius)
+            draw_shape(draw, shape, x, y, radius, self.world.colours[colour])
         return image
 
 
+def describe(objects, link):
+    """The caption of some (colour, shape); the link stands between the first two."""
+    phrases = [f"a {colour} {shape}" for colour, shape in objects]
+    first_two = f"{phrases[0]} {link} {phrases[1]}"
+    return " and ".join([first_two, *phrases[2:]])
+
+
+def relation(first, second):
+    """Where the first quadrant lies, seen from the second (quadrants 0 1 above 2 3)."""
+    if first % 2 < second % 2:
+        return "left of"
+    if first % 2 > second % 2:
+        return "right of"
+    if first < second:
+        return "above"
+    return "below"
+
+
+def wrong_objects(objects, world, rng):
+    """Four lists of objects that the scene does not show: see Scenes."""
+    (colour0, shape0), (colour1, shape1), *rest = objects
+    shown_colours = [colour for colour, _ in objects]
+    shown_shapes = [shape for _, shape in objects]
+    other_colours = [colour for colour in world.colours if colour not in shown_colours]
+    other_shapes = [shape for shape in world.shapes if shape not in shown_shapes]
+    new_colour = rng.choice(other_colours)
+    new_shape = rng.choice(other_shapes)
+    return [
+        [(colour1, shape0), (colour0, shape1), *rest],
+        [(new_colour, shape0), (colour1, shape1), *rest],
+        [(colour0, new_shape), (colour1, shape1), *rest],
+        [(colour1, shape1), (colour0, shape0), *rest],
+    ]
+
+
 def draw_shape(draw, shape, x, y, r, fill):
+    """Draw one shape around (x, y); r is half its width in pixels, fill its colour."""
     box = (x - r, y - r, x + r, y + r)
     if shape == "circle":
         draw.ellipse(box, fill=fill)
@@ -100,337 +221,1592 @@ def draw_shape(draw, shape, x, y, r, fill):
     elif shape == "cross":
         draw.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill=fill)
         draw.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=fill)
-    else:
+    elif shape == "ring":
         draw.ellipse(box, outline=fill, width=max(1, round(r / 2.5)))
+    elif shape == "frame":
+        draw.rectangle(box, outline=fill, width=max(1, round(r / 2.5)))
+    elif shape == "bar":
+        draw.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill=fill)
+    elif shape == "pillar":
+        draw.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=fill)
+    elif shape == "funnel":
+        draw.polygon([(x, y + r), (x + r, y - r), (x - r, y - r)], fill=fill)
+    elif shape == "bowl":
+        draw.pieslice((x - r, y - 2 * r, x + r, y + r), 0, 180, fill=fill)
+    else:       # slash
+        draw.line((x - r, y + r, x + r, y - r), fill=fill, width=max(1, round(r / 2)))
 
 
-# ------------------------- image-caption pairs from tables and tar shards
+# ---- tables and tars: pairs on disk ----------------------------------------
+
 IMAGE_KEYS = ("image", "image_path", "filepath", "file_name", "filename", "path")
-CAPTION_KEYS = ("txt", "caption", "title", "text", "caption_text")
 JOIN_KEYS = ("url", "image_url", "key", "__key__", "Image Path", *IMAGE_KEYS)
-MEMBERS = {".jpg": "image", ".jpeg": "image", ".png": "image", ".webp": "image", ".txt": "txt", ".json": "json"}
+# What the members of a tar are, by their ending; others are passed over.
+MEMBERS = {
+    ".jpg": "image",
+    ".jpeg": "image",
+    ".png": "image",
+    ".webp": "image",
+    ".txt": "txt",
+    ".json": "json",
+}
+# All that pillow may open; an EPS named x.jpg, for one, would start Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# Train the tokenizer on the captions of so many rows at most, and on so many letters of a word.
+TOKENIZER_ROWS = 200_000
+TOKENIZER_LETTERS = 100
+# So many reports of a file are kept; all of them are counted.
+MAX_REPORTS = 1000
+# The longest name that a tar may give to a member, in bytes.
+MAX_NAME = 2**20
 
 
 class CaptionFile(Dataset):
-    """Image-caption pairs of tables and tar shards: sources are joined by "::", and {000..331} and {a,b} expand.
+    """Image-caption pairs of tables (.csv, .tsv, .jsonl), tar shards, and the annotations of COCO
+    and Karpathy (.json), as one data set.
 
-    image_root: the folder of a table's image paths. image_key, caption_key: columns (json keys); of several captions,
-    in columns a,b or a json list, `Seeded` draws one. captions: a table of the captions instead, joined by the first
-    of JOIN_KEYS it has to the images' key, url or path. Optional columns or json keys: concepts, negatives (lists, or
-    separated by |), negative_image (a path), neighbours (numbers of rows of the same table, from 0; others are passed
-    over). skipped: [(name, why)] of what has no image or caption; what cannot be read becomes a row {"key", "error"}.
+    Optional columns or json keys of any of them: concepts and negatives (lists, or texts with |
+    in between), negative_image (a path), and neighbours (numbers of rows of the same file,
+    counted from 0; numbers of rows that are not used are passed over).
+
+    sources      files joined by "::"; {000..331}, {a,b}, * and ? are patterns, as in a shell
+    image_root   folder that the image paths of tables are relative to
+    image_key    column of the image paths; by default the first of IMAGE_KEYS that there is
+    caption_key  column or json key of the captions, or several joined by commas; by default the
+                 first of CAPTION_KEYS that is not empty. A json list in a column is several
+                 captions, of which `Seeded` draws one.
+    captions     a table with the captions of the images in sources, joined by the first of
+                 JOIN_KEYS that it has to the images' key, url or path
+    max_pixels   largest image that is decoded, see load_image
+    fast_decode  images are what load_fast gives, not load_image
+    index_dir    folder for the indices of the files, see open_index; by default beside each file
+
+    Opening takes the same memory for any number of rows. Raises ValueError for files that cannot
+    be used. Nothing else is lost without a trace:
+
+    skipped    [(name, why)] of what was lost
+    lost_rows  how many rows that was. A damaged tar is reckoned to have had as many rows as the
+               whole ones beside it have on average, or twice what is left if it is alone.
+    remarks    [(name, what)] of what looks like a mistake in the files, though no row was lost
     """
-    def __init__(self, sources, image_root="", image_key=None, caption_key=None, captions=None):
-        self.root, given = image_root, caption_key.split(",") if caption_key else []
-        self.skipped, self.neighbours, joined, used, seen, bare = [], {}, {}, set(), set(), []
-        wanted, lines, ends = {*(given or CAPTION_KEYS), "concepts", "negatives"}, io.BytesIO(), array("q", [0])
-        for row in read_rows(captions) if captions else ():
-            join_column = next((key for key in JOIN_KEYS if key in row), "")
-            seen.update(row)
-            about = {name: value for name, value in row.items() if name in wanted}      # not all of a wide table
-            joined.setdefault(str(row.get(join_column) or ""), []).append(about)
-        paths = [path for source in sources.split("::") for path in expand(source)]
-        for path in tqdm(paths, "reading", unit="file", delay=1, disable=os.environ.get("RANK", "0") != "0"):
-            tar, first, numbers, near = path.endswith(".tar"), len(ends) - 1, array("q"), {}
-            for number, row in enumerate(read_shard(path) if tar else read_rows(path)):
-                image_column = "image" if tar else image_key or next((key for key in IMAGE_KEYS if key in row), "")
-                image = row.get(image_column)
-                key = f"{path} {row['key']}" if tar else f"{image or '(no image)'} (row {number + 1})"
-                names = [name for name in map(str, (row.get("key"), row.get("url"), image)) if name in joined][:1]
-                about = joined[names[0]] if names else [] if captions else [row]        # the dicts with its captions
-                texts = []      # of all columns that were given, else of the first that is not empty
-                for some in about:
-                    for column in given or [key for key in CAPTION_KEYS if some.get(key)][:1]:
-                        texts += parse_list(some.get(column), None)
-                used.update(names)
-                seen.update(row)
-                if not image or not texts:
-                    self.skipped.append((key, "no caption" if image else "no image"))
-                    continue
-                sample = {"key": key, "image": [path, *image] if tar else str(image), "captions": texts,
-                          "concepts": about[0].get("concepts"), "negatives": about[0].get("negatives"),
-                          "negative_image": row.get("negative_image")}
-                lines.write(json.dumps({name: value for name, value in sample.items() if value}).encode())
-                ends.append(lines.tell())
-                numbers.append(number)
-                if some := parse_list(row.get("neighbours")):
-                    near[str(number)] = some
-            places = dict(zip(map(str, numbers), range(first, len(ends)))) if near else {}      # of the rows kept
-            self.neighbours |= {places[n]: [places[i] for i in some if i in places] for n, some in near.items()}
-            bare += [] if numbers or tar else [path]
-        lost = [name for name in joined if name not in used]
-        if lost:
-            self.skipped.insert(0, (captions, f"{len(lost):,} {join_column} fit no image, the first is {lost[0]!r}"))
-        if bare or len(ends) == 1 or set(given) - seen:
-            raise ValueError(f"{', '.join(bare) or sources}: no images with captions in its columns or keys "
-                             f"{', '.join(sorted(map(str, seen))[:30])} (split at commas in .csv, tabs in .tsv); name "
-                             f"them with --image-key, --caption-key; skipped {self.skipped[:1]}")
-        self.lines, self.ends = lines.getvalue(), np.array(ends)    # no object a row
-        self.captions = [text for i in range(min(len(self), 200_000)) for text in self.sample(i)["captions"]]
+
+    def __init__(self, sources, image_root="", image_key=None, caption_key=None, captions=None,
+                 max_pixels=None, fast_decode=False, index_dir=None):
+        self.root = image_root
+        self.max_pixels = max_pixels
+        self.load = load_fast if fast_decode else load_image
+        self.parts = []             # the rows of each file
+        self.skipped = []
+        self.remarks = []
+        columns = set()
+        caption_keys = caption_key.split(",") if caption_key else []
+        joined = None
+        if captions:
+            joined = JoinedCaptions(captions, caption_keys, index_dir)
+            self.remarks += joined.remarks
+            columns |= joined.columns
+        paths = []
+        for source in sources.split("::"):
+            paths += expand(source)
+        options = Options(image_key, caption_keys, joined, index_dir)
+        self.parts = open_parts(paths, options)
+        for part in self.parts:
+            self.skipped += part.skipped
+            self.remarks += part.remarks
+            columns |= part.columns
+        if joined:
+            self.skipped = joined.unused(self.parts) + self.skipped
+        # The first row of each file in the whole data set, and the number of all rows.
+        self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+        self.lost_rows = count_lost(self.parts)
+        self._check(sources, caption_keys, columns)
+
+    def _check(self, sources, caption_keys, columns):
+        """Raise ValueError if a table, or all of it, or a column that was asked for, is empty."""
+        useless = [part.path for part in self.parts if not part.path.endswith(".tar") and not part]
+        missing = set(caption_keys) - columns
+        if useless or missing or len(self) == 0:
+            names = sorted(to_text(name) for name in columns)
+            raise ValueError(
+                f"{', '.join(useless) or sources}: no images with captions in its columns or keys "
+                f"{', '.join(names[:30])} (split at commas in .csv, tabs in .tsv); name them with "
+                f"--image-key, --caption-key; skipped {self.skipped[:1]}")
+
+    @property
+    def captions(self):
+        """All captions of the first TOKENIZER_ROWS rows, to train a tokenizer on."""
+        texts = []
+        for index in range(min(len(self), TOKENIZER_ROWS)):
+            texts += self.sample(index)["captions"]
+        return texts
 
     def __len__(self):
-        return len(self.ends) - 1
+        return int(self.starts[-1])
 
     def sample(self, index):
-        row = json.loads(self.lines[self.ends[index]:self.ends[index + 1]])
-        return row | ({"neighbours": self.neighbours[index]} if index in self.neighbours else {})
+        """What the file says of a row, without reading its image: key, image, captions, ...
+
+        image is a path relative to image_root, or [tar, offset, size].
+        """
+        part, number = self._find(index)
+        return part.read(number)
+
+    def _find(self, index):
+        """The file that holds a row of the data set, and the row's number among those it keeps."""
+        which = bisect_right(self.starts, index) - 1
+        return self.parts[which], index - int(self.starts[which])
 
     def __getitem__(self, index):
-        row = self.sample(index)
+        part, number = self._find(index)
+        row = {"key": f"{part.path} (row {number + 1} of its index)"}
         try:
-            for name in {"image", "negative_image"} & row.keys():
-                row[name] = load_image(os.path.join(self.root, row[name]) if isinstance(row[name], str) else row[name])
-            for name in {"concepts", "negatives"} & row.keys():
-                row[name] = parse_list(row[name], empty=name == "negatives")
-            return {**row, "caption": row["captions"][0]}
-        except Exception as error:      # of pillow's decoders, nearly any
-            return {"key": row["key"], "error": " ".join(str(error).split()) or type(error).__name__}
+            row = part.read(number)
+            part.check_unchanged()
+            self._open_images(row)
+            self._read_lists(row, index)
+        except Exception as error:      # pillow's decoders raise nearly anything
+            message = " ".join(to_text(error).split())
+            return {"key": row["key"], "error": message or type(error).__name__}
+        row["caption"] = row["captions"][0]
+        return row
 
+    def _open_images(self, row):
+        for name in ("image", "negative_image"):
+            place = row.get(name)
+            if isinstance(place, str):
+                place = os.path.join(self.root, place)
+            if place is not None:
+                row[name] = self.load(place, self.max_pixels)
+
+    def _read_lists(self, row, index):
+        if "concepts" in row:
+            row["concepts"] = parse_list(row["concepts"])
+        if "negatives" in row:
+            row["negatives"] = parse_list(row["negatives"], empty=True)
+        if "neighbours" in row:
+            part, number = self._find(index)
+            first = index - number
+            places = part.places(parse_list(row["neighbours"]))
+            row["neighbours"] = [first + place for place in places]
+
+
+class Options:
+    """How files are read, see CaptionFile; joined is the open JoinedCaptions, or None."""
+
+    def __init__(self, image_key, caption_keys, joined, index_dir):
+        self.image_key = image_key
+        self.caption_keys = caption_keys
+        self.joined = joined
+        self.index_dir = index_dir
+
+    def identity(self):
+        """What an index depends on beside its file."""
+        joined = self.joined.identity if self.joined else None
+        return ["rows", self.image_key, self.caption_keys, joined]
+
+
+def open_parts(paths, options):
+    """Open the rows of each file, with a progress bar where that takes time.
+
+    Files without an index are read now. The ranks of a host begin with different ones, and each
+    waits for those that another one is reading.
+    """
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # None: no bar where nobody sees it, which is not on a terminal.
+    quiet = True if os.environ.get("RANK", "0") != "0" else None
+    with tqdm(desc="reading", unit=" rows", delay=1, disable=quiet) as bar:
+        for path in paths[rank::ranks] if ranks > 1 else ():
+            Part(path, options, bar)
+        parts = []
+        for number, path in enumerate(paths, 1):
+            bar.set_description(f"reading file {number:,} of {len(paths):,}", refresh=False)
+            parts.append(Part(path, options, bar))
+    return parts
+
+
+class Part:
+    """The usable rows of one file, by its index.
+
+    skipped, remarks    see CaptionFile: the first MAX_REPORTS
+    lost     the number of rows that are not usable; where the file itself is torn, an estimate
+    columns  the names of all columns or keys of the file
+    """
+
+    def __init__(self, path, options, bar):
+        self.path = path
+        file, split = file_and_split(path)
+        self.index, remarks = open_index(
+            file, [*options.identity(), split], options.index_dir,
+            lambda writer: write_rows(path, options, writer, bar))
+        about = self.index.about
+        self.skipped = [tuple(pair) for pair in about["skipped"]]
+        self.remarks = [tuple(pair) for pair in about["remarks"]] + remarks
+        self.lost = about["lost"]
+        self.torn = about["torn"]
+        self.columns = set(about["columns"])
+        self.stamp = about["stamp"]
+
+    def __len__(self):
+        return len(self.index)
+
+    def read(self, number):
+        """Row number of those that are usable: see CaptionFile.sample."""
+        row = self.index.read(number)
+        if self.path.endswith(".tar"):
+            row["key"] = f"{self.path} {row['key']}"
+            row["image"] = [self.path, *row["image"]]
+        return row
+
+    def check_unchanged(self):
+        """Raise OSError if a tar is not the one whose places are known any more."""
+        if self.path.endswith(".tar") and file_stamp(self.path) != self.stamp:
+            raise OSError("its tar has changed since training began")
+
+    def places(self, texts):
+        """Indices of usable rows from texts of row numbers in the file, without the others."""
+        numbers = self.index.column("numbers")
+        found = []
+        for text in texts:
+            number = int(text) if text.isdecimal() and len(text) < 19 else -1
+            place = int(np.searchsorted(numbers, number))
+            if place < len(self) and numbers[place] == number:
+                found.append(place)
+        return found
+
+
+def write_rows(path, options, writer, bar):
+    """Write the rows of a file into an index, with the columns
+    numbers  the number of each row in the file, where some are not usable
+    used     the places of the joined captions that were used
+    Returns what is to be remembered of the file, see Part."""
+    reports = Reports()
+    columns = {}            # an ordered set
+    number = 0
+    for row in read_pairs(path):
+        if isinstance(row, Report):
+            reports.add(row)
+            number += row.rows
+            continue
+        columns.update(dict.fromkeys(row))
+        sample = make_sample(path, number, row, options, writer)
+        if isinstance(sample, Report):
+            reports.add(sample)
+        else:
+            writer.text(sample)
+            writer.number("numbers", number)
+        number += 1
+        if number % 1000 == 0:
+            bar.update(1000)
+    return {**vars(reports), "columns": [to_text(name) for name in columns]}
+
+
+class Reports:
+    """What was wrong with a file: see Part."""
+
+    def __init__(self):
+        self.skipped = []
+        self.remarks = []
+        self.lost = 0
+        self.torn = False
+
+    def add(self, report):
+        pairs = self.skipped if report.rows else self.remarks
+        if len(pairs) < MAX_REPORTS:
+            pairs.append((report.name, report.why))
+        self.lost += report.rows
+        self.torn |= report.torn
+
+
+class JoinedCaptions:
+    """A table of captions, found by the name of an image: its key, its url or its path.
+
+    Several rows of one name are several captions. The names are found by their hashes, which are
+    sorted in the table's index, so that 10 million captions are not in memory.
+    """
+
+    def __init__(self, path, caption_keys, index_dir):
+        self.path = path
+        identity = ["captions", caption_keys]
+        self.index, remarks = open_index(
+            path, identity, index_dir,
+            lambda writer: write_captions(path, caption_keys, writer))
+        about = self.index.about
+        self.identity = [os.path.abspath(path), about["stamp"]]
+        self.columns = set(about["columns"])
+        self.name_column = about["name_column"]
+        # Rows lost here count where an image misses its caption.
+        self.remarks = [tuple(pair) for pair in about["remarks"] + about["skipped"]] + remarks
+
+    def find(self, row, image):
+        """Return the rows about one image, [] if there are none, and where their name is in the
+        order of hashes."""
+        hashes = self.index.column("hashes")
+        order = self.index.column("order")
+        for name in (row.get("key"), row.get("url"), image):
+            if name is None:
+                continue
+            hashed = name_hash(name)
+            place = int(np.searchsorted(hashes, hashed))
+            found = []
+            for number in order[place:np.searchsorted(hashes, hashed, "right")]:
+                other, about = self.index.read(int(number))
+                if other == str(name):
+                    found.append(about)
+            if found:
+                return found, place
+        return [], None
+
+    def unused(self, parts):
+        """[] or one (name, why) about the captions that fit no image of some parts."""
+        hashes = self.index.column("hashes")
+        first_of_name = np.ones(len(hashes), bool)
+        first_of_name[1:] = hashes[1:] != hashes[:-1]
+        for part in parts:
+            first_of_name[part.index.column("used")] = False
+        lost = int(first_of_name.sum())
+        if not lost:
+            return []
+        first = self.index.column("order")[first_of_name].min()
+        name, _ = self.index.read(int(first))
+        why = f"{lost:,} {self.name_column} fit no image, the first is {name!r}"
+        return [(self.path, why)]
+
+
+def name_hash(name):
+    """63 bits that stand for a name of an image, equal on all processes."""
+    digest = hashlib.blake2b(str(name).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def write_captions(path, caption_keys, writer):
+    """Write a table of captions into an index: texts [name, dict], with the columns
+    hashes  of the names, sorted
+    order   the numbers of the texts in this order
+    Returns what is to be remembered of the table, see JoinedCaptions."""
+    reports = Reports()
+    columns = {}            # an ordered set
+    name_column = ""
+    wanted = {*(caption_keys or CAPTION_KEYS), "concepts", "negatives"}
+    hashes = array("q")
+    for row in read_rows(path):
+        if isinstance(row, Report):
+            reports.add(row)
+            continue
+        columns.update(dict.fromkeys(row))
+        name_column = first_present(JOIN_KEYS, row)
+        name = str(row.get(name_column) or "")
+        about = {key: value for key, value in row.items() if key in wanted}
+        writer.text([name, about])
+        hashes.append(name_hash(name))
+    order = np.argsort(hashes, kind="stable")
+    writer.numbers("hashes", np.array(hashes)[order])
+    writer.numbers("order", order)
+    return {**vars(reports), "columns": [to_text(name) for name in columns],
+            "name_column": name_column}
+
+
+class Report:
+    """What a reader gives in place of rows: how many are lost, or a remark if it is none.
+
+    name, why   for the user: which row or file, and what is the matter
+    torn        the file itself is damaged, and rows an estimate
+    """
+
+    def __init__(self, name, why, rows=0, torn=False):
+        self.name = name
+        self.why = why
+        self.rows = rows
+        self.torn = torn
+
+
+def count_lost(parts):
+    """The number of rows that files have lost, see CaptionFile.lost_rows."""
+    whole = [len(part) for part in parts if part.path.endswith(".tar") and not part.torn]
+    total = 0
+    for part in parts:
+        lost = part.lost
+        if part.torn:
+            expected = 2 * len(part)
+            if whole:
+                expected = round(sum(whole) / len(whole))
+            lost = max(lost, expected - len(part))
+        total += lost
+    return total
+
+
+def make_sample(path, number, row, options, writer):
+    """What is kept of a row of a table or tar: a dict without empty values, or a Report.
+
+    Where captions are joined, the writer is told which were used.
+    """
+    name, key, image = name_and_image(path, number, row, options.image_key)
+    sources = [row]
+    if options.joined:
+        sources, place = options.joined.find(row, image)
+        if sources:
+            writer.number("used", place)
+    captions = captions_of(sources, options.caption_keys)
+    if not image:
+        return Report(name, "no image", 1)
+    if not captions:
+        return Report(name, "no caption", 1)
+    sample = {
+        "key": key,
+        "image": image,
+        "captions": captions,
+        "concepts": sources[0].get("concepts"),
+        "negatives": sources[0].get("negatives"),
+        "negative_image": row.get("negative_image"),
+        "neighbours": row.get("neighbours"),
+    }
+    return {name: value for name, value in sample.items() if value}
+
+
+def name_and_image(path, number, row, image_key):
+    """Return a row's name in reports, its key, and where its image is (false without one).
+
+    The image is a path, as the table has it, or [offset, size] in the tar, where the key is
+    without the tar's name, so that an index stays true when its folder is moved.
+    """
+    if path.endswith(".tar"):
+        return f"{path} {row['key']}", row["key"], row["image"]
+    column = image_key or first_present(IMAGE_KEYS, row)
+    image = row.get(column)
+    if image:
+        image = str(image)
+    name = f"{to_text(image or '(no image)')} (row {number + 1})"
+    return name, name, image
+
+
+def captions_of(rows, caption_keys):
+    """All captions of some rows: of each column that was asked for, or else of the first of
+    CAPTION_KEYS that is not empty."""
+    texts = []
+    for row in rows:
+        keys = caption_keys
+        if not keys:
+            keys = [key for key in CAPTION_KEYS if row.get(key)][:1]
+        for key in keys:
+            texts += parse_list(row.get(key), separator=None)
+    return texts
+
+
+def first_present(keys, row):
+    """The first of the keys that the row has, "" without one."""
+    for key in keys:
+        if key in row:
+            return key
+    return ""
+
+
+# ---- an index of a file ----------------------------------------------------
+
+INDEX_FORMAT = 1
+INDEX_MARK = b"c2lip-1\n"           # the last bytes of an index that is whole
+INDEX_FOLDER = ".c2lip-index"       # beside the file
+# A smaller table is read into memory each time: it takes a moment, and no file is left behind.
+INDEX_FROM = 2**22
+# The digest of an index is over so many blocks at most, of so many bytes.
+DIGEST_BLOCKS = 32
+DIGEST_SIZE = 2**16
+
+
+class Index:
+    """Json texts and columns of integers in one file, which is mapped into memory and not read:
+    it opens at once, and all processes of a host share its pages.
+
+    The file: the texts one behind the other, zeros up to a multiple of 8 bytes, the columns
+    (int64), a json text about all this, the length of this text (int64), INDEX_MARK.
+
+    about  what was known of the file when the index was written
+    """
+
+    def __init__(self, content, path=None):
+        """content: uint8 array; path: the file that it is mapped from, None if from none.
+        Raises ValueError if it is not whole."""
+        self.content = content
+        self.path = path
+        if content[-8:].tobytes() != INDEX_MARK:
+            raise ValueError("no mark at the end")
+        length = int(content[-16:-8].view(np.int64)[0])
+        text = content[len(content) - 16 - length:len(content) - 16].tobytes()
+        self.about = json.loads(text)
+        self.size = len(content) - 16 - length          # of texts and columns
+        if self.about["digest"] != sampled_digest(content[:self.size]):
+            raise ValueError("another digest")
+        self.ends = self.column("ends")
+
+    @classmethod
+    def map(cls, path):
+        """Open an index by its file. Raises ValueError or OSError."""
+        with open(path, "rb") as f:
+            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        return cls(np.frombuffer(mapped, np.uint8), path)
+
+    def __reduce__(self):
+        # A worker that is spawned, not forked, maps the file itself.
+        if self.path:
+            return Index.map, (self.path,)
+        return Index, (self.content,)
+
+    def column(self, name):
+        """int64 (N,), a view of the file; empty if nothing was written into this column."""
+        first, count = self.about["places"].get(name, (0, 0))
+        return self.content[first:first + 8 * count].view(np.int64)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def read(self, number):
+        """The value of a json text. Raises ValueError for one that is damaged."""
+        first = self.ends[number - 1] if number else 0
+        try:
+            return json.loads(self.content[first:self.ends[number]].tobytes())
+        except ValueError:
+            raise ValueError(
+                f"the index {self.path} is damaged: remove it, and start again") from None
+
+
+class CannotWrite(Exception):
+    """An index cannot be written to a place: no permission, a full disk."""
+
+
+class IndexWriter:
+    """Writes an Index in little memory: texts to its file, columns to files without a name.
+
+    path  of the index, which appears there when it is finished; None: it stays in memory
+    """
+
+    def __init__(self, path=None):
+        self.path = path
+        self.columns = {}
+        self.size = 0
+        try:
+            if path is None:
+                self.file = io.BytesIO()
+            else:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                self.partial = f"{path}.{os.urandom(8).hex()}.partial"
+                self.file = open(self.partial, "w+b")
+        except OSError as error:
+            raise CannotWrite(error.strerror) from error
+
+    def text(self, value):
+        """Write the next text."""
+        content = json.dumps(value).encode()
+        self._write(self.file, content)
+        self.size += len(content)
+        self.number("ends", self.size)
+
+    def number(self, column, value):
+        """Write the next number of a column."""
+        if column not in self.columns:
+            self._add(column)
+        self._write(self.columns[column], value.to_bytes(8, "little"))
+
+    def numbers(self, column, values):
+        """Write a whole column."""
+        self._add(column)
+        self._write(self.columns[column], values.astype(np.int64).tobytes())
+
+    def _add(self, column):
+        if self.path is None:
+            self.columns[column] = io.BytesIO()
+        else:
+            folder = os.path.dirname(self.path)
+            self.columns[column] = tempfile.SpooledTemporaryFile(max_size=2**20, dir=folder)
+
+    def _write(self, file, content):
+        try:
+            file.write(content)
+        except OSError as error:
+            raise CannotWrite(error.strerror) from error
+
+    def finish(self, about):
+        """Write the columns and what is known about the file; returns the Index."""
+        try:
+            places = {}
+            position = self.size + -self.size % 8
+            self.file.write(bytes(position - self.size))
+            for name, column in self.columns.items():
+                count = column.tell() // 8
+                places[name] = (position, count)
+                column.seek(0)
+                shutil.copyfileobj(column, self.file, 2**20)
+                position += 8 * count
+            digest = sampled_digest(self._content())
+            text = json.dumps({**about, "places": places, "digest": digest}).encode()
+            text += b" " * (-len(text) % 8)         # numbers stay at multiples of 8 bytes
+            self.file.write(text + len(text).to_bytes(8, "little") + INDEX_MARK)
+            if self.path is None:
+                return Index(self._content())
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            os.replace(self.partial, self.path)     # others see a whole index or none
+            return Index.map(self.path)
+        except OSError as error:
+            raise CannotWrite(error.strerror) from error
+
+    def _content(self):
+        """All bytes so far, as an array."""
+        if self.path is None:
+            return np.frombuffer(self.file.getvalue(), np.uint8)
+        self.file.flush()
+        if self.file.tell() == 0:
+            return np.zeros(0, np.uint8)
+        mapped = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapped, np.uint8)
+
+    def abandon(self):
+        """Remove what was written, unless it is finished."""
+        with contextlib.suppress(OSError):          # a full disk again
+            self.file.close()
+        if self.path:
+            with contextlib.suppress(OSError):
+                os.remove(self.partial)
+
+
+def sampled_digest(content):
+    """CRC-32 of blocks that are spread over an array of bytes: finds what is cut, zeroed or of
+    another file, without reading gigabytes at each start."""
+    step = max(DIGEST_SIZE, -(-len(content) // DIGEST_BLOCKS))
+    digest = len(content)
+    for first in range(0, len(content), step):
+        digest = zlib.crc32(content[first:first + DIGEST_SIZE], digest)
+    return digest
+
+
+def file_stamp(path):
+    """What tells whether a file is the same as before: [size, time of change in ns]."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def open_index(path, identity, index_dir, write):
+    """Open the index of a file; write it first if there is none for just this file and identity.
+
+    write       writes the rows of the file to an IndexWriter and returns what to remember
+    identity    json value: what the rows depend on, beside the file
+    index_dir   where indices are; None: beside the file or, where that cannot be written, in the
+                user's cache folder. Where neither can be, they are in this process's memory.
+    Returns the Index, and remarks about it as CaptionFile has them.
+    """
+    stamp = file_stamp(path)
+    if not path.endswith(".tar") and stamp[0] < INDEX_FROM:
+        return write_index(path, None, write), []
+    remarks = []
+    for folder in index_folders(path, index_dir):
+        name = index_name(path, identity, folder)
+        target = os.path.join(folder, f"{name}.{stamp[0]}.{stamp[1]}.index")
+        index, _ = find_index(target)
+        if index:
+            return index, remarks
+        try:
+            with locked(target):
+                index, why = find_index(target)     # another process may have written it
+                if why:
+                    remarks.append((path, f"its index was damaged ({why}) and is made anew"))
+                if index is None:
+                    remove_old(target, name)
+                    index = write_index(path, target, write)
+            return index, remarks
+        except CannotWrite as error:
+            problem = error
+    # The text names the folder, so that Python shows this warning once a folder.
+    warnings.warn(f"{index_dir or os.path.dirname(path)}: {problem}: indices of its files are kept "
+                  "in memory only, and made anew at each start. Give a folder with --index-dir")
+    return write_index(path, None, write), remarks
+
+
+def find_index(target):
+    """Return the Index of a file name, or None; and, if there is one that is damaged, why."""
+    try:
+        return Index.map(target), ""
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        return None, str(error) or type(error).__name__
+
+
+def write_index(path, target, write):
+    """Write the index of a file to its place, None for memory; reads the file a second time if it
+    is changed meanwhile."""
+    for _ in range(2):
+        stamp = file_stamp(path)
+        writer = IndexWriter(target)
+        try:
+            about = write(writer)
+            if file_stamp(path) == stamp:
+                return writer.finish({**about, "stamp": stamp})
+        finally:
+            writer.abandon()
+    raise ValueError(f"{path} is being written: it changed twice while it was read")
+
+
+def index_folders(path, index_dir):
+    """Where the index of a file may be, in the order of preference."""
+    if index_dir:
+        return [index_dir]
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return [os.path.join(os.path.dirname(path), INDEX_FOLDER),
+            os.path.join(cache, "c2lip", "index")]
+
+
+def index_name(path, identity, folder):
+    """The name of an index without the stamp of its file. In a folder that is not beside the
+    file it depends on the file's place, too."""
+    place = None
+    if os.path.basename(folder) != INDEX_FOLDER:
+        place = os.path.abspath(path)
+    name = os.path.basename(path)
+    text = json.dumps([INDEX_FORMAT, name, place, identity])
+    return f"{name[:100]}.{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
+
+
+def remove_old(target, name):
+    """Remove the indices of former states of a file, and what a kill has left of one. A process
+    that still uses one keeps its pages."""
+    folder = os.path.dirname(target)
+    for old in glob.glob(os.path.join(glob.escape(folder), glob.escape(name) + ".*")):
+        if old.endswith((".index", ".partial", ".lock")) and old != f"{target}.lock":
+            with contextlib.suppress(OSError):
+                os.remove(old)
+
+
+@contextlib.contextmanager
+def locked(target):
+    """Let one process at a time write an index; the others wait, however long it takes. A kill
+    ends the lock. Raises CannotWrite where no file can be made."""
+    try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        file = open(f"{target}.lock", "w")
+    except OSError as error:
+        raise CannotWrite(error.strerror) from error
+    with file:
+        # A file system may have no locks: then all write, and the last one is kept.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # Whoever waits for this file, or makes another of its name, looks for the index first.
+            with contextlib.suppress(OSError):
+                os.remove(file.name)
+
+
+# ---- patterns, tables, tars: reading them ----------------------------------
 
 def expand(source):
-    """The files of "a/{08..11}.tar" or "{a,b}.csv", as a shell names them; ValueError for one that is not there."""
-    found = re.search(r"\{((\d+)\.\.(\d+)|[^{}]*,[^{}]*)\}", source)
-    if found and not os.path.exists(source):
-        words, first, last = found.groups()
-        words = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)] if first else words.split(",")
-        return [path for word in words or [found[1]] for path in expand(source.replace(found[0], word, 1))]
-    if not os.path.isfile(source):
-        raise ValueError(f"no file {source}: --data takes tables with a row for each image-caption pair, or tar shards")
-    return [source]
+    """Return the files that "a/{08..11}.tar", "{a,b}.csv" or "*.tar" name, as a shell would.
+
+    Raises ValueError for one that is not there.
+    """
+    if os.path.isfile(file_and_split(source)[0]):
+        return [source]
+    braces = re.search(r"\{((\d+)\.\.(\d+)|[^{}]*,[^{}]*)\}", source)
+    if not braces:
+        paths = [path for path in sorted(glob.glob(source)) if os.path.isfile(path)]
+        if paths:
+            return paths
+        raise ValueError(
+            f"no file {source}: --data takes tables with a row for each image-caption pair, or "
+            "tar shards; '{00000..00331}.tar' and '*.tar', in quotes, are many")
+    inside, first, last = braces.groups()
+    words = inside.split(",")
+    if first:
+        numbers = range(int(first), int(last) + 1)
+        words = [str(number).zfill(len(first)) for number in numbers]
+    paths = []
+    for word in words or [inside]:
+        paths += expand(source.replace(braces[0], word, 1))
+    return paths
+
+
+def read_pairs(path):
+    """The rows of a file, dicts, and Reports: see read_shard, read_annotations, read_rows."""
+    if path.endswith(".tar"):
+        return read_shard(path)
+    if file_and_split(path)[0].endswith(".json"):
+        return read_annotations(path)
+    return read_rows(path)
+
+
+def file_and_split(path):
+    """"FILE.json#val" -> ("FILE.json", "val"); any other path -> (path, "train")."""
+    match = re.fullmatch(r"(.*\.json)#(\w+)", path)
+    return match.groups() if match else (path, "train")
+
+
+def read_annotations(path):
+    """Return the images of COCO's captions_train2017.json or of Karpathy's dataset_flickr8k.json
+    (Karpathy and Fei-Fei 2015), each a dict of image and caption, a list of all its captions.
+
+    Karpathy's file has all splits, of which "#SPLIT" behind its name chooses one; the default,
+    train, has restval, too, as is usual for COCO. Raises ValueError for other files.
+    """
+    file, split = file_and_split(path)
+    splits = ("train", "restval") if split == "train" else (split,)
+    rows = []
+    try:
+        with open(file, encoding="utf-8") as f:
+            content = json.load(f)
+        captions = {}           # COCO: id of an image -> list
+        for annotation in content.get("annotations", ()):
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        for image in content["images"]:
+            if "sentences" not in image:
+                rows.append({"image": image["file_name"], "caption": captions.get(image["id"])})
+            elif image["split"] in splits:
+                name = os.path.join(image.get("filepath", ""), image["filename"])
+                sentences = [sentence["raw"] for sentence in image["sentences"]]
+                rows.append({"image": name, "caption": sentences})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = " ".join(str(error).split())
+        raise ValueError(
+            f"{file}: expected captions_*.json of COCO or dataset_*.json of Karpathy's splits "
+            f"({type(error).__name__} {what:.100})") from None
+    if not rows:
+        raise ValueError(f"{path}: no images of this split")
+    return rows
 
 
 def read_rows(path):
-    """Yield the rows of a .csv, .tsv or .jsonl file as dicts; ValueError for a file that cannot be used at all."""
-    kind, row = os.path.splitext(path)[1].lower(), None
+    """Yield the rows of a .csv, .tsv or .jsonl file as dicts, and Reports.
+
+    A .csv has quotes, a .tsv has none. Raises ValueError for a file that cannot be used at all.
+    """
+    kind = os.path.splitext(path)[1].lower()
     if kind not in (".csv", ".tsv", ".jsonl"):
-        raise ValueError(f"{path}: expected a .csv, .tsv or .jsonl file, or .tar, got {kind or 'no ending'!r}")
-    csv.field_size_limit(2**31 - 1)     # long captions are no mistake
+        raise ValueError(f"{path}: expected a .csv, .tsv or .jsonl file, or .tar, or a .json as "
+                         f"COCO's, got {kind or 'no ending'!r}")
+    number = 0
+    odd_lines = Tally()
+    odd_rows = {}           # what is odd about them -> Tally
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
-        rows = csv.DictReader(f, delimiter="\t" if kind == ".tsv" else ",") if kind != ".jsonl" else (
-            parse_json(line) for line in f if line.strip())
-        for number, row in enumerate(rows, 1):
-            if not row:
-                raise ValueError(f"{path}: row {number} is not an object in json")
+        lines = odd_lines.watch(f, "\ufffd")
+        rows = read_json_lines(lines) if kind == ".jsonl" else read_table(lines, DELIMITERS[kind])
+        for number, (row, problem) in enumerate(rows, 1):
+            if row and runs_over(row, problem):
+                row = None
+                problem = "a quote that is not closed"
+            if row is None:
+                yield Report(path, f"row {number:,}: {problem}", 1)
+                continue
+            if problem:
+                odd_rows.setdefault(problem, Tally()).add(number)
             yield row
-    if row is None:
+    if number == 0:
         raise ValueError(f"{path}: no rows")
+    for problem, tally in odd_rows.items():
+        yield Report(path, f"{tally.count:,} rows, the first is row {tally.first:,}: {problem}")
+    if odd_lines.count:
+        yield Report(path, f"{odd_lines.count:,} lines, the first is line {odd_lines.first:,}: "
+                           "bytes that are no UTF-8, read as \ufffd. Save the file as UTF-8")
+
+
+def runs_over(row, problem):
+    """Whether a quote of a row with a problem ran over the end of its line: then its cell ends
+    with the line break, and what is in it may be only a part of the text."""
+    cells = [cell for cell in row.values() if cell]
+    return problem.startswith("a quote") and bool(cells) and cells[-1].endswith(("\n", "\r"))
+
+
+class Tally:
+    """Counts something that would fill pages if each instance were reported."""
+
+    def __init__(self):
+        self.count = 0
+        self.first = None
+
+    def add(self, where):
+        self.count += 1
+        if self.first is None:
+            self.first = where
+
+    def watch(self, lines, mark):
+        """Yield the lines, and count those that hold a mark."""
+        for number, line in enumerate(lines, 1):
+            if mark in line:
+                self.add(number)
+            yield line
+
+
+def read_json_lines(lines):
+    """Yield (object, ""), or (None, what is wrong), for each line that is not blank."""
+    for line in lines:
+        if not line.strip():
+            continue
+        row = parse_json(line)
+        if row:
+            yield row, ""
+        else:
+            yield None, "not an object in json"
 
 
 def read_shard(path):
-    """Samples of a tar as img2dataset and webdataset write it: dicts of .json, txt, key and image ([offset, size]).
+    """Return the samples of a tar, as img2dataset and webdataset write them, as dicts; a Report
+    at the end if it is damaged.
 
-    Kept beside it, under its size and time. A second image or text of a key begins another sample.
+    Each has key, image ([offset, size] in the tar, or None), txt if there is one, and the keys of
+    its json. Members of one name, but for the ending, are one sample; a second image or text of
+    that name begins another one.
     """
-    stat = os.stat(path)
-    cached = f"{path}.{stat.st_size}.{stat.st_mtime_ns}.jsonl"
-    if os.path.exists(cached):
-        return read_rows(cached)
-    rows, latest, end = [], {}, 0
-    try:
-        with tarfile.open(path, "r:", errors="replace") as tar:
-            for member in tar:
-                if member.offset_data + member.size > stat.st_size:
-                    raise tarfile.ReadError("cut off")
-                end = tar.offset
-                key, ending = os.path.splitext(member.name.removeprefix("./"))
+    size = os.path.getsize(path)
+    samples = []
+    reports = []
+    latest = {}         # the sample that a name belongs to now
+    with open(path, "rb") as f:
+        try:
+            for name, offset, length in tar_members(f, size):
+                key, ending = os.path.splitext(name.removeprefix("./"))
                 kind = MEMBERS.get(ending.lower())
-                if kind is None or not member.isreg():
+                if kind is None:
                     continue
                 if key not in latest or latest[key].get(kind):
                     latest[key] = {"key": key, "image": None}
-                    rows.append(latest[key])
-                latest[key][kind] = [member.offset_data, member.size] if kind == "image" else (
-                    tar.extractfile(member).read().decode("utf-8", "replace"))
-            tar.fileobj.seek(end)
-            if any(tar.fileobj.read(1024) or b"cut") or not rows:
-                raise tarfile.ReadError("tarfile ends at a damaged header without a word")
-    except (tarfile.TarError, ValueError, OverflowError, EOFError):
-        rows.append({"key": f"is damaged or cut off from byte {end:,} on"})
-    rows = [{**parse_json(row.pop("json", "")), **row} for row in rows]
-    try:
-        with open(f"{cached}.{os.urandom(8).hex()}", "w") as f:     # others see a whole index or none
-            f.writelines(json.dumps(row) + "\n" for row in rows)
-        os.replace(f.name, cached)
-    except OSError as error:    # once a folder
-        warnings.warn(f"{os.path.dirname(path)}: {error.strerror}: indices of its shards are kept in memory only")
-    return rows
+                    samples.append(latest[key])
+                content = [offset, length]
+                if kind != "image":
+                    content = read_at(f, offset, length).decode("utf-8", "replace")
+                latest[key][kind] = content
+            if not samples:
+                raise DamagedTar("no image and no caption is in it", 0)
+        except DamagedTar as damage:
+            lost = 1
+            if damage.position:
+                lost = max(1, math.ceil((size / damage.position - 1) * len(samples)))
+            reports.append(Report(
+                f"{path} is damaged or cut off from byte {damage.position:,} on",
+                f"{damage}; rows lost: {lost:,} or more", lost, torn=True))
+    rows = []
+    for sample in samples:
+        about = parse_json(sample.pop("json", ""))
+        rows.append({"image": None, **about, **sample})
+    return rows + reports
+
+
+class DamagedTar(ValueError):
+    """A tar cannot be read on from a position, in bytes."""
+
+    def __init__(self, why, position):
+        super().__init__(why)
+        self.position = position
+
+
+# The kinds of members of a tar (POSIX ustar and pax, GNU) that matter here.
+TAR_FILES = (b"0", b"\0", b"7")
+TAR_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")      # links, devices, folders
+TAR_LONG_NAME = b"L"
+TAR_PAX_HEADER = b"x"
+TAR_IGNORED = (b"K", b"g")      # the target of a link, a header for all members
+TAR_BLOCK = 512
+
+
+def tar_members(f, size):
+    """Yield (name, offset, size) of each file in an open tar of so many bytes, and in tars that
+    were written behind it.
+
+    Raises DamagedTar where it is cut off, or where something else is in place of a header. Only
+    headers are read, several times as fast as by tarfile, which moreover ends in silence at a
+    damaged header, and never ends at a negative size.
+    """
+    position = 0        # behind the last member that is whole
+    while position < size:
+        try:
+            start = skip_empty_blocks(f, position, size)
+            if start >= size:
+                return
+            name, offset, length, kind = read_member(f, start, size)
+        except ValueError as error:
+            raise DamagedTar(str(error), position) from None
+        if kind in TAR_FILES and not name.endswith("/"):
+            yield name, offset, length
+        position = next_block(offset + length)
+    raise DamagedTar("the mark of its end is missing", min(position, size))
+
+
+def next_block(position):
+    """A position rounded up to whole blocks of a tar."""
+    return -(-position // TAR_BLOCK) * TAR_BLOCK
+
+
+def skip_empty_blocks(f, position, size):
+    """The position behind empty blocks: two of them, or one at the end, are the end of a tar."""
+    start = position
+    while position < size:
+        block = read_at(f, position, min(TAR_BLOCK, size - position))
+        if block.count(0) < len(block):
+            break
+        position += TAR_BLOCK
+    if position < size and position - start == TAR_BLOCK:
+        raise ValueError("an empty block between its members")
+    return position
+
+
+def read_member(f, position, size):
+    """Return name, offset and size of the content, and kind of the member at a position of a tar,
+    behind the extended headers that may describe it. Raises ValueError."""
+    described = {}
+    while True:
+        name, length, kind = parse_tar_header(read_at(f, position, TAR_BLOCK))
+        position += TAR_BLOCK
+        if kind == TAR_LONG_NAME:
+            text = read_at(f, position, min(length, MAX_NAME))
+            described["path"] = text.rstrip(b"\0").decode("utf-8", "replace")
+        elif kind == TAR_PAX_HEADER:
+            described.update(parse_pax(read_at(f, position, min(length, MAX_NAME))))
+        elif kind not in TAR_IGNORED:
+            break
+        position = next_block(position + length)
+    name = described.get("path", name)
+    length = int(described.get("size", length))
+    if kind in TAR_WITHOUT_CONTENT:
+        length = 0
+    if not 0 <= length <= size - position:
+        raise ValueError("its last member is cut off")
+    return name, position, length, kind
+
+
+def parse_tar_header(block):
+    """Name, size and kind from the 512 bytes of a tar header. Raises ValueError."""
+    without_checksum = block[:148] + b" " * 8 + block[156:]
+    checksum = parse_tar_number(block[148:156])
+    signed = sum(np.frombuffer(without_checksum, np.int8).tolist())     # as some old tars have it
+    if checksum not in (sum(without_checksum), signed):
+        raise ValueError("a damaged header")
+    length = parse_tar_number(block[124:136])
+    if length < 0:
+        raise ValueError("a header with a negative size")
+    name = block[:100].partition(b"\0")[0]
+    prefix = block[345:500].partition(b"\0")[0]
+    if prefix and block[257:263] == b"ustar\0":
+        name = prefix + b"/" + name
+    return name.decode("utf-8", "replace"), length, block[156:157]
+
+
+def parse_tar_number(field):
+    """A number in octal digits or, behind a byte that says so, in binary. Raises ValueError."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    if field[0] == 0xff:
+        return int.from_bytes(field, "big", signed=True)
+    digits = field.partition(b"\0")[0].strip()
+    if not re.fullmatch(rb"-?[0-7]*", digits):
+        raise ValueError("a damaged header")
+    return int(digits or b"0", 8)
+
+
+def parse_pax(content):
+    """A dict from the records "LENGTH KEY=VALUE\\n" of a pax header. Raises ValueError."""
+    described = {}
+    while content:
+        digits = content.partition(b" ")[0]
+        length = int(digits)
+        if length <= len(digits):
+            raise ValueError("a damaged pax header")
+        record = content[len(digits) + 1:length - 1]
+        key, _, value = record.partition(b"=")
+        described[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        content = content[length:]
+    return described
+
+
+def read_at(f, position, length):
+    """So many bytes of an open file; raises ValueError if there are fewer."""
+    f.seek(position)
+    content = f.read(length)
+    if len(content) < length:
+        raise ValueError("it is cut off")
+    return content
+
+
+def to_text(value):
+    """A str that can be printed and encoded: lone surrogates, which json can hold, become "?"."""
+    text = str(value)
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "replace").decode()
 
 
 def parse_json(text):
     """The object in a json text, {} if there is none."""
     try:
-        row = json.loads(text)
-        return row if isinstance(row, dict) else {}
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 def parse_list(value, separator="|", empty=False):
-    """A list of strings from a list, a json list, or texts between separators (None: the text is one, if not json)."""
+    """A list of stripped strings from a list, a json list, or a text with separators.
+
+    separator  between the strings of a text; None: the text is one string, if not a json list
+    empty      keep empty strings
+    Raises ValueError for a broken json list, unless separator is None.
+    """
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             if separator:
-                raise
+                raise ValueError(f"{value:.40} is no list in json") from None
     if isinstance(value, str):
         value = value.split(separator) if separator else [value]
-    values = ["" if v is None else str(v).strip() for v in value] if isinstance(value, list) else []
-    return [text for text in values if text or empty]
+    if not isinstance(value, list):
+        return []
+    texts = ["" if item is None else to_text(item).strip() for item in value]
+    return texts if empty else [text for text in texts if text]
 
 
-def load_image(file):
-    """Any image file, or [tar, offset, size] -> RGB, whole (a truncated file raises OSError); 16 bits become 8."""
-    if isinstance(file, list):
-        with open(file[0], "rb", buffering=0) as f:     # by each process for itself: workers may be forked
-            file = io.BytesIO(os.pread(f.fileno(), file[2], file[1]))
-    with Image.open(file) as image:
+def load_image(file, max_pixels=None):
+    """Read an image, whole, as RGB: 16 bits become 8, what is transparent becomes white.
+
+    file        a path, an open file, or [tar, offset, size]
+    max_pixels  larger images are refused before they are decoded, since a small file can hold one
+                that takes gigabytes; None: 89,478,485, above which pillow warns
+    Raises OSError for what is no image, or a truncated one, and ValueError for a too large one.
+    """
+    with open_image(open_bytes(file), max_pixels) as image:
         image.load()
         if image.mode.startswith("I"):
-            return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+            levels = np.asarray(image).clip(0, 65535) // 257
+            return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# ------------------------- from rows to batches
+def load_fast(file, max_pixels=None):
+    """As load_image, but a JPEG becomes a uint8 tensor (3, H, W), which is cropped and resized
+    twice as fast as a PIL image, at a difference of a few hundredths of a level in the mean.
+
+    What torchvision cannot decode (CMYK, other formats, damage) is left to pillow.
+    """
+    if isinstance(file, str):
+        with open(file, "rb") as f:
+            content = f.read()
+    else:
+        content = open_bytes(file).read()
+    with open_image(io.BytesIO(content), max_pixels) as image:
+        plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+    if plain:
+        try:
+            encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            return decode_jpeg(encoded, ImageReadMode.RGB)
+        except RuntimeError:
+            pass        # pillow says what is the matter, or knows better
+    return load_image(io.BytesIO(content), max_pixels)
+
+
+def open_bytes(file):
+    """[tar, offset, size] -> an open file of these bytes; anything else is returned as it is."""
+    if not isinstance(file, list):
+        return file
+    path, offset, size = file
+    # Opened anew by each process: workers that were forked would share one position.
+    with open(path, "rb", buffering=0) as f:
+        return io.BytesIO(os.pread(f.fileno(), size, offset))
+
+
+def open_image(file, max_pixels=None):
+    """Open an image without decoding it, see load_image."""
+    if max_pixels and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels     # pillow itself refuses twice as many
+    limit = max_pixels or Image.MAX_IMAGE_PIXELS
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise OSError(f"cannot identify image file as one of {', '.join(FORMATS)}") from None
+    width, height = image.size
+    if width * height > limit:
+        image.close()
+        raise ValueError(f"{width} x {height} pixels are more than --max-pixels {limit}")
+    return image
+
+
+# ---- from rows to batches --------------------------------------------------
+
+class TrainTransform:
+    """The paper's augmentation: a crop of at least 90 % of the area, resized to a square, and no
+    flip, because left and right are in the captions.
+
+    PIL image or uint8 (3, H, W) -> uint8 (3, S, S); its randomness is from torch's generator, and
+    the same for both. Pixels stay bytes until they are where the model is: a quarter of the memory
+    and of the copies; normalize_images does the rest.
+    """
+    scale = (0.9, 1)            # of the image's area
+    ratio = (3 / 4, 4 / 3)      # width to height of the crop
+
+    def __init__(self, config):
+        self.size = [config.image_size, config.image_size]
+
+    def __call__(self, image):
+        box = transforms.RandomResizedCrop.get_params(image, self.scale, self.ratio)
+        # The kernel for PIL images is pillow's own, that for bytes is torchvision's.
+        image = v2.functional.resized_crop(image, *box, self.size, BICUBIC, antialias=True)
+        if not isinstance(image, torch.Tensor):
+            image = v2.functional.pil_to_tensor(image)
+        return image.contiguous()       # else the batch would be channels-last
+
+
 def train_transform(config):
-    """The paper's augmentation: a crop of at least 90 % of the area, no flip (left and right are in the captions)."""
-    return transforms.Compose([
-        transforms.RandomResizedCrop(config.image_size, (0.9, 1), (3 / 4, 4 / 3), Image.BICUBIC),
-        transforms.ToTensor(), transforms.Normalize(config.mean, config.std)])
+    """The transform of training for a CLIPConfig, see TrainTransform."""
+    return TrainTransform(config)
+
+
+def normalize_images(images, config):
+    """Bytes -> what the model takes: uint8 (..., 3, S, S) to float32, on the images' own device.
+
+    The same numbers as torchvision's ToTensor and Normalize. Floats are taken to be normalised
+    already and come back as they are.
+    """
+    if images.is_floating_point():
+        return images
+    normalised = images.float().div_(255)
+    # Numbers, not tensors of them: a tensor would be copied to a GPU, which the CPU waits for.
+    for channel, (mean, std) in enumerate(zip(config.mean, config.std)):
+        normalised.select(-3, channel).sub_(mean).div_(std)
+    return normalised
 
 
 class Collate:
-    """Rows -> a batch. Runs in the loader's workers: extracts concepts where a row has none, and tokenizes.
+    """Rows -> a batch. Runs in the loader's workers, where it extracts concepts and tokenizes.
 
-    images (B, 3, S, S), tokens (B, L), keys, captions, bad [(key, error)], fallback: the number of captions that are
-    their own concept, for want of another noun phrase. Neighbours of rows become rows, after all others. Concepts, each
-    string once: concept_tokens (U, L'), concept_ids (U,), a hash, pairs (P, 2) (image, concept); pad_concepts rounds U
-    up to a multiple (id -1), for torch.compile. With spans, instead of concept_tokens: spans (B, M, 2) in the caption's
-    tokens, (0, 0) and id -1 for padding; concept_ids is (B * M,), and pairs count in B * M. negatives: "swap" (K = 1),
-    "typed" (noun, adjective, verb, phrase: K = 4), "negate" (K = 1), a row's own first -> negative_tokens (B, K, L'),
-    negative_mask (B, K). negative_images -> negative_images, zero without one, and negative_image_mask (B,).
+    transform        image of a row -> tensor (3, S, S), its randomness from torch's generator
+    tokenize         list of str -> LongTensor (N, L), with .spans for spans=True (model.Tokenizer)
+    with_concepts    add concepts: the row's own, or those of its caption
+    pad_concepts     round the number of concepts up to a multiple, for torch.compile
+    negatives        None, "swap" (K = 1), "typed" (noun, adjective, verb, phrase: K = 4) or
+                     "negate" (K = 1); a row's own negatives come first
+    negative_images  add the rows' negative_image
+    spans            a concept is a span of the caption's tokens, not a text of its own
+
+    A batch of B rows, neighbours of rows behind all others:
+    images (B, 3, S, S) as the transform gives them (train_transform: uint8, see normalize_images),
+    tokens (B, L), keys and captions (lists of str)
+    bad                  [(key, error)] of the rows that could not be read
+    fallback             how many captions are their own concept, for want of a noun phrase
+    concept_tokens       (U, L'), each different string once
+    concept_ids          (U,) int64, a hash of the lower-case string; -1 for padding
+    pairs                (P, 2) int64, (image, concept)
+    spans                (B, M, 2) int64 with spans, instead of concept_tokens: [first, end) in
+                         the caption's tokens; (0, 0) for padding. Then concept_ids is (B * M,),
+                         and the concepts in pairs are counted in B * M.
+    negative_tokens      (B, K, L'), and negative_mask (B, K) bool, false where there is none
+    negative_images      (B, 3, S, S), and negative_image_mask (B,) bool; zero where there is none
     """
-    def __init__(self, transform, tokenize, with_concepts=True, pad_concepts=1, negatives=None, negative_images=False,
-                 spans=False):
-        self.transform, self.tokenize = transform, tokenize
-        self.with_concepts, self.pad_concepts, self.spans = with_concepts, pad_concepts, spans
-        self.negatives, self.negative_images = negatives, negative_images
+
+    def __init__(self, transform, tokenize, with_concepts=True, pad_concepts=1, negatives=None,
+                 negative_images=False, spans=False):
+        self.transform = transform
+        self.tokenize = tokenize
+        self.with_concepts = with_concepts
+        self.pad_concepts = pad_concepts
+        self.negatives = negatives
+        self.negative_images = negative_images
+        self.spans = spans
 
     def __call__(self, rows):
-        rows = rows + [r["neighbour"] for r in rows if "neighbour" in r]
-        bad, rows = [(r["key"], r["error"]) for r in rows if "error" in r], [r for r in rows if "error" not in r]
-        batch = {"bad": bad, "keys": [r["key"] for r in rows], "captions": [r["caption"] for r in rows], "fallback": 0}
+        neighbours = [row["neighbour"] for row in rows if "neighbour" in row]
+        everything = rows + neighbours
+        rows = [row for row in everything if "error" not in row]
+        batch = {
+            "bad": [(row["key"], row["error"]) for row in everything if "error" in row],
+            "keys": [row["key"] for row in rows],
+            "captions": [row["caption"] for row in rows],
+            "fallback": 0,
+        }
         if not rows:
             return batch
-        batch["images"] = torch.stack([self.augment(r["image"], r["seed"]) for r in rows])      # (B, 3, S, S)
-        batch["tokens"] = self.tokenize(batch["captions"], trim=True)                           # (B, L)
+        images = [self.augment(row["image"], row["seed"]) for row in rows]
+        batch["images"] = torch.stack(images)                                   # (B, 3, S, S)
+        batch["tokens"] = self.tokenize(batch["captions"], trim=True)           # (B, L)
         if self.negative_images:
-            batch["negative_image_mask"] = torch.tensor(["negative_image" in r for r in rows])  # (B,)
-            batch["negative_images"] = torch.stack([                                            # (B, 3, S, S)
-                self.augment(r["negative_image"], r["seed"]) if "negative_image" in r else torch.zeros_like(image)
-                for r, image in zip(rows, batch["images"])])
+            self.add_negative_images(batch, rows)
         if self.negatives:
-            texts = [text for row in rows for text in self.negatives_of(row)]                   # B * K
-            batch["negative_mask"] = torch.tensor([text != "" for text in texts]).view(len(rows), -1)
-            batch["negative_tokens"] = self.tokenize(texts, trim=True).view(*batch["negative_mask"].shape, -1)
-        if not self.with_concepts:
-            return batch
-        without = [r for r in rows if not r.get("concepts")]
-        for row, found in zip(without, extract_batch([r["caption"] for r in without])):
-            row["concepts"] = found or [row["caption"].strip()]
-            batch["fallback"] += row["concepts"] == [row["caption"].strip()]
-        concepts = [list(dict.fromkeys(row["concepts"])) for row in rows]
-        if self.spans:
-            width = max(1, *map(len, concepts))
-            places = [self.tokenize.spans(row["caption"], some) for row, some in zip(rows, concepts)]
-            batch["spans"] = torch.tensor([p + [(0, 0)] * (width - len(p)) for p in places])   # (B, M, 2)
-            strings = [c for some in concepts for c in some + [None] * (width - len(some))]     # B * M
-            pairs = [(i // width, i) for i, c in enumerate(strings) if c is not None]
-        else:
-            index = {}      # concept string -> its row in concept_tokens
-            pairs = [(i, index.setdefault(c, len(index))) for i, some in enumerate(concepts) for c in some]
-            strings = list(index) + [None] * (-len(index) % self.pad_concepts)
-            batch["concept_tokens"] = self.tokenize([c or "" for c in strings], trim=True)      # (U, L')
-        batch["concept_ids"] = torch.tensor([-1 if c is None else string_id(c) for c in strings])       # (U,)
-        batch["pairs"] = torch.tensor(pairs).view(-1, 2)                                        # (P, 2)
+            self.add_negatives(batch, rows)
+        if self.with_concepts:
+            concepts, batch["fallback"] = concepts_of(rows)
+            if self.spans:
+                self.add_spans(batch, concepts)
+            else:
+                self.add_concepts(batch, concepts)
         return batch
 
-    def negatives_of(self, row):
-        """K strings, "" for none, from the row or by its seed."""
-        rng, own = random.Random(row["seed"]), row.get("negatives", [])
-        if self.negatives == "negate":
-            return [negate(row["caption"], rng)]
-        if self.negatives == "swap":
-            return [rng.choice([text for text in own if text][:1] or swap_negatives(row["caption"], rng) or [""])]
-        kinds = ("noun", "adjective", "verb", "phrase")
-        own = own or ["".join(swap_negatives(row["caption"], rng, (kind,))) for kind in kinds]
-        return (own + [""] * 4)[:4]
-
     def augment(self, image, seed):
-        """The transform, its randomness a function of the row's own seed: the same in any worker, after any resume."""
+        """The transform, its randomness a function of the row's own seed: the same in any worker
+        and after any resume."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return self.transform(image)
 
+    def add_negative_images(self, batch, rows):
+        images = []
+        for row, positive in zip(rows, batch["images"]):
+            if "negative_image" in row:
+                images.append(self.augment(row["negative_image"], row["seed"]))
+            else:
+                images.append(torch.zeros_like(positive))
+        batch["negative_images"] = torch.stack(images)                          # (B, 3, S, S)
+        batch["negative_image_mask"] = torch.tensor(["negative_image" in row for row in rows])
 
-def string_id(text):
-    """A 63-bit hash of the lower-case text, equal on all processes."""
-    digest = hashlib.blake2b(text.lower().encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    def add_negatives(self, batch, rows):
+        texts = []                                                              # B * K
+        for row in rows:
+            texts += self.negatives_of(row)
+        mask = torch.tensor([text != "" for text in texts])
+        tokens = self.tokenize(texts, trim=True)                                # (B * K, L')
+        batch["negative_mask"] = mask.view(len(rows), -1)                       # (B, K)
+        batch["negative_tokens"] = tokens.unflatten(0, batch["negative_mask"].shape)
+
+    def negatives_of(self, row):
+        """K false captions, "" for none, from the row or from its caption by its seed."""
+        rng = random.Random(row["seed"])
+        caption = row["caption"]
+        own = row.get("negatives", [])
+        if self.negatives == "negate":
+            return [negate(caption, rng)]
+        if self.negatives == "swap":
+            choices = [text for text in own if text][:1]
+            choices = choices or swap_negatives(caption, rng) or [""]
+            return [rng.choice(choices)]
+        if not own:
+            for kind in ("noun", "adjective", "verb", "phrase"):
+                swapped = swap_negatives(caption, rng, (kind,))
+                own = own + ["".join(swapped)]      # one, or none
+        return (own + [""] * 4)[:4]
+
+    def add_concepts(self, batch, concepts):
+        """Each different string once; see losses.concept_columns for what becomes of them."""
+        strings, ids, pairs = index_phrases(concepts)
+        padding = -len(strings) % self.pad_concepts
+        batch["concept_tokens"] = self.tokenize(strings + [""] * padding, trim=True)    # (U, L')
+        batch["concept_ids"] = torch.cat([ids, torch.full((padding,), -1)])             # (U,)
+        batch["pairs"] = pairs                                                          # (P, 2)
+
+    def add_spans(self, batch, concepts):
+        """Concepts as places in their caption's tokens, each row padded to M concepts."""
+        concepts = [list(dict.fromkeys(phrases)) for phrases in concepts]
+        width = max(1, *map(len, concepts))                                             # M
+        spans = torch.zeros(len(concepts), width, 2, dtype=torch.int64)
+        ids = torch.full((len(concepts), width), -1)
+        pairs = []
+        for i, phrases in enumerate(concepts):
+            if not phrases:
+                continue
+            places = self.tokenize.spans(batch["captions"][i], phrases)
+            spans[i, :len(phrases)] = torch.tensor(places)
+            for j, phrase in enumerate(phrases):
+                ids[i, j] = string_id(phrase)
+                pairs.append((i, i * width + j))
+        batch["spans"] = spans                                                          # (B, M, 2)
+        batch["concept_ids"] = ids.flatten()                                            # (B * M,)
+        batch["pairs"] = torch.tensor(pairs).view(-1, 2)                                # (P, 2)
+
+
+def concepts_of(rows):
+    """Return the concepts of each row (lists of str), its own or those found in its caption, and
+    the number of captions that stand for themselves, because no noun phrase was found."""
+    fallback = 0
+    without = [row for row in rows if not row.get("concepts")]
+    found = extract_batch([row["caption"] for row in without])
+    for row, phrases in zip(without, found):
+        whole = [row["caption"].strip()]
+        row["concepts"] = phrases or whole
+        if row["concepts"] == whole:
+            fallback += 1
+    return [row["concepts"] for row in rows], fallback
+
+
+# ---- order of an epoch -----------------------------------------------------
+
+# A checkpoint is resumed only by code that puts the rows into the same order: "permute" below is
+# the second; the first shuffled an array of all rows.
+ORDER = 2
+FEISTEL_ROUNDS = 6
 
 
 class Epochs(Sampler):
-    """Batches of (epoch, index) for one process, over all epochs: a function of (seed, epoch) and nothing else.
+    """Batches of (epoch, index) for one process, over all epochs.
 
-    An epoch has ceil(length / batch_size) batches, equal up to one row, of every row once, for any world_size alike.
+    The order is a function of (seed, epoch) and nothing else, and of constant cost: a process
+    computes its own rows only, at any step, for any length. An epoch has
+    ceil(length / batch_size) batches, equal up to one row, and every row once; the batch of all
+    processes together is the same for any world_size.
+
+    length      number of rows of the data
+    batch_size  rows of a batch, of all processes together
+    start_step, stop_step    the first batch, and the one behind the last (default: one epoch)
     """
-    def __init__(self, length, batch_size, seed=0, rank=0, world_size=1, start_step=0, stop_step=None):
+
+    def __init__(self, length, batch_size, seed=0, rank=0, world_size=1, start_step=0,
+                 stop_step=None):
         if batch_size > length:
-            raise ValueError(f"--batch-size {batch_size} is more than the {length} rows of data: give at most {length}")
-        self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
+            raise ValueError(f"--batch-size {batch_size} is more than the {length} rows of data: "
+                             f"give at most {length}")
+        self.length = length
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
         self.steps_per_epoch = -(-length // batch_size)
-        self.start, self.stop = start_step, self.steps_per_epoch if stop_step is None else stop_step
+        self.start = start_step
+        self.stop = self.steps_per_epoch if stop_step is None else stop_step
 
     def __len__(self):
         return self.stop - self.start
 
     def __iter__(self):
-        epoch = None
         for step in range(self.start, self.stop):
-            if epoch != step // self.steps_per_epoch:
-                epoch = step // self.steps_per_epoch
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
-                batches = torch.randperm(self.length, generator=generator).tensor_split(self.steps_per_epoch)
-            batch = batches[step % self.steps_per_epoch].tensor_split(self.world_size)[self.rank]
-            yield [(epoch, index) for index in batch.tolist()]
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            first, size = share(self.length, self.steps_per_epoch, step_in_epoch)
+            offset, size = share(size, self.world_size, self.rank)
+            positions = np.arange(first + offset, first + offset + size)
+            rows = permute(positions, self.length, f"{self.seed} {epoch}")
+            yield [(epoch, row) for row in rows.tolist()]
+
+
+def share(length, parts, number):
+    """Start and size of part `number` of a range, cut into parts that are equal up to one."""
+    size, larger = divmod(length, parts)        # the first parts are the larger ones
+    return number * size + min(number, larger), size + (number < larger)
+
+
+def permute(positions, length, key):
+    """Where a random permutation of range(length) takes some positions; no array of all is made.
+
+    positions   int array of numbers in range(length)
+    key         str; another key is another permutation
+
+    A Feistel network (a cipher, Luby and Rackoff 1988) permutes the numbers of an even number of
+    bits, at least as many numbers as length; what falls outside of the range is put through it
+    again until it falls inside, which is a permutation of the range (Black and Rogaway 2002).
+    """
+    half = max(4, -(-(length - 1).bit_length() // 2))
+    digest = hashlib.blake2b(key.encode(), digest_size=8 * FEISTEL_ROUNDS).digest()
+    round_keys = np.frombuffer(digest, "<u8")
+    values = np.array(positions, np.uint64)
+    outside = np.ones(len(values), bool)
+    while outside.any():
+        values[outside] = encipher(values[outside], half, round_keys)
+        outside = values >= length
+    return values.astype(np.int64)
+
+
+def encipher(values, half, round_keys):
+    """A permutation of the numbers of 2 * half bits, uint64 (N,)."""
+    bits = np.uint64(half)
+    mask = np.uint64((1 << half) - 1)
+    left = values >> bits
+    right = values & mask
+    for round_key in round_keys:
+        left, right = right, left ^ (scramble(right, round_key) & mask)
+    return (left << bits) | right
+
+
+def scramble(values, key):
+    """A function of uint64 that looks random in all its bits (the finalizer of splitmix64)."""
+    values = (values + key) * np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 class Seeded(Dataset):
-    """Gives every row a seed from (seed, epoch, index); by it one caption of several and, if asked, one neighbour."""
+    """Rows by (epoch, index), each with a seed of its own, a function of (seed, epoch, index).
+
+    By this seed one caption of several is drawn and, if neighbours are asked for, one neighbour.
+    """
+
     def __init__(self, dataset, seed, neighbours=True):
-        self.dataset, self.seed, self.neighbours = dataset, seed, neighbours
+        self.dataset = dataset
+        self.seed = seed
+        self.neighbours = neighbours
 
     def __getitem__(self, item):
         epoch, index = item
         seed = zlib.crc32(f"{self.seed} {epoch} {index}".encode())
-        row, rng = {**self.dataset[index], "seed": seed}, random.Random(seed)
+        rng = random.Random(seed)
+        row = {**self.dataset[index], "seed": seed}
         if "captions" in row:
             row["caption"] = rng.choice(row["captions"])
-        if self.neighbours and row.get("neighbours"):       # a neighbour brings none of its own
-            row["neighbour"] = Seeded(self.dataset, self.seed, False)[epoch, rng.choice(row["neighbours"])]
+        if self.neighbours and row.get("neighbours"):
+            chosen = rng.choice(row["neighbours"])
+            without = Seeded(self.dataset, self.seed, neighbours=False)     # it brings none itself
+            row["neighbour"] = without[epoch, chosen]
         return row
 
 
-def train_tokenizer(captions, vocab_size=1024):
-    """A small lower-case byte-level BPE -> (text of a tokenizer.json, number of tokens, length of the longest caption).
+# ---- how many workers ------------------------------------------------------
 
-    <pad> is 0; <eos> ends every text and has the highest id, by which CLIP's text tower finds it.
+def default_workers(most=16):
+    """How many processes may read data for this one: the cores that it may really use, shared by
+    the ranks of this host (torchrun's LOCAL_WORLD_SIZE), at least 1 and at most `most`."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):        # taskset, slurm
+        cores = len(os.sched_getaffinity(0))
+    quota = cgroup_cores()                      # docker, kubernetes
+    if quota is not None:
+        cores = min(cores, quota)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(most, int(cores / ranks)))
+
+
+def cgroup_cores(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """Cores' worth of time that the control group grants, a float; None without a limit.
+
+    A limit of version 2 is cpu.max, "QUOTA PERIOD" in microseconds or "max PERIOD", in the folder
+    of the process's group or any above it; of version 1, two files.
     """
-    captions = [clean_text(c, "canonicalize") for c in captions]
+    folders = [root]
+    for line in read_lines(own):
+        if line.startswith("0::/"):
+            path = root
+            for name in line[4:].split("/"):
+                path = os.path.join(path, name)
+                folders.append(path)
+    limits = [read_lines(os.path.join(folder, "cpu.max")) for folder in folders]
+    pairs = [lines[0].split() for lines in limits if lines]
+    quota = read_lines(os.path.join(root, "cpu/cpu.cfs_quota_us"))
+    period = read_lines(os.path.join(root, "cpu/cpu.cfs_period_us"))
+    if quota and period and quota[0] != "-1":
+        pairs.append([quota[0], period[0]])
+    cores = [int(quota) / int(period) for quota, period in pairs if quota != "max"]
+    return min(cores, default=None)
+
+
+def read_lines(path):
+    """The lines of a small file, [] if it cannot be read."""
+    try:
+        with open(path) as f:
+            return f.read().splitlines()
+    except OSError:
+        return []
+
+
+# ---- tokenizer -------------------------------------------------------------
+
+def train_tokenizer(captions, vocab_size=1024):
+    """Train a small lower-case byte-level BPE.
+
+    Returns the text of a tokenizer.json, the number of its tokens, and the length of the longest
+    caption in tokens. <pad> is 0; <eos> ends every text and has the highest id, by which CLIP's
+    text tower finds it. Of very long words, such as addresses, only the first letters count: the
+    time of training grows with the square of the length.
+    """
+    captions = [shorten_words(clean_text(caption, "canonicalize")) for caption in captions]
     bpe = ByteLevelBPETokenizer(add_prefix_space=True)
-    bpe.train_from_iterator(captions, vocab_size - 1, min_frequency=0, special_tokens=["<pad>"], show_progress=False)
+    bpe.train_from_iterator(captions, vocab_size - 1, min_frequency=0, special_tokens=["<pad>"],
+                            show_progress=False)
     bpe.add_special_tokens(["<eos>"])
-    bpe.post_processor = processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", bpe.token_to_id("<eos>"))])
-    return bpe.to_str(), bpe.get_vocab_size(), max(len(e.ids) for e in bpe.encode_batch(captions))
+    eos = ("<eos>", bpe.token_to_id("<eos>"))
+    bpe.post_processor = processors.TemplateProcessing("$A <eos>", special_tokens=[eos])
+    longest = max(len(encoding.ids) for encoding in bpe.encode_batch(captions))
+    return bpe.to_str(), bpe.get_vocab_size(), longest
+
+
+def shorten_words(text):
+    """The text, no word of it longer than TOKENIZER_LETTERS."""
+    return " ".join(word[:TOKENIZER_LETTERS] for word in text.split(" "))

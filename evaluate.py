@@ -1,527 +1,2990 @@
-"""Every benchmark, exact, with intervals: python evaluate.py --checkpoint out/nano/last.pt --bench scenes
+"""Score image-text models on compositionality benchmarks, by the official rules and with intervals.
 
-assets/benchmarks.json holds each bench's protocol, source, files, and what of them to compare. Each image and each text
-is encoded once over all benches, by all processes together. A tie is never correct: a model that scores two captions
-alike has not told them apart. Intervals are bootstraps over images: items of one image move together.
+    python evaluate.py --checkpoint out/nano/last.pt                      the built-in scenes
+    python evaluate.py download sugarcrepe                                what a benchmark needs
+    python evaluate.py --init timm/ViT-B-16-SigLIP --bench sugarcrepe     public weights
+    python evaluate.py describe sugarcrepe                                its protocol and source
+    python evaluate.py compare A.json B.json                              two results, item by item
+
+From Python, for any object that has encode_image, encode_text, tokenize and transform:
+
+    results = evaluate.run(model, ["sugarcrepe"], data_dir="data")
+    print(results["sugarcrepe"]["swap_att"]["accuracy"])
+
+How it works: a benchmark is a function that reads its files and yields tasks, which say what images
+and texts there are (Choices: a few compete in each item; Ranking: all compete). The images and
+texts of all tasks are encoded once, by all processes together. A task then gives each item a
+margin: positive if the model is right, 0 for a tie. A tie is never correct, since a model that
+scores two captions alike has not told them apart. Intervals are bootstraps over images: the items
+of one image move together.
 """
 import argparse
+import csv
 import hashlib
+import http.client
+import inspect
+import io
+import itertools
 import json
 import math
 import os
 import random
 import re
-import runpy
-import shutil
-import subprocess
 import sys
+import tarfile
 import time
-from collections import Counter, namedtuple
-from dataclasses import asdict
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
+from typing import Any, Callable
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # threads that spin while they wait starve other processes
+# ---- command line ------------------------------------------------------------------------------
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-import torchvision
-from PIL import Image
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+BENCHES = {
+    "scenes": "built-in drawings of two objects: which colour belongs to which shape (no files)",
+    "scenes_large": "the same with three objects of more colours and shapes",
+    "scenes_pointing": "in drawings, the patch most similar to an object's name is in its quadrant",
+    "sugarcrepe": "7,511 captions of COCO against hard negatives: replace, swap, add",
+    "sugarcrepe_pp": "two captions that mean the same against one that does not: 4,757 items",
+    "aro": "relations and attributes of Visual Genome, and the order of a caption's words",
+    "valse": "captions against foils: 11 pieces on existence, number, relations, actions, ...",
+    "winoground": "400 pairs of images with captions of the same words in another order (gated)",
+    "colorswap": "300 pairs of images with two colours exchanged in the caption",
+    "whatsup": "left, right, on, under, in front, behind: the preposition that fits",
+    "cola": "210 pairs of images that share objects and attributes, bound otherwise",
+    "bivlc": "2,933 images and captions of COCO with made negatives of both",
+    "vismin": "2,084 pairs of images that differ little: object, attribute, count, relation",
+    "mmvp": "135 pairs of images that CLIP confuses, in 9 visual patterns",
+    "negbench": "captions with and without negation, four for each image",
+    "hard_positives": "captions whose meaning stays, or changes, by one word",
+    "vl_checklist": "objects, attributes and relations: 56 sets of captions with one word changed",
+    "retrieval": "R@1, 5, 10 both ways on COCO and Flickr30k, or on your own --data",
+    "flickr8k": "R@1, 5, 10 both ways on the 1,000 test images of Flickr8k",
+    "pointing": "on COCO val2017, the patch most similar to a category lies in a box of it",
+    "imagenet": "zero-shot classification, 1,000 classes, 80 prompts (by hand)",
+    "imagenet_v2": "zero-shot classification, 10,000 new photographs of the 1,000 classes",
+    "imagenet_a": "zero-shot classification, 7,500 photographs that fool ResNets, 200 classes",
+    "imagenet_r": "zero-shot classification, 30,000 drawings, toys, ..., 200 classes",
+    "imagenet_sketch": "zero-shot classification, 50,889 sketches of the 1,000 classes",
+    "folder": "zero-shot classification of your own --data DIR with --classes FILE",
+    "choices": "your own captions against negatives: --data FILE with image, caption, negative",
+    "cifar10": "zero-shot classification, 10 classes",
+    "cifar100": "zero-shot classification, 100 classes",
+    "food101": "zero-shot classification, 101 dishes",
+    "stl10": "zero-shot classification, 10 classes",
+    "pets": "zero-shot classification, 37 breeds of cats and dogs",
+    "aircraft": "zero-shot classification, 100 variants of aircraft",
+    "dtd": "zero-shot classification, 47 textures",
+    "sun397": "zero-shot classification, 397 places",
+}
+COMMANDS = {
+    "evaluate": "score a model on benchmarks; the word itself may be left out",
+    "download": "fetch the files of benchmarks, as far as they may be fetched",
+    "compare": "compare two files of --json item by item",
+    "describe": "print the protocol of a benchmark, its source and what to download",
+    "verify": "score public checkpoints and print these figures beside the published ones",
+    "plot": "draw the curves of one or more training runs",
+    "show": "draw which parts of an image are most similar to each phrase of its caption",
+}
 
-from concepts import default_extractor
-from data import COLOURS, SHAPES, CaptionFile, Scenes, load_image
-from model import CLIP, set_tokenizer
 
-PROTOCOL = 4    # raised whenever a change here or in assets/benchmarks.json may change a figure
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """A mistake costs two lines, not a page of usage."""
+        self.exit(2, f"{self.prog}: {message}\nsee: {self.prog} --help\n")
+
+
+def list_lines(title, table):
+    lines = [f"  {name:14s} {text}" for name, text in table.items()]
+    return "\n".join([title, *lines])
+
+
+def build_parser():
+    parser = Parser(prog="evaluate.py")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    def add_command(name, **options):
+        prog = "evaluate.py" if name == "evaluate" else f"evaluate.py {name}"
+        return commands.add_parser(name, prog=prog, help=COMMANDS[name], **options)
+
+    add_evaluate_arguments(add_command(
+        "evaluate",
+        description=__doc__.split("\nFrom Python")[0],
+        epilog=list_lines("benchmarks (--bench):", BENCHES) + "\n\n" + list_lines(
+            "other commands, each with its own --help:", COMMANDS),
+        formatter_class=argparse.RawDescriptionHelpFormatter))
+
+    p = add_command("download", description=(
+        "Fetch what may be fetched of some benchmarks, and say how to get the rest. A download "
+        "that was broken off is continued, each file's sha256 is checked, archives are unpacked."))
+    p.add_argument("benches", nargs="+", metavar="BENCH", help="names of benchmarks")
+    p.add_argument("--data-dir", default="data", help="folder to put them in (default: data)")
+
+    add_compare_arguments(add_command("compare", description=(
+        "Compare results of --json. Two files: B - A in percent with a 95 %% interval (paired "
+        "bootstrap over images), the items gained (right in B only) and lost (right in A only), "
+        "and p by the exact McNemar test, which takes items as independent. More: a table.")))
+
+    p = add_command("describe", description="Print what a benchmark asks and what it needs.")
+    p.add_argument("bench", metavar="BENCH", help="name of a benchmark")
+    p.add_argument("--data-dir", default="data", help="folder of the files (default: data)")
+
+    add_verify_arguments(add_command("verify", description=(
+        "Score public checkpoints on the benchmarks whose files are there, and print each figure "
+        "beside the published one: is the difference within --tolerance points?")))
+
+    p = add_command("plot", description=(
+        "Draw the training curves of runs, each a log.jsonl that train.py wrote: the loss, and "
+        "each evaluated subset in percent. Of files of --json, draw their results as bars."))
+    p.add_argument("files", nargs="+", metavar="FILE", help="log.jsonl or --json files, up to 7")
+    p.add_argument("--keys", metavar="A,B", help="only these curves, such as loss,scenes.swap_att")
+    p.add_argument("--output", default="curves.png", metavar="FILE",
+                   help=".png, .svg or .pdf file to write (default: curves.png)")
+
+    p = add_command("show", description=(
+        "Draw where an image is similar to each phrase of its caption: for each patch the cosine "
+        "of its token and the phrase. One row a model; all maps share one scale."))
+    p.add_argument("--checkpoint", default="", metavar="A,B",
+                   help="checkpoints of train.py, joined by commas: a row each")
+    p.add_argument("--image", metavar="FILE", help="an image file; default: a built-in scene")
+    p.add_argument("--scene", type=int, default=0, metavar="N",
+                   help="number of the held-out built-in scene (default: 0)")
+    p.add_argument("--caption", help="text whose noun phrases are shown")
+    p.add_argument("--concepts", nargs="+", metavar="PHRASE", help="phrases to show instead")
+    p.add_argument("--output", default="attention.png", metavar="FILE",
+                   help=".png, .svg or .pdf file to write (default: attention.png)")
+    return parser
+
+
+def add_compare_arguments(p):
+    p.add_argument("files", nargs="+", metavar="JSON", help="two or more files written by --json")
+    p.add_argument("--items", action="store_true",
+                   help="of two files, print each item gained and lost")
+    p.add_argument("--format", dest="form", choices=("text", "markdown", "latex", "csv"),
+                   help="print a table to paste instead, as for more than two files: models in "
+                        "rows, with intervals; the best is marked (in bold) where the paired "
+                        "interval of its lead over the second excludes 0")
+    p.add_argument("--columns", metavar="A,B",
+                   help="of such a table: names of subsets or means, or all (default: the means, "
+                        "where a benchmark has them)")
+    p.add_argument("--reference", action="store_true",
+                   help="add published results to such a table")
+
+
+def add_verify_arguments(p):
+    p.add_argument("--registry", metavar="FILE",
+                   help="a json of your own: {NAME: {init or checkpoint, model, figures: {bench: "
+                        "{subset: percent}}}} (default: the checkpoints of assets/benchmarks.json "
+                        "with the published figures there)")
+    p.add_argument("--bench", metavar="A,B", help="only these benchmarks (default: all)")
+    p.add_argument("--tolerance", type=float, default=0.3, metavar="POINTS",
+                   help="largest difference in percent that counts as equal (default: 0.3)")
+    add_data_arguments(p)
+    add_speed_arguments(p)
+
+
+def add_evaluate_arguments(parser):
+    p = parser.add_argument_group("the model")
+    p.add_argument("--checkpoint", metavar="FILE,...",
+                   help="a checkpoint of train.py, such as out/nano/last.pt; several joined by "
+                        "commas, and --init beside them, are scored in turn and stand in one table")
+    p.add_argument("--init", metavar="SOURCE,...",
+                   help="public weights: a hub id, a folder or a file; or "
+                        "open_clip:NAME/PRETRAINED, any model of open_clip (PRETRAINED: a name "
+                        "that it lists, or a file)")
+    p.add_argument("--model", metavar="NAME",
+                   help="with --init, the architecture where the weights do not say it; alone, the "
+                        "default weights of that name")
+    p.add_argument("--tokenizer", metavar="FILE",
+                   help="a tokenizer.json, for weights that came without one")
+    p.add_argument("--interpolate", type=float, metavar="A",
+                   help="score the weights (1 - A) * --init + A * --checkpoint (WiSE-FT)")
+
+    p = parser.add_argument_group("the benchmarks and their files")
+    p.add_argument("--bench", metavar="A,B",
+                   help="names joined by commas, or all: every benchmark whose files are there "
+                        "(default: scenes; with --data FILE retrieval, with --data DIR folder)")
+    add_data_arguments(p)
+    p.add_argument("--data", metavar="PATH",
+                   help="your own data: for retrieval pairs in a .csv, .tsv, .jsonl or .tar file; "
+                        "for folder a folder of images for each class")
+    p.add_argument("--image-key", metavar="COLUMN",
+                   help="the column of --data with paths of images (default: image, filepath, ...)")
+    p.add_argument("--caption-key", metavar="COLUMN",
+                   help="the column of --data with captions (default: caption, title, text, ...)")
+    p.add_argument("--classes", metavar="FILE",
+                   help="names of the classes of folder, one a line, in the order of the folders")
+
+    p = parser.add_argument_group("what comes out")
+    p.add_argument("--json", dest="json_path", metavar="FILE",
+                   help="write all results item by item, for compare and for your own scripts")
+    p.add_argument("--reference", action="store_true",
+                   help="print published results beside these")
+
+    add_speed_arguments(parser)
+
+
+def add_data_arguments(p):
+    p.add_argument("--data-dir", default="data", metavar="DIR",
+                   help="folder of the benchmarks' files, as download fills it (default: data)")
+    p.add_argument("--image-root", default="", metavar="DIR",
+                   help="folder of the images, where they are not in their place in --data-dir")
+    p.add_argument("--allow-missing", action="store_true",
+                   help="leave out items whose image is missing or damaged, and files with fewer "
+                        "rows than the official ones: what is left is scored, and counted")
+
+
+def add_speed_arguments(parser):
+    p = parser.add_argument_group("how it runs (torchrun shares the work between processes)")
+    p.add_argument("--batch-size", type=int, default=250, metavar="N",
+                   help="images or texts in a forward pass (default: 250)")
+    p.add_argument("--workers", type=int, metavar="N",
+                   help="processes that read images while the towers run, for each process that "
+                        "evaluates (default: 0 on a CPU, with a GPU up to 8)")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda, where there is one")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
+                   help="precision of the towers; bfloat16 is by autocast (default: float32)")
+
+
+def parse(argv):
+    """A list of str -> the arguments. Where no command is named, evaluate is meant."""
+    if not argv or argv[0] not in COMMANDS:
+        argv = ["evaluate", *argv]
+    return build_parser().parse_args(argv)
+
+
+if __name__ == "__main__":
+    # --help and mistakes are answered here, before the imports below: they take seconds
+    parse(sys.argv[1:])
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # waiting threads leave the cores to others
+
+import numpy as np                                                                    # noqa: E402
+import torch                                                                          # noqa: E402
+import torch.distributed as dist                                                      # noqa: E402
+import torch.nn.functional as F                                                       # noqa: E402
+import torchvision                                                                    # noqa: E402
+from PIL import Image                                                                 # noqa: E402
+from timm.data import ImageNetInfo                                                    # noqa: E402
+from torch.utils.data import DataLoader, Dataset                                      # noqa: E402
+from tqdm import tqdm                                                                 # noqa: E402
+
+from concepts import default_extractor, extract                                      # noqa: E402
+from data import (CaptionFile, Scenes, load_image, parse_list, read_rows,             # noqa: E402
+                  relation)
+from model import CLIP, set_tokenizer                                                 # noqa: E402
+
+PROTOCOL = 5        # raised whenever a change here or in benchmarks.json may change a figure
 ASSETS = Path(__file__).resolve().parent / "assets"
-TABLE = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
+DATA = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
+TABLE = DATA["benches"]         # {bench: its source, files, folders, archives, published figures}
+ARCHIVES = DATA["archives"]     # {name: url, path to download to, folder that it makes}
 GET = "python evaluate.py download"
-Missing = type("Missing", (ValueError,), {})        # data that is not there; the message says how to get it
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # of torchrun
+MAX_MEMBERS = 2_000_000      # files in an archive; ImageNet has 1.4 million
+RANK = int(os.environ.get("RANK", 0))           # of this process, as torchrun says
+WORLD = int(os.environ.get("WORLD_SIZE", 1))    # number of processes
 
-# what is compared: an image is (function, name, ...), as (picture, path); equal images and equal texts are encoded once
 
-def dot(a, b):
-    return (a * b).sum(-1)      # equal rows give equal sums, and so tie, which a matmul does not promise
+class Missing(ValueError):
+    """Files of a benchmark that are not there. The message says how to get them."""
 
-def choice(i, t):       # each of I images strictly prefers the first of its K / I texts
-    scores = dot(i[:, :, None], t.unflatten(1, (i.shape[1], -1)))                       # (N, I, K / I)
-    return (scores[..., 0] - scores[..., 1:].amax(-1)).amin(1)
-
-def pairing(a, b):      # each of two a strictly prefers its own b
-    return torch.minimum(dot(a[:, 0], b[:, 0]) - dot(a[:, 0], b[:, 1]), dot(a[:, 1], b[:, 1]) - dot(a[:, 1], b[:, 0]))
-
-RULES = {   # normalised images (N, I, D), texts (N, K, D) -> margins (N,), positive if correct, 0 if a tie; and chance
-    "choice": (choice, None),       # (I / K) ** I
-    "itt": (lambda i, t: dot(i, t[:, :2]).amin(1) - dot(i, t[:, 2:])[:, 0], 1 / 3),
-    "tot": (lambda i, t: dot(t[:, 0], t[:, 1]) - dot(t[:, :2], t[:, 2:]).amax(1), 1 / 3),
-    "text": (pairing, 1 / 4),
-    "image": (lambda i, t: pairing(t, i), 1 / 4),
-    "group": (lambda i, t: torch.minimum(pairing(i, t), pairing(t, i)), 1 / 6)}
-
-# N items of I images and K texts each; rules {subset: one of RULES}; labels: SUBSET_macro is the mean of theirs
-Choices = namedtuple("Choices", "rules images texts labels", defaults=[None])
-# N tuples of one image, M of str (features are averaged), positive (N, M) bool, recalls {subset: (way, k)}:
-# whether the best positive of a query ("i2t": an image) is among its k best, which is R@k, or top k
-Ranking = namedtuple("Ranking", "images texts positive recalls")
-
-def judge(task, image, text):
-    """image, text: functions from lists of n rows to features (n, width, D). Yields (subset, margins (N,), NaN without
-    the image, chance, N names of what the bootstrap draws, N items in words, N labels or None)."""
-    names = ["|".join(x[1] for x in row) for row in task.images]
-    if isinstance(task, Choices):
-        parts = [slice(i, i + 2000) for i in range(0, len(names), 2000)]
-        for subset, (rule, chance) in ((subset, RULES[rule]) for subset, rule in task.rules.items()):
-            margins = torch.cat([rule(image(task.images[part]), text(task.texts[part])) for part in parts])
-            I, K, items = len(task.images[0]), len(task.texts[0]), map(" | ".join, zip(names, *zip(*task.texts)))
-            yield subset, margins, chance or (I / K) ** I, names, list(items), task.labels
-        return
-    images, texts = image(task.images)[:, 0], text(task.texts)                          # (N, D), (M, prompts, D)
-    texts = F.normalize(texts.mean(1), dim=-1) if texts.shape[1] > 1 else texts[:, 0]
-    of = [names[i] for i in task.positive.byte().argmax(0).tolist()]                    # a caption's image
-    for subset, (way, k) in task.recalls.items():
-        pair, mask = ((images, texts), task.positive) if way == "i2t" else ((texts, images), task.positive.T)
-        n, tries = mask.shape[1], torch.arange(min(k, mask.shape[1]))[:, None]
-        misses = ((n - tries - mask.sum(1)).double() / (n - tries)).clamp(0).prod(0)           # by k blind draws
-        items = names if way == "i2t" else [row[0] for row in task.texts]
-        yield subset, rank(*pair, mask, k), 1 - misses.mean().item(), names if way == "i2t" else of, items, None
-
-def rank(queries, targets, positive, k):
-    """(Q, D), (M, D), (Q, M) bool -> margins (Q,): the best positive minus the k-th best of the others. NaN where the
-    query or all of its positives are NaN; other targets of NaN are never found."""
-    targets, inverse = targets.unique(dim=0, return_inverse=True)       # equal targets must tie
-    margins = []
-    for q, mask in zip(queries.split(500), positive.split(500)):        # COCO's 5,000 x 25,010 would be large
-        scores = (q @ targets.T)[:, inverse].nan_to_num(-2.0)                           # (<= 500, M)
-        best = scores.masked_fill(~mask, -2).amax(1)
-        others = scores.masked_fill(mask, -3).topk(min(k, len(inverse))).values
-        margins.append(best.masked_fill(best == -2, float("nan")) - others[:, -1])
-    return torch.cat(margins)
 
 def print0(*text):
     if RANK == 0:
         print(*text)
 
-@torch.inference_mode()
-def encode(model, inputs, args):
-    """N images, or texts' tokens (N, L) -> normalised features (N, D), float32, on the CPU. Processes share."""
-    def load(numbers):
-        x = torch.full((len(numbers), 3, model.config.image_size, model.config.image_size), float("nan"))
-        for pixels, (function, name, *rest) in zip(x, (inputs[i] for i in numbers)):
-            try:
-                pixels.copy_(model.transform(function(name, *rest)))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                if not args.allow_missing:      # else features of NaN, and no item with this image
-                    raise ValueError(f"cannot read {name} ({error}): check --image-root, or --allow-missing") from None
-        return torch.tensor(numbers), x.to(model.logit_scale.dtype)
-    order = torch.arange(len(inputs))
-    if isinstance(inputs, torch.Tensor):
-        # in batches by length; in causal models nothing is seen behind the end-of-text token: cut it off
-        lengths = inputs.argmax(1) + 1 if model.config.family == "clip" else order * 0 + inputs.shape[1]
-        batches = [(i, inputs[i, :lengths[i].max()]) for i in lengths.argsort().split(args.batch_size)[RANK::WORLD]]
-    else:
-        batches = [i.tolist() for i in order.split(args.batch_size)[RANK::WORLD]]
-        batches = DataLoader(range(len(inputs)), batch_sampler=batches, collate_fn=load, num_workers=args.workers,
-                             multiprocessing_context="fork" if args.workers else None)
-    features = torch.zeros(len(inputs), model.config.embed_dim, device=args.device)
-    for i, x in tqdm(batches, "encoding", leave=False, disable=len(inputs) < 2000 or RANK > 0):
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            x = (model.encode_image if x.ndim == 4 else model.encode_text)(x.to(args.device))
-        features[i.to(args.device)] = F.normalize(x.float(), dim=-1)
-    if WORLD > 1:
-        dist.all_reduce(features)       # a row is zero on all processes but one
-    if bad := features.isnan().any(1).nonzero()[:, 0].tolist():
-        print0(f"skipped {len(bad)} of {len(inputs)} images, which cannot be read; the first: {inputs[bad[0]][1]}")
-    return features.cpu()
 
-def fingerprint(model):
-    """sha256 of the weights and of everything in CLIPConfig."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    for name, x in sorted(model.state_dict().items()):
-        digest.update(name.encode() + x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+# ---- rules: features of items -> margins, positive where the model is right --------------------
+# All features are normalised. N items have I images and K texts each: (N, I, D) and (N, K, D).
 
-def cached(model, inputs, args):
-    """encode, or what --cache holds of it for the same weights, precision and inputs: of images path, size and time."""
-    if not args.cache:
-        return encode(model, inputs, args)
-    key = inputs.tolist() if isinstance(inputs, torch.Tensor) else [
-        (name, *[x for x in rest if isinstance(x, (int, float))], os.path.isfile(name) and (
-            os.path.getsize(name), os.stat(name).st_mtime_ns)) for _, name, *rest in inputs]
-    key = hashlib.sha256(repr((PROTOCOL, fingerprint(model), args.dtype, key)).encode()).hexdigest()
-    path = Path(args.cache, f"{key}.pt")
-    found = [torch.load(path, weights_only=True) if path.is_file() and RANK == 0 else None]
-    if WORLD > 1:
-        dist.broadcast_object_list(found)       # processes may not share a disk
-    features = encode(model, inputs, args) if found[0] is None else found[0]
-    if found[0] is None and RANK == 0 and not features.isnan().any():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(features, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+def dot(a, b):
+    """Sum of products over the last axis. Equal rows give equal sums, and so a tie: this is no
+    matmul, which does not promise that."""
+    return (a * b).sum(-1)
+
+
+def first_text_wins(images, texts):
+    """Each of the I images has K / I texts of its own, and strictly prefers the first of them."""
+    own = texts.unflatten(1, (images.shape[1], -1))         # (N, I, K / I, D)
+    scores = dot(images[:, :, None], own)                   # (N, I, K / I)
+    margins = scores[..., 0] - scores[..., 1:].amax(-1)     # (N, I)
+    return margins.amin(1)
+
+
+def both_captions_win(images, texts):
+    """SugarCrepe++, image to text: both captions strictly beat the third text on the image."""
+    captions = dot(images, texts[:, :2])                    # (N, 2)
+    negative = dot(images, texts[:, 2:])                    # (N, 1)
+    return captions.amin(1) - negative[:, 0]
+
+
+def captions_are_nearest(images, texts):
+    """SugarCrepe++, text only: the captions are strictly nearer to each other than to the third."""
+    together = dot(texts[:, 0], texts[:, 1])
+    apart = dot(texts[:, :2], texts[:, 2:])                 # (N, 2)
+    return together - apart.amax(1)
+
+
+def prefers_own(queries, targets):
+    """Two queries and two targets (N, 2, D): each query strictly prefers its own target."""
+    first = dot(queries[:, 0], targets[:, 0]) - dot(queries[:, 0], targets[:, 1])
+    second = dot(queries[:, 1], targets[:, 1]) - dot(queries[:, 1], targets[:, 0])
+    return torch.minimum(first, second)
+
+
+def text_score(images, texts):
+    """Winoground: each of two images strictly prefers its own caption."""
+    return prefers_own(images, texts)
+
+
+def image_score(images, texts):
+    """Winoground: each of two captions strictly prefers its own image."""
+    return prefers_own(texts, images)
+
+
+def group_score(images, texts):
+    """Winoground: both of these."""
+    return torch.minimum(text_score(images, texts), image_score(images, texts))
+
+
+PAIRED = {"text": (text_score, 1 / 4), "image": (image_score, 1 / 4), "group": (group_score, 1 / 6)}
+
+
+# ---- tasks: what is compared -------------------------------------------------------------------
+
+def open_picture(path, *box):
+    """The image at path, or the part of it in box: x, y, width, height in pixels."""
+    image = load_image(path)
+    if box:
+        x, y, width, height = box
+        image = image.crop((x, y, x + width, y + height))
+    return image
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image that is opened when it is encoded. Pictures of equal name and part are the same."""
+    name: str                       # a path, if it has one; what the bootstrap draws
+    part: tuple = ()                # the box of a crop, or the number in a data set
+    load: Callable = field(default=open_picture, compare=False)     # (name, *part) -> RGB image
+    missing: bool = field(default=False, compare=False)             # known not to be there
+
+    def open(self):
+        return self.load(self.name, *self.part)
+
+
+@dataclass
+class Choices:
+    """N items of I images and K texts each, of which few compete."""
+    subset: str                     # the name of the result
+    margin: Callable                # one of the rules above
+    chance: float                   # share that is right by blind choice
+    images: list                    # N tuples of I Pictures
+    texts: list                     # N tuples of K strings
+    labels: list | None = None      # N strings or None: SUBSET_macro is the mean of their means
+    partial: str = ""               # what the table says of a file that is not whole
+
+    def outcomes(self, image_features, text_features):
+        """The two functions give (n, I, D) and (n, K, D) for lists of tuples. Yields one outcome:
+        (subset, margins (N,), chance, N names of images, N items in words, labels or None)."""
+        margins = []
+        for start in range(0, len(self.images), 2000):
+            part = slice(start, start + 2000)
+            images = image_features(self.images[part])
+            texts = text_features(self.texts[part])
+            margins.append(self.margin(images, texts))
+        names = ["|".join(x.name for x in row) for row in self.images]
+        items = [" | ".join((name, *texts)) for name, texts in zip(names, self.texts)]
+        yield self.subset, torch.cat(margins), self.chance, names, items, self.labels
+
+    def needed(self):
+        """The pictures and texts of the items whose images are there; the others cost nothing."""
+        for pictures, texts in zip(self.images, self.texts):
+            if not any(x.missing for x in pictures):
+                yield pictures, texts
+
+
+@dataclass
+class Ranking:
+    """N images and M texts that all compete. A query ("i2t": an image, "t2i": a text) is right if
+    its best positive is among the k best: R@k, or top k where texts are classes."""
+    images: list                    # N tuples of one Picture
+    texts: list                     # M tuples of strings, whose features are averaged
+    positive: torch.Tensor          # (N, M) bool
+    recalls: dict                   # {name of the result: ("i2t" or "t2i", k)}
+    partial: str = ""               # as in Choices
+
+    def outcomes(self, image_features, text_features):
+        """As Choices.outcomes; yields one outcome for each of recalls."""
+        images = image_features(self.images)[:, 0]                  # (N, D)
+        texts = text_features(self.texts)                           # (M, prompts, D)
+        if texts.shape[1] > 1:
+            texts = F.normalize(texts.mean(1), dim=-1)[:, None]
+        texts = texts[:, 0]                                         # (M, D)
+        image_names = [row[0].name for row in self.images]
+        first_image = self.positive.byte().argmax(0)                # (M,)
+        names_by_text = [image_names[i] for i in first_image.tolist()]
+        prompts = [row[0] for row in self.texts]
+        for subset, (way, k) in self.recalls.items():
+            if way == "i2t":
+                margins = rank(images, texts, self.positive, k)
+                chance = blind_recall(self.positive, k)
+                yield subset, margins, chance, image_names, image_names, None
+            else:
+                margins = rank(texts, images, self.positive.T, k)
+                chance = blind_recall(self.positive.T, k)
+                yield subset, margins, chance, names_by_text, prompts, None
+
+    def needed(self):
+        """All texts, since each is a candidate, and the pictures that are there."""
+        for row in self.images:
+            if not row[0].missing:
+                yield row, ()
+        for texts in self.texts:
+            yield (), texts
+
+
+@dataclass
+class Pointing:
+    """N items of an image and a phrase: does the patch whose token is most similar to the phrase
+    lie in a box of what it names? The margin is the largest similarity inside minus that outside;
+    chance is the share of patches that are inside, which blind pointing would hit."""
+    subset: str
+    images: list                    # N tuples of one Picture
+    texts: list                     # N tuples of one string
+    boxes: list                     # N lists of (x, y, width, height) in pixels of the image
+    labels: list | None = None      # as in Choices
+    partial: str = ""
+
+    def outcome(self, model, text_features, options):
+        """As Choices.outcomes yields; under torchrun the processes share the images."""
+        numbers = {}                # {picture: its items}
+        for number, (picture,) in enumerate(self.images):
+            if not picture.missing:
+                numbers.setdefault(picture, []).append(number)
+        texts = text_features(self.texts)[:, 0]                             # (N, D)
+        parts = []
+        for picture, pixels, size in patch_batches(model, list(numbers), options):
+            tokens = patch_tokens(model, pixels, options)                   # (T, D)
+            box = seen_box(model, size)
+            found = []
+            for number in numbers[picture]:
+                inside = patches_inside(self.boxes[number], box, math.isqrt(len(tokens)))   # (T,)
+                found.append(point(tokens @ texts[number], inside))
+            parts.append((torch.tensor(numbers[picture]), torch.tensor(found)))
+        margins, chances = share(parts, len(self.images), width=2).T        # (N,) each
+        chance = chances[~margins.isnan()].mean().item()
+        names = [picture.name for picture, in self.images]
+        items = [f"{name} | {text}" for name, (text,) in zip(names, self.texts)]
+        return self.subset, margins, chance, names, items, self.labels
+
+    def needed(self):
+        """The texts; images are encoded to patch tokens, and not by encode_images."""
+        for texts in self.texts:
+            yield (), texts
+
+
+def point(similarity, inside):
+    """(T,), (T,) bool -> margin, and the share of the patches that are inside."""
+    best = similarity[inside].max().item()
+    other = -2.0                    # less than any cosine, where no patch is outside
+    if not inside.all():
+        other = similarity[~inside].max().item()
+    return best - other, inside.float().mean().item()
+
+
+def patches_inside(boxes, seen, side):
+    """Which of side x side patches lie in a box: its middle does, or that of the box lies in it (or
+    nearest to it), so that small things have a patch, too. seen: see seen_box -> (T,) bool."""
+    left, right, bottom, top = seen
+    width, height = (right - left) / side, (bottom - top) / side            # of a patch
+    x = left + width * (torch.arange(side) + 0.5)
+    y = top + height * (torch.arange(side) + 0.5)
+    inside = torch.zeros(side, side, dtype=torch.bool)                      # rows, columns
+    for box_x, box_y, box_width, box_height in boxes:
+        columns = (x >= box_x) & (x <= box_x + box_width)
+        rows = (y >= box_y) & (y <= box_y + box_height)
+        inside |= rows[:, None] & columns
+        column = int((box_x + box_width / 2 - left) // width)
+        row = int((box_y + box_height / 2 - top) // height)
+        inside[min(max(row, 0), side - 1), min(max(column, 0), side - 1)] = True
+    return inside.flatten()
+
+
+def rank(queries, targets, positive, k):
+    """(Q, D), (M, D), (Q, M) bool -> margins (Q,): the best positive minus the k-th best other.
+
+    NaN where the query or all of its positives are NaN; other targets of NaN are never found.
+    """
+    targets, inverse = targets.unique(dim=0, return_inverse=True)       # equal targets must tie
+    margins = []
+    for q, mask in zip(queries.split(500), positive.split(500)):        # 5,000 x 25,010 is much
+        scores = (q @ targets.T)[:, inverse].nan_to_num(-2.0)           # (<= 500, M)
+        best = scores.masked_fill(~mask, -2).amax(1)
+        others = scores.masked_fill(mask, -3).topk(min(k, len(inverse))).values
+        margins.append(best.masked_fill(best == -2, float("nan")) - others[:, -1])
+    return torch.cat(margins)
+
+
+def blind_recall(positive, k):
+    """(Q, M) bool -> the mean chance that k targets, drawn blindly, hold a positive one."""
+    n = positive.shape[1]
+    tries = torch.arange(min(k, n))[:, None]                            # (k, 1)
+    miss = (n - tries - positive.sum(1)).double() / (n - tries)         # (k, Q)
+    return 1 - miss.clamp(0).prod(0).mean().item()
+
+
+# ---- encoding ----------------------------------------------------------------------------------
+
+@dataclass
+class Options:
+    """What run takes beside the model and the benchmarks."""
+    data_dir: str = "data"          # folder of the benchmarks' files, as download fills it
+    image_root: str = ""            # folder of the images, where they are not in data_dir
+    data: str | None = None         # own data: a table of pairs (retrieval) or a folder of classes
+    image_key: str | None = None    # column of data with paths of images; None: a usual name
+    caption_key: str | None = None  # column of data with captions; None: a usual name
+    classes: str | None = None      # file with the name of each class of folder, one a line
+    allow_missing: bool = False     # leave out what is missing or damaged, and count it
+    batch_size: int = 250           # images or texts in a forward pass
+    workers: int = 0                # processes that read images
+    device: Any = None              # None: where the model is
+    dtype: str = "float32"          # of the towers; bfloat16 is by autocast
+    quiet: bool = False             # print no tables
+
+
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)   # pillow's errors
+
+
+class PictureData(Dataset):
+    """Item i is (i, pixels of picture i as the model's transform makes them), pixels None where the
+    picture cannot be read and that is allowed."""
+
+    def __init__(self, pictures, transform, allow_missing):
+        self.pictures = pictures
+        self.transform = transform
+        self.allow_missing = allow_missing
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, i):
+        try:
+            return i, self.transform(self.pictures[i].open())
+        except UNREADABLE as error:
+            if self.allow_missing:
+                return i, None
+            raise ValueError(f"cannot read {self.pictures[i].name} ({error}): check --image-root, "
+                             "or --allow-missing") from None
+
+
+def stack_readable(items):
+    """Items of PictureData -> their numbers (n,) and pixels (n, 3, S, S), or None if n is 0."""
+    numbers = [i for i, pixels in items if pixels is not None]
+    if not numbers:
+        return None
+    return torch.tensor(numbers), torch.stack([pixels for _, pixels in items if pixels is not None])
+
+
+def encode_images(model, pictures, options):
+    """N pictures -> normalised features (N, D), float32 on the CPU; NaN for what cannot be read."""
+    batches = torch.arange(len(pictures)).split(options.batch_size)[RANK::WORLD]
+    loader = DataLoader(
+        PictureData(pictures, model.transform, options.allow_missing),
+        batch_sampler=[batch.tolist() for batch in batches],
+        collate_fn=stack_readable,
+        num_workers=options.workers,
+        multiprocessing_context="fork" if options.workers else None)
+    parts = []
+    for batch in progress(loader, len(pictures)):
+        if batch is not None:
+            numbers, pixels = batch
+            parts.append((numbers, forward(model, model.encode_image, pixels, options)))
+    features = share(parts, len(pictures))
+    bad = features.isnan().any(1).nonzero()[:, 0].tolist()
+    if bad and len(bad) == len(pictures):
+        raise ValueError(f"none of {len(bad)} images can be read, the first is {pictures[0].name}: "
+                         "check --image-root")
+    if bad:
+        print0(f"skipped {len(bad)} of {len(pictures)} images, which cannot be read; the first: "
+               f"{pictures[bad[0]].name}")
     return features
 
+
+def encode_texts(model, tokens, options):
+    """tokens (N, L) -> normalised features (N, D), float32 on the CPU."""
+    N, L = tokens.shape
+    config = getattr(model, "config", None)
+    lengths = torch.full((N,), L)
+    if getattr(config, "family", "") == "clip":
+        # nothing is seen behind the end-of-text token of a causal model: cut it off
+        lengths = tokens.argmax(1) + 1
+    parts = []
+    batches = lengths.argsort().split(options.batch_size)[RANK::WORLD]
+    for numbers in progress(batches, N):
+        longest = lengths[numbers].max()
+        batch = tokens[numbers, :longest]
+        parts.append((numbers, forward(model, model.encode_text, batch, options)))
+    return share(parts, N)
+
+
+def progress(batches, count):
+    off = count < 2000 or RANK > 0
+    return tqdm(batches, "encoding", leave=False, disable=True if off else None)    # None: no tty
+
+
+@torch.inference_mode()
+def forward(model, encoder, inputs, options):
+    """One batch through one tower -> normalised features (n, D), float32 on the CPU."""
+    device, dtype = model_place(model)
+    if inputs.is_floating_point():
+        inputs = inputs.to(dtype)
+    with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+        features = encoder(inputs.to(device))
+    return F.normalize(features.float(), dim=-1).cpu()
+
+
+def model_place(model):
+    """The device and dtype of a model's weights."""
+    if hasattr(model, "parameters"):
+        for parameter in model.parameters():
+            return parameter.device, parameter.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def patch_batches(model, pictures, options):
+    """Yield (picture, pixels (3, S, S), size of the image) of this process's pictures; what cannot
+    be read is left out, if that is allowed."""
+    def transform(image):
+        return model.transform(image), image.size
+
+    pictures = pictures[RANK::WORLD]
+    data = PictureData(pictures, transform, options.allow_missing)
+    loader = DataLoader(data, batch_size=None, num_workers=options.workers,
+                        multiprocessing_context="fork" if options.workers else None)
+    for number, item in progress(loader, len(pictures)):
+        if item is not None:
+            yield pictures[number], *item
+
+
+@torch.inference_mode()
+def patch_tokens(model, pixels, options):
+    """One image (3, S, S) -> its normalised patch tokens (T, D), float32 on the CPU."""
+    device, dtype = model_place(model)
+    with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+        _, tokens = model.encode_image(pixels[None].to(device, dtype), return_tokens=True)
+    return F.normalize(tokens[0].float(), dim=-1).cpu()
+
+
+def gives_patch_tokens(model):
+    return "return_tokens" in inspect.signature(model.encode_image).parameters
+
+
+def share(parts, count, width=None):
+    """Each process's [(numbers (n,), features (n, D)), ...] -> features (count, D) of all; D is
+    width where there are none."""
+    if WORLD > 1:
+        gathered = [None] * WORLD
+        dist.all_gather_object(gathered, parts)
+        parts = sum(gathered, [])
+    width = parts[0][1].shape[1] if parts else width or 1
+    features = torch.full((count, width), float("nan"))
+    for numbers, some in parts:
+        features[numbers] = some
+    return features
+
+
+class Lookup:
+    """Features by what they are of: a list of N tuples of K keys -> (N, K, D), NaN for unknown."""
+
+    def __init__(self, features, rows):
+        unknown = torch.full((1, features.shape[1]), float("nan"))
+        self.features = torch.cat([features, unknown])      # row -1 is the unknown one
+        self.rows = rows                                    # {key: its row of features}
+
+    def __call__(self, items):
+        numbers = []
+        for item in items:
+            numbers.append([self.rows.get(key, -1) for key in item])
+        return self.features[torch.tensor(numbers)]
+
+
+# ---- results with intervals --------------------------------------------------------------------
+
 def bootstrap(columns, samples=2000, seed=0):
-    """[(images (n,) of 0, 1, ..., values (n,), weights (n,)), ...] -> weighted means (1 + samples, columns): first of
-    all, then of as many images as there are, drawn with all their items; the same draws for all columns."""
-    rng, size = np.random.default_rng(seed), 1 + max(images.max() for images, _, _ in columns)
-    total = np.stack([np.bincount(images, w, size) for images, _, w in columns], 1)             # (images, columns)
-    value = np.stack([np.bincount(images, v * w, size) for images, v, w in columns], 1)
-    draws = (np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(samples))
-    shares = [count @ value / np.maximum(count @ total, 1e-9) for count in draws]
-    return np.stack([value.sum(0) / total.sum(0), *shares])
+    """[(images (n,) of 0, 1, ..., values (n,), weights (n,)), ...] -> (1 + samples, columns).
+
+    Row 0 holds each column's weighted mean; each other row the same over as many images as there
+    are, drawn with replacement, with all their items. The draws are the same for all columns.
+    """
+    rng = np.random.default_rng(seed)
+    size = 1 + max(images.max() for images, _, _ in columns)
+    totals = [np.bincount(images, weights, size) for images, _, weights in columns]
+    sums = [np.bincount(images, values * weights, size) for images, values, weights in columns]
+    total = np.stack(totals, 1)                         # (images, columns): weight of each image
+    value = np.stack(sums, 1)                           # (images, columns): what it adds
+    means = [value.sum(0) / total.sum(0)]
+    for _ in range(samples):
+        drawn = rng.integers(size, size=size)
+        count = np.bincount(drawn, minlength=size)      # how often each image was drawn
+        means.append(count @ value / np.maximum(count @ total, 1e-9))
+    return np.stack(means)
+
 
 def summarize(outcomes, means, samples=2000):
-    """What judge yields, and {mean: subsets or earlier means} -> {subset or mean: accuracy, low, high, n, ...}.
-    Intervals are 95 %, by percentiles; where all items agree, Wilson's of as many as there are images. "micro" is the
-    mean over items."""
-    results, columns, number = {}, {}, {}
+    """What tasks' outcomes yield -> {subset or mean: {accuracy, low, high, n, chance, ...}}.
+
+    means: {name: subsets or earlier names}. Each is the plain mean of its parts, but "micro" is the
+    mean over items. Intervals are 95 %, by percentiles of the bootstrap; where all items agree the
+    bootstrap knows nothing, and Wilson's interval of as many items as there are images is taken.
+    """
+    results, columns, numbers = {}, {}, {}
     for subset, margins, chance, names, items, labels in outcomes:
         kept = (~margins.isnan()).nonzero()[:, 0].tolist()
         if len(kept) < len(margins):
-            print0(f"{subset}: {len(margins) - len(kept)} of {len(margins)} items skipped, without their image")
+            lost = len(margins) - len(kept)
+            print0(f"{subset}: {lost} of {len(margins)} items skipped, without their image")
         if not kept:
             raise ValueError(f"{subset}: none of its items has an image that can be read")
         right = (margins[kept] > 0).numpy().astype(int)
-        images = np.array([number.setdefault(names[i], len(number)) for i in kept])
-        results[subset] = {"right": right.sum().item(), "n": len(kept), "ties": int((margins == 0).sum()),
-                           "chance": chance, "correct": right.tolist(), "image": images.tolist(),
-                           "items": [items[i] for i in kept]}
+        for i in kept:
+            numbers.setdefault(names[i], len(numbers))
+        images = np.array([numbers[names[i]] for i in kept])
         columns[subset] = images, right, np.ones(len(kept))
+        results[subset] = {
+            "right": right.sum().item(), "n": len(kept), "ties": int((margins == 0).sum()),
+            "chance": chance, "correct": right.tolist(), "image": images.tolist(),
+            "items": [items[i] for i in kept]}
         if labels:
-            count = Counter(labels[i] for i in kept)
-            weights = np.array([0 if labels[i] is None else 1 / count[labels[i]] for i in kept])
+            weights = label_weights([labels[i] for i in kept])
+        if labels and weights.any():
             columns[f"{subset}_macro"] = images, right, weights
-            results[f"{subset}_macro"] = {"n": int((weights > 0).sum()), "chance": chance}
-    shares = dict(zip(columns, bootstrap(list(columns.values()), samples).T))           # each (1 + samples,)
-    for name, parts in means.items():
-        if set(parts) <= set(shares):
-            n = [results[part]["n"] for part in parts]
-            shares[name] = np.average([shares[part] for part in parts], 0, n if name == "micro" else None)
-            results[name] = {"n": sum(n), "chance": float(np.mean([results[part]["chance"] for part in parts]))}
-    for name, r in results.items():
-        p, (low, high) = shares[name][0].item(), np.quantile(shares[name][1:], (0.025, 0.975)).tolist()
-        edge = 3.84 / (len(set(r.get("image", number))) + 3.84)
-        r |= {"accuracy": p, "low": min(p, low) - edge * (p == 1), "high": max(p, high) + edge * (p == 0)}
+            results[f"{subset}_macro"] = {"n": int((weights > 0).sum()), "chance": chance,
+                                          "of": subset, "weights": weights.tolist()}
+    draws = dict(zip(columns, bootstrap(list(columns.values()), samples).T))    # (1 + samples,)
+    add_means(results, draws, means)
+    for name, result in results.items():
+        image_count = len(set(result.get("image", numbers)))
+        add_interval(result, draws[name], image_count)
     return results
 
-def run(benches, model, args, quiet=False, tasks=None):
-    """Benches (or read's tasks) on a model in eval mode -> {bench: {subset or mean: results}}. On all processes."""
-    tasks = tasks or read(benches, model, args)[0]
-    every = [task for parts in tasks.values() for task in parts]
-    images = {x: i for i, x in enumerate(dict.fromkeys(x for task in every for row in task.images for x in row))}
-    texts = list(dict.fromkeys(text for task in every for row in task.texts for text in row))
-    tokens, inverse = model.tokenize(texts).unique(dim=0, return_inverse=True)  # texts of equal tokens tie exactly
-    texts, results = dict(zip(texts, inverse.tolist())), {}
-    image_features, text_features = cached(model, list(images), args), cached(model, tokens, args)
-    for bench, parts in tasks.items():
-        spec = TABLE.get(bench, {})
-        outcomes = [outcome for task in parts for outcome in judge(
-            task, lambda rows: image_features[torch.tensor([[images[x] for x in row] for row in rows])],
-            lambda rows: text_features[torch.tensor([[texts[x] for x in row] for row in rows])])]
-        results[bench] = summarize(outcomes, spec.get("means", {}))
-        if not quiet:
-            print_table(bench, results[bench], spec.get("published") if args.reference else None)
+
+def label_weights(labels):
+    """Weights (n,) by which a mean over items is the mean of the labels' means; 0 for None."""
+    count = Counter(labels)
+    return np.array([0 if label is None else 1 / count[label] for label in labels])
+
+
+def add_means(results, draws, means):
+    """Put the means whose parts are all there into results and draws."""
+    for name, parts in means.items():
+        if set(parts) <= set(draws):
+            draws[name] = mean_of_parts(name, parts, draws, results)
+            chance = float(np.mean([results[part]["chance"] for part in parts]))
+            n = sum(results[part]["n"] for part in parts)
+            results[name] = {"n": n, "chance": chance, "parts": parts}
+
+
+def mean_of_parts(name, parts, draws, results):
+    """The plain mean of the parts' draws; "micro" weighs them by their items."""
+    weights = None
+    if name == "micro":
+        weights = [results[part]["n"] for part in parts]
+    return np.average([draws[part] for part in parts], 0, weights)
+
+
+def add_interval(result, draws, image_count):
+    accuracy = draws[0].item()
+    low, high = np.quantile(draws[1:], (0.025, 0.975)).tolist()
+    edge = 3.84 / (image_count + 3.84)      # Wilson's bound where none or all are right; 1.96^2
+    result["accuracy"] = accuracy
+    result["low"] = min(accuracy, low)
+    result["high"] = max(accuracy, high)
+    if accuracy == 1:
+        result["low"] -= edge
+    if accuracy == 0:
+        result["high"] += edge
+
+
+def run(model, benches, **options):
+    """Score a model, in eval mode, on benchmarks: names in BENCHES, or ["all"] that are there.
+
+    model: any object with
+        encode_image(pixels (n, 3, S, S)) -> (n, D) and encode_text(tokens (n, L)) -> (n, D);
+        transform(RGB image of pillow) -> pixels (3, S, S) and tokenize(list of str) -> tokens.
+    options: the fields of Options. Under torchrun all processes call this, and share the work.
+
+    Returns {bench: {subset or mean: {accuracy, low, high, n, chance, ...}}}, shares from 0 to 1;
+    subsets also hold right, ties, and item by item correct (0 or 1), image (a number) and items.
+    Raises ValueError, with a line that says what to do, for files that are missing or damaged.
+    """
+    options = Options(**options)
+    if options.device is not None and hasattr(model, "to"):
+        model.to(options.device)
+    tasks, _ = read(benches, options, image_size(model), gives_patch_tokens(model))
+    results = score(model, tasks, options)
+    if not options.quiet:
+        for bench, subsets in results.items():
+            print_table(bench, subsets)
     return results
+
+
+def check(benches, **options):
+    """Raise whatever run would raise before it encodes anything, without a model: for unknown
+    benchmarks, files or columns that are missing, and where no image of a task can be opened."""
+    check_names(benches)
+    options = Options(**options)
+    tasks, _ = read(benches, options)
+    for parts in tasks.values():
+        for task in parts:
+            check_pictures(task, options)
+
+
+def check_pictures(task, options):
+    """Open pictures of a task until one can be read."""
+    for pictures, _ in task.needed():
+        for picture in pictures:
+            data = PictureData([picture], lambda image: image, options.allow_missing)
+            _, image = data[0]
+            if image is not None:
+                return
+    raise ValueError(f"no image of {type(task).__name__.lower()} {picture.name} can be read")
+
+
+def score(model, tasks, options):
+    """tasks {bench: [Choices or Ranking, ...]} -> results, as run returns them."""
+    pictures, texts = {}, {}            # dicts for their order: equal ones are encoded once
+    for parts in tasks.values():
+        for task in parts:
+            for some_pictures, some_texts in task.needed():
+                pictures.update(dict.fromkeys(some_pictures))
+                texts.update(dict.fromkeys(some_texts))
+    image_rows = {picture: row for row, picture in enumerate(pictures)}
+    # texts of equal tokens become one, and so tie exactly
+    all_tokens = model.tokenize(list(texts))
+    tokens, rows = all_tokens.unique(dim=0, return_inverse=True)
+    if not options.quiet:
+        report_cut(model, list(texts), all_tokens)
+    text_rows = dict(zip(texts, rows.tolist()))
+    image_features = Lookup(encode_images(model, list(pictures), options), image_rows)
+    text_features = Lookup(encode_texts(model, tokens, options), text_rows)
+
+    results = {}
+    for bench, parts in tasks.items():
+        outcomes = []
+        partial = {}                    # {subset: what is to be said of it}
+        for task in parts:
+            if isinstance(task, Pointing):
+                found = [task.outcome(model, text_features, options)]
+            else:
+                found = list(task.outcomes(image_features, text_features))
+            outcomes.extend(found)
+            partial.update((outcome[0], task.partial) for outcome in found if task.partial)
+        subsets = [outcome[0] for outcome in outcomes]
+        results[bench] = summarize(outcomes, means_of(bench, subsets))
+        for subset, text in partial.items():
+            results[bench][subset]["partial"] = text
+    return results
+
+
+def means_of(bench, subsets):
+    """{name: its parts}, see summarize: of MEANS, or where the data says what subsets there are,
+    the mean over all subsets (macro) and all items (micro), or over those of each of Winoground's
+    rules."""
+    if bench in MEANS:
+        return MEANS[bench]
+    if bench == "vismin":
+        return {rule: [name for name in subsets if name.endswith(f"_{rule}")] for rule in PAIRED}
+    if bench in ("choices", "mmvp") and len(subsets) > 1:
+        return {"macro": subsets, "micro": subsets}
+    return {}
+
+
+def report_cut(model, texts, tokens):
+    """Say how many texts are longer than the model's context: what is cut off decides nothing, and
+    texts that differ only there tie. tokens (N, L) are those of the N texts."""
+    if tokens.shape[1] < 2:
+        return
+    # A text is cut if it fills all places, and is the same to the model without its last word. The
+    # place before the last tells whether it does: the last is padding, or ends the text.
+    full = (tokens[:, -2] != tokens[:, -1]).nonzero()[:, 0].tolist()
+    shorter = [texts[i].rsplit(maxsplit=1)[0] for i in full]
+    if not full:
+        return
+    same = (model.tokenize(shorter) == tokens[full]).all(1).tolist()
+    cut = [texts[i] for i, is_same in zip(full, same) if is_same]
+    if cut:
+        print0(f"{len(cut)} of {len(texts)} texts are cut at the model's {tokens.shape[1]} tokens; "
+               f"those that differ only behind them tie, which is wrong. The first: {cut[0]!r}")
+
+
+def image_size(model):
+    """The side in pixels of the images that a model takes."""
+    return model.transform(Image.new("RGB", (64, 64))).shape[-1]
+
 
 def print_table(bench, results, published=None):
-    """A line a subset or mean, in percent; beside it published ones, {method: {subset: percent}}."""
-    width, published = max(map(len, (bench, *results))), published or {}
-    print0(f"\n{bench:{width}s}    chance  accuracy     right / n      ties    95 % interval" +
-           "".join(f"  published: {method}" for method in published))
+    """A line for each subset and mean, in percent; published: see print_published."""
+    width = max(len(name) for name in (bench, *results))
+    print0(f"\n{bench:{width}s}    chance  accuracy     right / n      ties    95 % interval")
     for name, r in results.items():
-        count = f"{r['right']:6d} / {r['n']:<6d} {r['ties']:5d}" if "right" in r else f"mean over {r['n']:6d} items"
+        count = f"mean over {r['n']:6d} items"
+        if "right" in r:
+            count = f"{r['right']:6d} / {r['n']:<6d} {r['ties']:5d}"
         print0(f"{name:{width}s}  {100 * r['chance']:8.1f}  {100 * r['accuracy']:8.1f}  {count:21s}"
-               f"    {100 * r['low']:5.1f} .. {100 * r['high']:5.1f}" +
-               "".join(f"  {x.get(name, ''):>{len(method) + 11}}" for method, x in published.items()))
+               f"    {100 * r['low']:5.1f} .. {100 * r['high']:5.1f}  {r.get('partial', '')}")
+    if published:
+        print_published(results, published, width)
 
-def picture(path, *box):
-    image, (x, y, width, height) = load_image(path), box or [0] * 4
-    return image.crop((x, y, x + width, y + height)) if box else image
 
-def rows_of(bench, subset, args):
-    """The rows of one of a bench's files, and all that is known of it. Raises ValueError if it is not the true file."""
-    spec = {**TABLE[bench], **TABLE[bench]["files"][subset]}
-    path, keys = Path(args.data_dir, spec["path"]), set(spec["image"] + spec["text"] + spec.get("keys", []))
-    if not path.is_file():
-        raise Missing(f"{bench}: no {path}; get it: {GET} {bench}")
-    content = path.read_bytes()
-    try:
-        rows = [json.loads(line) for line in content.splitlines()] if path.suffix == ".jsonl" else json.loads(content)
-        rows = list(rows.values()) if isinstance(rows, dict) else rows      # by id; swap_obj's ids have gaps
-        whole = all(keys <= set(row if isinstance(row, dict) else range(len(row))) for row in rows)
-        if spec.get("sha256") not in (None, hashlib.sha256(content).hexdigest()) or len(rows) != spec["n"] or not whole:
-            raise ValueError(f"{len(rows)} rows, {'all' if whole else 'not all'} with {keys}")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not the official file of {spec['n']} rows ({error}): {GET} {bench}") from None
-    return rows, spec
+def print_published(results, published, width):
+    """Published figures beside ours, in percent, and under them where each is from.
 
-def find(bench, args, images):
-    """(name, *box) of images -> (picture, path, *box): in --image-root, or the first of the bench's folders with it."""
-    places = [args.image_root] * bool(args.image_root) + [Path(args.data_dir, f) for f in TABLE[bench]["folders"]]
-    paths = {name: [os.path.join(place, name) for place in places] for name, *_ in images}
-    paths = {name: next(filter(os.path.isfile, some), some[0]) for name, some in paths.items()}
-    missing = [path for path in paths.values() if not os.path.isfile(path)]
-    if missing and not (args.allow_missing and len(missing) < len(paths)):
-        raise Missing(f"{bench}: {len(missing)} of {len(paths)} images are missing, the first is {missing[0]}. Give "
-                      f"--image-root DIR, or get them: {GET} {bench}; --allow-missing skips some, but not all")
-    return [(picture, paths[name], *box) for name, *box in images]
+    published: {method: {"source": which table, by which protocol; subset: percent, ...}}
+    """
+    numbers = {method: f"[{i}]" for i, method in enumerate(published, 1)}
+    for start in range(0, len(numbers), 10):            # ten columns at a time fit a terminal
+        methods = list(numbers)[start:start + 10]
+        head = "".join(f"{numbers[method]:>7s}" for method in methods)
+        print0(f"\n{'published':{width}s}    ours{head}")
+        for name, r in results.items():
+            figures = [published[method].get(name, "") for method in methods]
+            if any(figures):
+                cells = "".join(f"{figure:>7}" for figure in figures)
+                print0(f"{name:{width}s}  {100 * r['accuracy']:6.1f}{cells}")
+    for method, number in numbers.items():
+        print0(f"{number} published: {method}; {published[method]['source']}")
 
-def choices(bench, subset, model, args):
-    """A bench (from here on: bench, one of its files, model, args): items as assets/benchmarks.json says."""
-    (rows, spec), items = rows_of(bench, subset, args), []      # (row, names of images, texts)
+
+# ---- reading: the files of a benchmark ---------------------------------------------------------
+
+class Source:
+    """The files of one part of a benchmark, as benchmarks.json lists them."""
+
+    def __init__(self, bench, subset, options, image_size=32, has_patches=True):
+        self.bench = bench
+        self.subset = subset
+        self.options = options
+        self.image_size = image_size        # of the model, for built-in drawings
+        self.has_patches = has_patches      # whether the model gives patch tokens
+        self.partial = ""                   # what is to be said of a file that is not whole
+        self.spec = TABLE.get(bench, {})
+
+    def rows(self, keys, part=None):
+        """The rows of this part's file, or of another part's: dicts, or lists. keys {key or place:
+        type of its value}.
+
+        Raises Missing if there is no file, ValueError if it is not the official one.
+        """
+        file = self.spec["files"][part or self.subset]
+        n = file.get("n")               # None: not known
+        path = Path(self.options.data_dir, file["path"])
+        if not path.is_file():
+            raise Missing(f"{self.bench}: no {path}; get it: {GET} {self.bench}")
+        try:
+            content = path.read_bytes()
+            rows = parse_rows(content, path.suffix.lower())
+            whole = all(has_keys(row, keys) for row in rows)
+            digest = hashlib.sha256(content).hexdigest()
+            fewer = whole and n and 0 < len(rows) < n and self.options.allow_missing
+            official = n in (None, len(rows)) and rows and file.get("sha256") in (None, digest)
+            if fewer:
+                self.partial = f"partial: {len(rows):,} of the official {n:,} rows"
+            elif not whole or not official:
+                extent = "all" if whole else "not all"
+                raise ValueError(f"{len(rows)} rows, {extent} with {', '.join(map(str, keys))}")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is not the official file of {n or 'unknown'} rows ({error}): "
+                             f"delete it and get it: {GET} {self.bench}"
+                             ) from None
+        return rows
+
+    def pictures(self, names, boxes=None):
+        """File names -> Pictures: in --image-root, or else the first of the benchmark's folders
+        that has it. boxes: for each name x, y, width, height of a crop."""
+        options = self.options
+        folders = [Path(options.data_dir, folder) for folder in self.spec["folders"]]
+        if options.image_root:
+            folders.insert(0, options.image_root)
+        paths = {name: find_file(name, folders) for name in names}
+        missing = {name for name, path in paths.items() if not os.path.isfile(path)}
+        if missing and not (options.allow_missing and len(missing) < len(paths)):
+            first = next(path for name, path in paths.items() if name in missing)
+            raise Missing(
+                f"{self.bench}: {len(missing)} of {len(paths)} images are missing, the first is "
+                f"{first[:300]}. Give --image-root DIR, or get them: {GET} {self.bench}; "
+                "--allow-missing skips some, but not all")
+        pictures = []
+        for i, name in enumerate(names):
+            box = tuple(boxes[i]) if boxes else ()
+            pictures.append(Picture(paths[name], box, missing=name in missing))
+        return pictures
+
+
+def parse_rows(content, suffix):
+    """The rows of a .csv or .jsonl file, of a json list, of Karpathy's json files, which have them
+    under images, or the values of another json dict."""
+    if suffix == ".jsonl":
+        return [json.loads(line) for line in content.splitlines()]
+    if suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
+    rows = json.loads(content)
+    if isinstance(rows, dict) and isinstance(rows.get("images"), list):
+        return rows["images"]
+    if isinstance(rows, dict):      # by number, with gaps in SugarCrepe's swap_obj
+        rows = list(rows.values())
+    return rows
+
+
+def has_keys(row, keys):
+    """Whether a row, a dict or a list, holds values of these kinds: {key or place: kind}."""
+    for key, kind in keys.items():
+        if isinstance(row, dict):
+            there = key in row
+        else:
+            there = isinstance(row, list) and isinstance(key, int) and key < len(row)
+        if not there or not is_kind(row[key], kind):
+            return False
+    return True
+
+
+def is_kind(value, kind):
+    """kind: str, dict, ...; (int, float) and so on for one of them; [str] for a list of strings."""
+    if kind == [str]:
+        return isinstance(value, list) and value != [] and all(is_kind(x, str) for x in value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, str):      # half of a surrogate pair is no text, though json allows it
+        return value.encode("utf-8", "ignore").decode() == value
+    return True
+
+
+def find_file(name, folders):
+    """The path of name in the first folder that has it; in the first folder if none has."""
+    paths = [os.path.join(folder, name) for folder in folders]
+    for path in paths:
+        if os.path.isfile(path):
+            return path
+    return paths[0]
+
+
+def read(benches, options, image_size=32, has_patches=True):
+    """-> {bench: [Choices or Ranking, ...]} and a list of what is not there, a line each.
+
+    What is not there is an error, unless all benches are asked for, or --allow-missing is given and
+    another part of the same benchmark is there.
+    """
+    every = list(benches) == ["all"]
+    tasks, missing = {}, []
+    for bench in BENCHES if every else benches:
+        tasks[bench] = []
+        parts = parts_of(bench, options)
+        for part in parts:
+            source = Source(bench, part, options, image_size, has_patches)
+            try:
+                found = list(READERS[bench](source))
+                for task in found:
+                    task.partial = source.partial
+                tasks[bench].extend(found)
+            except Missing as error:
+                missing.append(str(error))
+                rest = tasks[bench] or part != parts[-1]
+                if not every and not (options.allow_missing and rest):
+                    raise
+    return {bench: found for bench, found in tasks.items() if found}, missing
+
+
+def parts_of(bench, options):
+    """A benchmark's function is called for each of its files, or once."""
+    if bench == "retrieval" and options.data and not os.path.isdir(options.data):
+        return ["data"]
+    return list(TABLE.get(bench, {}).get("files", [bench]))
+
+
+# ---- benchmarks: the docstring is the protocol -------------------------------------------------
+
+# A scene's caption and its negative: colours c, shapes s, objects 1 and 2, and the rest of them.
+SCENE_CAPTIONS = {
+    "np_binding": ("a {c1} {s1}", "a {c1} {s2}"),
+    "swap_att": ("a {c1} {s1} and a {c2} {s2}{rest}", "a {c2} {s1} and a {c1} {s2}{rest}"),
+    "replace_att": ("a {c1} {s1} and a {c2} {s2}{rest}", "a {c3} {s1} and a {c2} {s2}{rest}"),
+    "replace_obj": ("a {c1} {s1} and a {c2} {s2}{rest}", "a {c1} {s3} and a {c2} {s2}{rest}"),
+    "swap_obj": ("a {c1} {s1} {where} a {c2} {s2}{rest}", "a {c2} {s2} {where} a {c1} {s1}{rest}"),
+    "add": ("a {c1} {s1}", "a {c1} {s1} and a {c3} {s3}"),
+}
+
+
+def scenes(source, n=1000, seed=1):
+    """Built-in drawings of two objects that training never showed together, 1,000 of them.
+
+    The caption must score strictly higher than its negative, where the image shows a red circle
+    and, left of it, a blue square:
+        np_binding   "a red circle" against "a red square"
+        swap_att     "a red circle and a blue square": the colours exchanged
+        replace_att  the same with a colour that is not there; replace_obj with a shape
+        swap_obj     "a red circle right of a blue square": the objects exchanged
+        add          "a red circle" against that and an object that is not there
+    seen_np_binding is np_binding on pairs of objects that training does show. i2t_r1, t2i_r1:
+    retrieval among the 1,000 captions of swap_att; whatever says, or shows, the same two objects is
+    right. single: one object alone among the 48 captions "a red circle"; single_colour and
+    single_shape ask for its colour and its shape only.
+    """
+    yield from scene_tasks("small", source, n, seed)
+
+
+def scenes_large(source, n=1000, seed=1):
+    """Built-in drawings of three objects of 12 colours and 12 shapes, which few captions share.
+
+    As `scenes`, of which `python evaluate.py describe scenes` tells the subsets. They change the
+    first two objects; the third stays as it is. single asks for one of 144 objects.
+    """
+    yield from scene_tasks("large", source, n, seed)
+
+
+def scenes_pointing(source, n=1000, seed=1):
+    """Built-in drawings of two objects that training never showed together, 1,000 of them; for each
+    object the patch most similar to "a red circle" must lie in its quadrant (chance 25)."""
+    need_patches(source)
+    data = Scenes(n, "val", seed, source.image_size)
+    pictures = [picture for picture, in scene_pictures(data, f"small val {seed}", n)]
+    half = source.image_size / 2
+    images, texts, boxes = [], [], []
+    for i, picture in enumerate(pictures):
+        objects, cells, _ = data.objects(i)
+        for (colour, shape), cell in zip(objects, cells):
+            images.append((picture,))
+            texts.append((f"a {colour} {shape}",))
+            boxes.append([(half * (cell % 2), half * (cell // 2), half, half)])
+    yield Pointing("quadrant", images, texts, boxes)
+
+
+def need_patches(source):
+    if not source.has_patches:
+        raise Missing(f"{source.bench}: this model's encode_image gives no patch tokens "
+                      "(return_tokens=True)")
+
+
+def scene_tasks(world, source, n, seed):
+    held_out = Scenes(n, "val", seed, source.image_size, world=world)
+    captions = scene_captions(held_out, n, seed)
+    images = scene_pictures(held_out, f"{world} val {seed}", n)
+    for subset, texts in captions.items():
+        yield Choices(subset, first_text_wins, 1 / 2, images, texts)
+        if subset == "swap_att":
+            yield scene_retrieval(images, [caption for caption, _ in texts])
+
+    seen = Scenes(n, "train", seed + 1000, source.image_size, world=world)
+    texts = scene_captions(seen, n, seed)["np_binding"]
+    images = scene_pictures(seen, f"{world} train {seed + 1000}", n)
+    yield Choices("seen_np_binding", first_text_wins, 1 / 2, images, texts)
+    yield from single_objects(seen, n, seed)
+
+
+def scene_pictures(data, name, n):
+    """Scenes -> n tuples of one Picture."""
+    def load(name, i):
+        return data[i]["image"]
+
+    return [(Picture(f"{name} {i}", (i,), load),) for i in range(n)]
+
+
+def scene_captions(data, n, seed):
+    """{subset: n tuples of a scene's caption and its negative}."""
+    rng = random.Random(seed)
+    captions = {subset: [] for subset in SCENE_CAPTIONS}
+    for i in range(n):
+        objects, cells, _ = data.objects(i)
+        colours = [colour for colour, _ in objects]
+        shapes = [shape for _, shape in objects]
+        words = {
+            "c1": colours[0], "s1": shapes[0], "c2": colours[1], "s2": shapes[1],
+            "c3": rng.choice([colour for colour in data.world.colours if colour not in colours]),
+            "s3": rng.choice([shape for shape in data.world.shapes if shape not in shapes]),
+            "rest": "".join(f" and a {colour} {shape}" for colour, shape in objects[2:]),
+            "where": relation(*cells[:2]),
+        }
+        for subset, (true, false) in SCENE_CAPTIONS.items():
+            captions[subset].append((true.format(**words), false.format(**words)))
+    return captions
+
+
+def scene_retrieval(images, captions):
+    objects = [sorted(caption.split(" and ")) for caption in captions]
+    same = [[a == b for a in objects] for b in objects]
+    texts = [(caption,) for caption in captions]
+    return Ranking(images, texts, torch.tensor(same), {"i2t_r1": ("i2t", 1), "t2i_r1": ("t2i", 1)})
+
+
+def single_objects(data, n, seed):
+    """One object in each image, in turn each that the world has; a class is right if its object is
+    the same, or its colour, or its shape."""
+    objects = list(itertools.product(data.world.colours, data.world.shapes))
+    texts = [(f"a {colour} {shape}",) for colour, shape in objects]
+
+    def load(name, i):
+        rng = random.Random(f"{seed} {i}")
+        return data.render([objects[i % len(objects)]], [rng.randrange(4)], rng)
+
+    images = [(Picture(f"single {seed} {i}", (i,), load),) for i in range(n)]
+    parts = {"single": slice(2), "single_colour": slice(0, 1), "single_shape": slice(1, 2)}
+    for subset, part in parts.items():
+        fits = []
+        for i in range(n):
+            shown = objects[i % len(objects)]
+            fits.append([shown[part] == other[part] for other in objects])
+        yield Ranking(images, texts, torch.tensor(fits), {subset: ("i2t", 1)})
+
+
+SUGARCREPE_MEANS = {        # three averages are in use, which differ: macro_7, macro_3 and micro
+    "replace": ["replace_obj", "replace_att", "replace_rel"],
+    "swap": ["swap_obj", "swap_att"],
+    "add": ["add_obj", "add_att"],
+    "macro_7": ["replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj",
+                "add_att"],
+    "macro_3": ["replace", "swap", "add"],
+    "micro": ["replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj",
+              "add_att"],
+}
+
+
+def sugarcrepe(source):
+    """A COCO image, its caption and one hard negative: the caption must score strictly higher.
+
+    7 subsets, 7,511 items on 1,560 images. Three averages are in use, which differ: macro_7 over
+    the subsets, macro_3 over the groups replace, swap and add, micro over the items.
+
+        swap_obj.json  {"0": {"filename": "000000222455.jpg", "caption": "...",
+                              "negative_caption": "..."}, "1": ...}
+    """
+    rows = source.rows({"filename": str, "caption": str, "negative_caption": str})
+    images = source.pictures(column(rows, "filename"))
+    texts = columns(rows, "caption", "negative_caption")
+    yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
+
+
+def column(rows, key):
+    return [row[key] for row in rows]
+
+
+def columns(rows, *keys):
+    """A list of tuples: the values of several keys in each row."""
+    return list(map(itemgetter(*keys), rows))
+
+
+def tuples(items):
+    """[a, b, ...] -> [(a,), (b,), ...]: items of one image, or one text."""
+    return [(item,) for item in items]
+
+
+SUGARCREPE_PP_MEANS = {
+    "replace_itt": ["replace_obj_itt", "replace_att_itt", "replace_rel_itt"],
+    "swap_itt": ["swap_obj_itt", "swap_att_itt"],
+    "replace_tot": ["replace_obj_tot", "replace_att_tot", "replace_rel_tot"],
+    "swap_tot": ["swap_obj_tot", "swap_att_tot"],
+    "macro_itt": ["replace_obj_itt", "replace_att_itt", "replace_rel_itt", "swap_obj_itt",
+                  "swap_att_itt"],
+    "macro_tot": ["replace_obj_tot", "replace_att_tot", "replace_rel_tot", "swap_obj_tot",
+                  "swap_att_tot"],
+}
+
+
+def sugarcrepe_pp(source):
+    """A COCO image, two captions that mean the same, and a negative that shares most words.
+
+    itt (image to text): both captions strictly beat the negative on the image. tot (text only): the
+    captions are strictly nearer to each other than either is to the negative. Some negatives equal
+    their caption, so that no model is right there. 5 subsets, 4,757 items.
+
+        swap_obj.json  [{"id": 0, "filename": "000000222455.jpg", "caption": "...",
+                         "caption2": "...", "negative_caption": "..."}, ...]
+    """
+    rows = source.rows({"filename": str, "caption": str, "caption2": str, "negative_caption": str})
+    images = tuples(source.pictures(column(rows, "filename")))
+    texts = columns(rows, "caption", "caption2", "negative_caption")
+    yield Choices(f"{source.subset}_itt", both_captions_win, 1 / 3, images, texts)
+    yield Choices(f"{source.subset}_tot", captions_are_nearest, 1 / 3, images, texts)
+
+
+def aro(source):
+    """vg_relation, vg_attribution: on a crop of Visual Genome the caption must score strictly
+    higher than the same with its objects, or attributes, exchanged. coco_order, flickr30k_order:
+    the caption against four shuffles of its words (see orders); an item is one caption.
+
+    Published are vg_relation_macro, the mean over relations without the symmetric ones and those
+    that the original leaves out, and vg_attribution_macro, the mean over pairs of attributes with
+    25 items or more. A shuffle that changes nothing is a tie: wrong here, right in the original.
+
+        visual_genome_relation.json  [{"image_path": "2414605.jpg", "bbox_x": 0, "bbox_y": 10,
+            "bbox_w": 90, "bbox_h": 80, "relation_name": "behind", "true_caption": "...",
+            "false_caption": "..."}, ...]; visual_genome_attribution.json has "attributes"
+        coco_karpathy_test.json  [{"image": "val2014/COCO_val2014_000000391895.jpg",
+            "caption": ["...", "...", "...", "...", "..."]}, ...]
+    """
+    if source.subset in ("coco_order", "flickr30k_order"):
+        yield aro_order(source)
+    elif source.subset == "vg_relation":
+        yield aro_swap(source, "relation_name", str, least=1)
+    else:
+        yield aro_swap(source, "attributes", [str], least=25)
+
+
+def aro_swap(source, label_key, label_type, least):
+    box = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
+    rows = source.rows({"image_path": str, "true_caption": str, "false_caption": str,
+                        label_key: label_type, **dict.fromkeys(box, (int, float))})
+    boxes = columns(rows, *box)
+    images = source.pictures(column(rows, "image_path"), boxes)
+    texts = columns(rows, "true_caption", "false_caption")
+    labels = [str(row[label_key]) for row in rows]
+    count = Counter(labels)
+    left_out = source.spec["files"][source.subset].get("left_out", ())
+    for i, label in enumerate(labels):
+        if label in left_out or count[label] < least:
+            labels[i] = None
+    return Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts, labels)
+
+
+def aro_order(source):
+    rows = source.rows({"image": str, "caption": [str]})
+    names, texts = [], []
     for row in rows:
-        names = [spec.get("name", "{}").format(re.sub("http.*/", "", str(row[k]))) for k in spec["image"]]
-        texts = row[spec["text"][0]] if len(spec["text"]) == 1 else [row[k] for k in spec["text"]]
-        if bench != "valse" or row["mturk"]["caption"] >= 2:        # of three annotators
-            items += [(row, names, t) for t in (map(orders, texts) if "orders" in spec else [texts])]
-    found = iter(find(bench, args, [(name, *[row[k] for k in spec.get("crop", ())])
-                                    for row, names, _ in items for name in names]))
-    labels = [str(row[spec["macro"]]) for row, _, _ in items] if "macro" in spec else []
-    count, out = Counter(labels), spec.get("left_out", ())
-    labels = [None if x in out or count[x] < spec.get("least", 1) else x for x in labels]
-    images, texts = [tuple(next(found) for _ in names) for _, names, _ in items], [tuple(t) for _, _, t in items]
-    rules = {name.format(subset): rule for name, rule in spec.get("rules", {"{}": "choice"}).items()}
-    yield Choices(rules, images, texts, labels)
-    for name in spec.get("sets", ()):       # pair, set: of the same objects, and all of it must be correct
-        sets = {}
-        for (_, names, _), image, text in zip(items, images, texts):
-            first, relation, *_, last = os.path.basename(names[0]).split("_")       # mug_left_of_plate.jpeg
-            key = first, last, name == "pair" and relation in ("left", "right")
-            sets[key] = [x + y for x, y in zip(sets.get(key, [(), ()]), (image, text))]
-        yield Choices({f"{subset}_{name}": "choice"}, *zip(*sets.values()))
+        for caption in row["caption"]:
+            names.append(row["image"])
+            texts.append(orders(caption))
+    return Choices(source.subset, first_text_wins, 1 / 5, tuples(source.pictures(names)), texts)
+
 
 def orders(caption):
-    """A caption and ARO's four shuffles: nouns, and adjectives; all others; the words of each three; the threes.
-    Cut to 30 words and cleaned as there. The shuffles are random, seeded by the caption; tags are of concepts.py."""
-    words, rng = default_extractor().words(caption), random.Random(caption)
+    """A caption and ARO's four shuffles of its words: of nouns and of adjectives; of all others; of
+    the words within each three; of the threes. Cleaned and cut to 30 words as there. The shuffles
+    are random, seeded by the caption; parts of speech are of concepts.py."""
+    words = default_extractor().words(caption)      # (start, end, tag) of each
+    rng = random.Random(caption)
     places = range(len(words))
     nouns = [i for i in places if words[i][2] in ("NN", "NNS", "NNP", "NNPS", "QN")]
     adjectives = [i for i in places if words[i][2] in ("JJ", "JJR", "JJS", "ORG")]
-    others, threes = [i for i in places if i not in nouns + adjectives], [places[i:i + 3] for i in places[::3]]
-    shuffles = []
-    for groups in [nouns, adjectives], [others], threes:
-        moved = {i: j for group in groups for i, j in zip(group, rng.sample(group, len(group)))}
-        shuffles.append([moved.get(i, i) for i in places])
+    others = [i for i in places if i not in nouns and i not in adjectives]
+    threes = [places[i:i + 3] for i in places[::3]]
+
+    shuffles = [list(places)]
+    for groups in ([nouns, adjectives], [others], threes):
+        order = list(places)
+        for group in groups:
+            for place, word in zip(group, rng.sample(group, len(group))):
+                order[place] = word
+        shuffles.append(order)
     shuffles.append([i for three in rng.sample(threes, len(threes)) for i in three])
-    texts = [caption] + [" ".join(caption[slice(*words[i][:2])] for i in order) for order in shuffles]
-    return [" ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:30]) for text in texts]
+    spellings = [caption[start:end] for start, end, _ in words]
+    texts = [" ".join(spellings[i] for i in order) for order in shuffles[1:]]
+    return tuple(clean_order(text) for text in (caption, *texts))
 
-def retrieval(bench, subset, model, args):
-    if subset == "data":
-        data = CaptionFile(args.data, args.image_root, args.image_key, args.caption_key)
-        pairs = [((lambda _, *place: load_image([*place]), row["key"], *row["image"])       # a member of a tar shard
-                  if isinstance(row["image"], list) else (picture, os.path.join(args.image_root, row["image"])),
-                  row["captions"][0], row["captions"][0]) for row in map(data.sample, range(len(data)))]
+
+def clean_order(text):
+    words = re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()
+    return " ".join(words[:30])
+
+
+VALSE_MEANS = {
+    "macro_11": ["existence", "plurals", "counting-small-quant", "counting-hard",
+                 "counting-adversarial", "relations", "action-replacement", "actant-swap",
+                 "coreference-standard", "coreference-hard", "foil-it"],
+    "counting": ["counting-small-quant", "counting-hard", "counting-adversarial"],
+    "actions": ["action-replacement", "actant-swap"],
+    "coreference": ["coreference-standard", "coreference-hard"],
+    "macro_7": ["existence", "plurals", "counting", "relations", "actions", "coreference",
+                "foil-it"],
+}
+
+
+def valse(source):
+    """A caption must score strictly higher than its foil, in which a phrase was exchanged. Only
+    items whose caption at least 2 of 3 annotators found true; 11 pieces of 7 phenomena.
+
+        existence.json  {"...": {"image_file": "v7w_2366235.jpg", "caption": "...", "foil": "...",
+                                 "mturk": {"foil": 0, "caption": 3, "other": 0}, ...}, ...}
+    """
+    rows = source.rows({"image_file": str, "caption": str, "foil": str, "mturk": dict})
+    rows = [row for row in rows if row["mturk"]["caption"] >= 2]
+    images = source.pictures(column(rows, "image_file"))
+    texts = columns(rows, "caption", "foil")
+    yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
+
+
+def winoground(source):
+    """Two images and two captions of the same words. text: each image strictly prefers its own
+    caption; image: each caption its own image; group: both. Chance is 1/4, 1/4 and 1/6.
+
+        examples.jsonl  {"id": 0, "image_0": "ex_0_img_0", "image_1": "ex_0_img_1",
+                         "caption_0": "...", "caption_1": "..."}
+    """
+    rows = source.rows({"image_0": str, "image_1": str, "caption_0": str, "caption_1": str})
+    yield from paired_choices(
+        PAIRED,
+        source.pictures([f"{row['image_0']}.png" for row in rows]),
+        source.pictures([f"{row['image_1']}.png" for row in rows]),
+        columns(rows, "caption_0", "caption_1"))
+
+
+def paired_choices(rules, first_images, second_images, texts):
+    """Two images and two captions, by each of the rules {subset: (margin, chance)}."""
+    images = list(zip(first_images, second_images))
+    for subset, (margin, chance) in rules.items():
+        yield Choices(subset, margin, chance, images, texts)
+
+
+def colorswap(source):
+    """As Winoground; the captions differ in two colours exchanged. The 300 items of the test split.
+
+        test.json  [{"image_1": "images/0_1.png", "image_2": "images/0_2.png",
+                     "caption_1": "...", "caption_2": "..."}, ...]
+    """
+    rows = source.rows({"image_1": str, "image_2": str, "caption_1": str, "caption_2": str})
+    yield from paired_choices(
+        PAIRED,
+        source.pictures(column(rows, "image_1")),
+        source.pictures(column(rows, "image_2")),
+        columns(rows, "caption_1", "caption_2"))
+
+
+WHATSUP_MEANS = {
+    "controlled": ["A", "B"],
+    "coco": ["coco_one", "coco_two"],
+    "vg": ["vg_one", "vg_two"],
+    "macro_6": ["A", "B", "coco_one", "coco_two", "vg_one", "vg_two"],
+}
+
+
+def whatsup(source):
+    """The caption with the true preposition must score strictly highest: of four on photographs
+    made for it (A: household objects, B: objects on a table), of two on COCO and Visual Genome.
+
+    A_pair, B_pair: of the same two objects left and right, or the other two prepositions, are both
+    right; A_set, B_set: all four are.
+
+        controlled_images_dataset.json  [{"image_path": "data/controlled_images/
+            mug_left_of_plate.jpeg", "caption_options": ["true", "...", "...", "..."]}, ...]
+        coco_qa_one_obj.json  [[398377, "A photo of a dog on the left", "... on the right"], ...]
+    """
+    if source.subset in ("A", "B"):
+        yield from whatsup_controlled(source)
+        return
+    rows = source.rows({0: (int, str), 1: str, 2: str})
+    if source.subset.startswith("coco"):
+        names = [f"val2017/{str(row[0]):0>12}.jpg" for row in rows]
     else:
-        rows = [(row["image"], caption) for row in rows_of(bench, subset, args)[0] for caption in row["caption"]]
-        pairs = [(image, i, rows[i][1]) for i, image in enumerate(find(bench, args, [(name,) for name, _ in rows]))]
-    texts = {key: caption for _, key, caption in pairs}
-    row, column = ({x: i for i, x in enumerate(dict.fromkeys(xs))} for xs in ([p[0] for p in pairs], texts))
-    positive = torch.zeros(len(row), len(column), dtype=torch.bool)
-    positive[[row[image] for image, _, _ in pairs], [column[key] for _, key, _ in pairs]] = True
-    prefix = "" if subset == "data" else f"{subset}_"
-    yield Ranking([(image,) for image in row], [(text,) for text in texts.values()], positive,
-                  {f"{prefix}{way}_r{k}": (way, k) for way in ("i2t", "t2i") for k in (1, 5, 10)})
+        names = [f"data/vg_images/{row[0]}.jpg" for row in rows]
+    texts = columns(rows, 1, 2)
+    yield Choices(source.subset, first_text_wins, 1 / 2, tuples(source.pictures(names)), texts)
 
-def zero_shot(bench, subset, model, args):
-    """A class is the normalised mean of its prompts' normalised features (Radford et al. 2021)."""
-    spec, known = TABLE[bench], {"templates": [TABLE[bench].get("prompt", "a photo of a {}.")]}
-    path = os.path.join(args.data_dir, spec["folder"]) if "folder" in spec else args.data or ""
-    try:
-        if "torchvision" in spec:
-            load = getattr(torchvision.datasets, spec["torchvision"])
-            data = load(path, download=args.command == "download", **spec["split"])
+
+def whatsup_controlled(source):
+    rows = source.rows({"image_path": str, "caption_options": [str]})
+    images = source.pictures(column(rows, "image_path"))
+    texts = [tuple(row["caption_options"]) for row in rows]
+    yield Choices(source.subset, first_text_wins, 1 / 4, tuples(images), texts)
+    pairs, sets = {}, {}        # {objects: [images, texts]} in which all must be right
+    for row, image, options in zip(rows, images, texts):
+        name = os.path.basename(row["image_path"])          # mug_left_of_plate.jpeg
+        first, preposition, *_, second = name.split("_")
+        sideways = preposition in ("left", "right")
+        for groups, key in (pairs, (first, second, sideways)), (sets, (first, second)):
+            some_images, some_texts = groups.get(key, ((), ()))
+            groups[key] = some_images + (image,), some_texts + options
+    for name, groups, size in ("pair", pairs, 2), ("set", sets, 4):
+        images, texts = zip(*groups.values())
+        subset = f"{source.subset}_{name}"
+        yield Choices(subset, first_text_wins, (1 / 4) ** size, list(images), list(texts))
+
+
+def cola(source):
+    """Two images and two captions that share objects and attributes: each caption must strictly
+    prefer its own image. The 210 items of the multi-object part.
+
+        COLA_multiobjects_matching_benchmark.json  [["https://.../2414605.jpg", "caption",
+                                                     "https://.../2414606.jpg", "caption"], ...]
+    """
+    rows = source.rows({0: str, 1: str, 2: str, 3: str})
+    yield from paired_choices(
+        {source.subset: PAIRED["image"]},
+        source.pictures([file_name(row[0]) for row in rows]),
+        source.pictures([file_name(row[2]) for row in rows]),
+        columns(rows, 1, 3))
+
+
+def file_name(url):
+    return re.sub("http.*/", "", url)
+
+
+def bivlc(source):
+    """An image of COCO and its caption, and a negative caption of SugarCrepe with an image that was
+    made for it. As Winoground: text, image and group score, chance 1/4, 1/4 and 1/6. The 2,933
+    items of the test split.
+
+        test.jsonl  {"image": "0_image.jpg", "negative_image": "0_negative_image.jpg",
+                     "caption": "...", "negative_caption": "...", "type": "add", "subtype": "obj"}
+    (a hub data set: download writes it in this form, by the package datasets)
+    """
+    keys = ("image", "negative_image", "caption", "negative_caption")
+    rows = source.rows(dict.fromkeys(keys, str))
+    yield from paired_choices(
+        PAIRED,
+        source.pictures(column(rows, "image")),
+        source.pictures(column(rows, "negative_image")),
+        columns(rows, "caption", "negative_caption"))
+
+
+def vismin(source):
+    """Two images that differ in one object, attribute, count or spatial relation, and a caption of
+    each. As Winoground, by category: CATEGORY_text, _image and _group; text, image and group are
+    the means over categories. 2,084 items.
+
+        test.jsonl  {"image_0": "0_image_0.jpg", "image_1": "0_image_1.jpg", "text_0": "...",
+                     "text_1": "...", "category": "object", ...}
+    (a hub data set: download writes it in this form, by the package datasets)
+    """
+    keys = ("image_0", "image_1", "text_0", "text_1", "category")
+    rows = source.rows(dict.fromkeys(keys, str))
+    for category in dict.fromkeys(row["category"] for row in rows):
+        some = [row for row in rows if row["category"] == category]
+        yield from paired_choices(
+            {f"{category}_{rule}": found for rule, found in PAIRED.items()},
+            source.pictures(column(some, "image_0")),
+            source.pictures(column(some, "image_1")),
+            columns(some, "text_0", "text_1"))
+
+
+def mmvp(source):
+    """Two images that CLIP's image tower finds alike, and a statement about each: each text "a
+    photo of STATEMENT" must strictly prefer its own image. 135 pairs, 15 in each of 9 patterns.
+
+        Questions.csv  Question ID,Type,Statement: two rows in turn are a pair
+        MLLM_VLM Images/TYPE/ID.jpg, TYPE as in the first row of the pair
+    """
+    rows = [list(row.values()) for row in source.rows({})]
+    if any(len(row) != 3 or not all(row) for row in rows) or len(rows) % 2:
+        raise ValueError("mmvp: expected pairs of rows of three values: ID, type, statement")
+    pairs = {}          # {pattern: [(first row, second row), ...]}
+    for first, second in zip(rows[::2], rows[1::2]):
+        pairs.setdefault(first[1], []).append((first, second))
+    for pattern, some in pairs.items():
+        yield from paired_choices(
+            {pattern: PAIRED["image"]},
+            source.pictures([f"{pattern}/{first[0]}.jpg" for first, _ in some]),
+            source.pictures([f"{pattern}/{second[0]}.jpg" for _, second in some]),
+            [(f"a photo of {first[2]}", f"a photo of {second[2]}") for first, second in some])
+
+
+def negbench(source):
+    """Four captions of an image, of which one is true: it must score strictly highest. Some say
+    what is there (positive), some what is not (negative), some both (hybrid). coco and voc are over
+    all items, coco_negative and so on over those whose true caption is of that kind.
+
+        COCO_val_mcq_llama3.1_rephrased.csv  columns image_path, caption_0 to caption_3,
+            correct_answer (0 to 3), correct_answer_template (positive, negative, hybrid)
+    """
+    keys = [f"caption_{i}" for i in range(4)]
+    rows = source.rows(dict.fromkeys(
+        (*keys, "image_path", "correct_answer", "correct_answer_template"), str))
+    images = tuples(source.pictures([os.path.basename(row["image_path"]) for row in rows]))
+    texts = []
+    for row in rows:
+        captions = [row[key] for key in keys]
+        number = row["correct_answer"].removesuffix(".0")
+        if number not in ("0", "1", "2", "3"):
+            raise ValueError(f"negbench: correct_answer {number!r:.40}: expected 0 to 3")
+        true = captions.pop(int(number))
+        texts.append((true, *captions))
+    yield Choices(source.subset, first_text_wins, 1 / 4, images, texts)
+    for kind in ("positive", "negative", "hybrid"):
+        some = [i for i, row in enumerate(rows) if row["correct_answer_template"] == kind]
+        if some:
+            yield Choices(f"{source.subset}_{kind}", first_text_wins, 1 / 4,
+                          [images[i] for i in some], [texts[i] for i in some])
+
+
+def hard_positives(source):
+    """A caption, the same with a word or an order changed that keeps its meaning (hard positive),
+    and one that does not (hard negative): both of the first must strictly beat the third. swap: on
+    crops of Visual Genome; replace_att, replace_rel: on whole images. Chance is 1/3.
+
+        data/vl_checklist_attributes.json  [{"image_id": "2401814",
+            "image_path": "data/VG_100K_2/2401814.jpg", "true_caption": "walking elephant",
+            "false_caption": "jumping elephant"}, ...]
+        swapped_data/vl_checklist_attributes.json  the same with the hard positive as true_caption
+    """
+    if source.subset.endswith("_positive"):     # the second file of another part
+        return
+    keys = {"image_path": str, "true_caption": str, "false_caption": str}
+    box = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
+    if source.subset == "swap":
+        keys |= dict.fromkeys(box, (int, float))
+    rows = source.rows(keys)
+    positives = source.rows(keys, f"{source.subset}_positive")
+    if len(rows) != len(positives):
+        raise ValueError(f"hard_positives {source.subset}: {len(rows)} captions and "
+                         f"{len(positives)} hard positives")
+    names = [row["image_path"].removeprefix("data/") for row in rows]
+    boxes = columns(rows, *box) if source.subset == "swap" else None
+    texts = [(row["true_caption"], other["true_caption"], other["false_caption"])
+             for row, other in zip(rows, positives)]
+    images = tuples(source.pictures(names, boxes))
+    yield Choices(source.subset, both_captions_win, 1 / 3, images, texts)
+
+
+def vl_checklist(source):
+    """A caption must score strictly higher than the same with an object, attribute or relation
+    changed; where a row has several of either, the first counts. Published are the means of
+    attribute, object and relation, over sets; macro_3 is theirs.
+
+        Attribute/vg/color.json  [["VG_100K/2372476.jpg",
+                                   {"POS": ["red car"], "NEG": ["blue car"]}], ...]
+    """
+    rows = source.rows({0: str, 1: dict})
+    texts = []
+    for _, captions in rows:
+        if not has_keys(captions, {"POS": [str], "NEG": [str]}):
+            raise ValueError(f"vl_checklist {source.subset}: a row has no texts under POS and NEG")
+        texts.append((captions["POS"][0], captions["NEG"][0]))
+    images = source.pictures([name for name, _ in rows])
+    yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
+
+
+def vl_checklist_means():
+    subsets = list(TABLE["vl_checklist"]["files"])
+    kinds = ("attribute", "object", "relation")
+    means = {kind: [name for name in subsets if name.startswith(kind)] for kind in kinds}
+    return {**means, "macro_3": list(kinds)}
+
+
+RETRIEVAL_MEANS = {     # of both directions
+    "coco_mean_r1": ["coco_i2t_r1", "coco_t2i_r1"],
+    "coco_mean_r5": ["coco_i2t_r5", "coco_t2i_r5"],
+    "flickr30k_mean_r1": ["flickr30k_i2t_r1", "flickr30k_t2i_r1"],
+    "flickr30k_mean_r5": ["flickr30k_i2t_r5", "flickr30k_t2i_r5"],
+    "mean_r1": ["i2t_r1", "t2i_r1"],
+    "mean_r5": ["i2t_r5", "t2i_r5"],
+}
+
+
+def retrieval(source):
+    """Images find their captions (i2t) and captions their images (t2i), among all of Karpathy's
+    test split of COCO or Flickr30k, or of --data. R@k: the best positive is among the k best.
+
+    Each caption is a query of its own, as published. In --data an image's positives are all
+    captions that any row gives it (a row may have several: --caption-key a,b, or a json list), and
+    equal captions are one, positive for all their images.
+    Captions whose image is missing stay candidates.
+
+        coco_karpathy_test.json  [{"image": "val2014/COCO_val2014_000000391895.jpg",
+                                   "caption": ["...", "...", "...", "...", "..."]}, ...]
+    """
+    if source.subset == "data":
+        yield own_retrieval(source.options)
+        return
+    images, texts, keys = [], [], []
+    for row in source.rows({"image": str, "caption": [str]}):
+        for caption in row["caption"]:
+            images.append(row["image"])
+            texts.append(caption)
+            keys.append(len(keys))
+    yield pairs_to_ranking(source.pictures(images), keys, texts, f"{source.subset}_")
+
+
+def flickr8k(source):
+    """As retrieval, on the 1,000 test images of Flickr8k with 5 captions each (Karpathy's split).
+
+        dataset_flickr8k.json  {"images": [{"filename": "1000268201_693b08cb0e.jpg",
+            "split": "test", "sentences": [{"raw": "..."}, ...], ...}, ...], ...}
+    """
+    images, texts = [], []
+    for row in source.rows({"filename": str, "split": str, "sentences": list}):
+        for sentence in row["sentences"] if row["split"] == "test" else ():
+            if not has_keys(sentence, {"raw": str}):
+                raise ValueError("flickr8k: a sentence of dataset_flickr8k.json has no text (raw)")
+            images.append(row["filename"])
+            texts.append(sentence["raw"])
+    yield pairs_to_ranking(source.pictures(images), range(len(texts)), texts, prefix="")
+
+
+def own_retrieval(options):
+    """Pairs of a table or of tar shards; in a shard an image is [tar, offset, size]."""
+    data = CaptionFile(options.data, options.image_root, options.image_key, options.caption_key)
+    pictures, texts = [], []
+    for i in range(len(data)):
+        row = data.sample(i)
+        if isinstance(row["image"], list):
+            picture = Picture(row["key"], tuple(row["image"]), open_member)
         else:
-            data = torchvision.datasets.ImageFolder(path, loader=load_image)
-            text = Path(ASSETS / "imagenet.json" if bench == "imagenet" else args.classes or "").read_text("utf-8")
-            known |= json.loads(text) if bench == "imagenet" else {"classes": text.strip().splitlines()}
+            picture = Picture(os.path.join(options.image_root, row["image"]))
+        for caption in row["captions"]:
+            pictures.append(picture)
+            texts.append(caption)
+    if data.skipped:
+        name, why = data.skipped[0]
+        print0(f"{options.data}: {len(data.skipped)} rows or files skipped, the first is {name}: "
+               f"{why}")
+    return pairs_to_ranking(pictures, texts, texts, prefix="")
+
+
+def open_member(name, *place):
+    return load_image(list(place))
+
+
+def pairs_to_ranking(pictures, keys, texts, prefix):
+    """Pairs of a picture and a text -> Ranking of the different pictures and the different keys."""
+    rows = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
+    columns = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    text_of = dict(zip(keys, texts))
+    positive = torch.zeros(len(rows), len(columns), dtype=torch.bool)
+    for picture, key in zip(pictures, keys):
+        positive[rows[picture], columns[key]] = True
+    recalls = {}
+    for way in ("i2t", "t2i"):
+        for k in (1, 5, 10):
+            recalls[f"{prefix}{way}_r{k}"] = (way, k)
+    return Ranking(tuples(rows), tuples(text_of[key] for key in columns), positive, recalls)
+
+
+def pointing(source):
+    """Each photograph of COCO val2017 and each category with a box in it: the patch whose token is
+    most similar to "a photo of a NAME" must lie in a box of that category. coco is the mean over
+    these pairs, coco_macro over categories. Chance is the share of the patches in the boxes.
+
+        coco/annotations/instances_val2017.json, as COCO gives it out, or --data FILE:
+        boxes.json  {"000000000139.jpg": [["chair", x, y, width, height], ...], ...}
+    """
+    need_patches(source)
+    boxes = {}          # {(file name, category): its boxes}
+    for name, category, box in read_boxes(source):
+        boxes.setdefault((name, category), []).append(box)
+    images = tuples(source.pictures([name for name, _ in boxes]))
+    categories = [category for _, category in boxes]
+    texts = tuples(f"a photo of a {category}" for category in categories)
+    yield Pointing("coco", images, texts, list(boxes.values()), categories)
+
+
+def read_boxes(source):
+    """Yield (file name, category, [x, y, width, height])."""
+    path = source.options.data
+    if not path:
+        path = os.path.join(source.options.data_dir, "coco/annotations/instances_val2017.json")
+    if not os.path.isfile(path):
+        raise Missing(f"{source.bench}: no {path}; get it: {GET} {source.bench}")
+    number = (int, float)
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+        if "annotations" in content:
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            categories = {category["id"]: category["name"] for category in content["categories"]}
+            rows = [(names[a["image_id"]], [categories[a["category_id"]], *a["bbox"]])
+                    for a in content["annotations"]]
+        else:
+            rows = [(name, row) for name, some in content.items() for row in some]
+        for name, row in rows:
+            if not has_keys(row, {0: str, 1: number, 2: number, 3: number, 4: number}):
+                raise ValueError(f"a box is {row!r:.60}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected COCO's instances, or {{file: [[category, x, y, width, "
+                         f"height], ...]}} ({error!r:.200})") from None
+    for name, (category, *box) in rows:
+        yield name, category, box
+
+
+def imagenet(source):
+    """Zero-shot classification of ImageNet's 50,000 validation images, top 1 and 5.
+
+    The 1,000 class names and 80 prompts are OpenAI's (assets/imagenet.json). A class is the
+    normalised mean of its prompts' normalised features.
+
+        imagenet/val/n01440764/ILSVRC2012_val_00000293.JPEG: a folder for each class
+    """
+    known = json.loads((ASSETS / "imagenet.json").read_text("utf-8"))
+    folder_name = os.path.join(source.options.data_dir, source.spec["folder"])
+    data = image_folder(source, folder_name)
+    count = source.spec["n"]
+    yield classification(source, data, known["classes"], known["templates"], count)
+
+
+def imagenet_variant(source):
+    """Zero-shot classification, top 1 and 5, with the names and prompts of imagenet, of which only
+    the classes that have a folder compete. Folders are WordNet's numbers (n01440764), or for
+    ImageNet-V2 the numbers of the classes, 0 to 999."""
+    known = json.loads((ASSETS / "imagenet.json").read_text("utf-8"))
+    data = image_folder(source, os.path.join(source.options.data_dir, source.spec["folder"]))
+    synsets = ImageNetInfo().label_names()      # in the order of the 1,000 classes
+    try:
+        numbers = [int(name) if name.isdigit() else synsets.index(name) for name in data.classes]
+        classes = [known["classes"][number] for number in numbers]
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{source.bench}: a folder is no class of ImageNet: {error}") from None
+    yield classification(source, data, classes, known["templates"], source.spec["n"])
+
+
+def folder(source):
+    """Zero-shot classification of --data DIR, a folder of images for each class, top 1 and 5, with
+    the prompt "a photo of a {}.". --classes FILE has a name for each folder, one a line, in the
+    order of the sorted folders."""
+    data = image_folder(source, source.options.data or "")
+    try:
+        names = Path(source.options.classes or "").read_text("utf-8")
+    except OSError as error:
+        raise Missing(f"{source.bench}: {error}; give --classes FILE, a name a line") from None
+    yield classification(source, data, names.strip().splitlines(), ["a photo of a {}."])
+
+
+def choices(source):
+    """Your own test: each caption must score strictly higher than all of its negatives.
+
+    --data is a .csv, .tsv or .jsonl file with the columns image (a path, --image-root is its
+    folder), caption and negative, or negative_1, negative_2 and so on, or a list in json; with a
+    column subset there is a result for each of its values, their mean (macro), and that over all
+    items (micro). Chance is the mean over items of 1 / (1 + negatives).
+
+        mine.csv  image,caption,negative,subset
+                  a.jpg,a red dog and a blue cat,a blue dog and a red cat,colour
+    """
+    options = source.options
+    if not options.data:
+        raise Missing("choices: give --data FILE with the columns image, caption and negative")
+    groups = {}         # {subset: rows of (picture, caption, negatives)}
+    for number, row in enumerate(read_table(options.data), 1):
+        image = row.get(options.image_key or "image")
+        caption = row.get(options.caption_key or "caption")
+        negatives = []
+        for column, value in row.items():
+            if column and column.startswith("negative"):
+                negatives += parse_list(value, separator=None)
+        if not (image and caption and negatives):
+            raise ValueError(f"{options.data}: row {number} needs image, caption and negative, and "
+                             f"has {', '.join(map(str, row))}")
+        picture = Picture(os.path.join(options.image_root, image))
+        groups.setdefault(row.get("subset") or "choices", []).append((picture, caption, negatives))
+    for subset, rows in groups.items():
+        most = max(len(negatives) for _, _, negatives in rows)
+        texts = []
+        for _, caption, negatives in rows:      # an item with fewer has its first again: no change
+            texts.append((caption, *negatives, *[negatives[0]] * (most - len(negatives))))
+        chance = float(np.mean([1 / (1 + len(negatives)) for _, _, negatives in rows]))
+        images = tuples(picture for picture, _, _ in rows)
+        yield Choices(subset, first_text_wins, chance, images, texts)
+
+
+def read_table(path):
+    """The rows of a .csv, .tsv or .jsonl file; what is not one is told, not lost."""
+    if not os.path.isfile(path):
+        raise Missing(f"no file {path}: --data takes a .csv, .tsv or .jsonl file")
+    for row in read_rows(path):
+        if isinstance(row, dict):
+            yield row
+        else:
+            print0(f"{row.name}: {row.why}")
+
+
+def image_folder(source, path):
+    try:
+        return torchvision.datasets.ImageFolder(path, loader=load_image)
     except (RuntimeError, OSError) as error:
-        raise Missing(f"{bench}: {error}; get it: {spec.get('by_hand', GET + ' ' + bench)}") from None
-    names = [name for name, _ in getattr(data, "samples", ())] or [f"{path} {i}" for i in range(len(data))]
-    images = [(lambda _, i: data[i][0], name, i) for i, name in enumerate(names)]
-    classes, n = known.get("classes", data.classes), spec.get("n", len(images))
-    if len(data.classes) != len(classes) or len(images) != n and not args.allow_missing:
-        raise ValueError(f"{bench}: {len(data.classes)} classes, {len(images)} images instead of {len(classes)}, {n}")
-    labels = next(getattr(data, name) for name in ("targets", "labels", "_labels") if hasattr(data, name))
-    texts = [tuple(prompt.replace("{}", c.replace("_", " ")) for prompt in known["templates"]) for c in classes]
-    yield Ranking([(image,) for image in images], texts, F.one_hot(torch.as_tensor(labels), len(classes)).bool(),
-                  {"top1": ("i2t", 1), "top5": ("i2t", 5)})
+        how = source.spec.get("by_hand", "give --data DIR, a folder of images for each class")
+        raise Missing(f"{source.bench}: {error}; {how}") from None
 
-def scenes(bench, subset, model, args, n=1000, seed=1):
-    """Held-out built-in scenes: two objects that training never showed together, in captions it never saw."""
-    def shown(name, data, i):
-        return data[i]["image"]
 
-    for split, of in ("val", seed), ("train", seed + 1000):
-        data, rng, rows = Scenes(n, split, of, model.config.image_size), random.Random(seed), []
-        images = [((shown, f"{split} {of} {i}", data, i),) for i in range(n)]
-        for ((c1, s1), (c2, s2)), cells, _ in map(data.objects, range(n)):
-            c3 = rng.choice([c for c in COLOURS if c not in (c1, c2)])      # a colour and a shape that are not there
-            s3 = rng.choice([s for s in SHAPES if s not in (s1, s2)])
-            (x1, y1), (x2, y2) = ((cell % 2, cell // 2) for cell in cells)
-            where = ("left of" if x1 < x2 else "right of") if x1 != x2 else "above" if y1 < y2 else "below"
-            rows.append(dict(c1=c1, s1=s1, c2=c2, s2=s2, c3=c3, s3=s3, where=where))
-        for name, templates in TABLE["scenes"]["templates"].items():
-            texts = [tuple(text.format(**row) for text in templates) for row in rows]
-            if split == "val" or name == "np_binding":
-                yield Choices({name if split == "val" else f"seen_{name}": "choice"}, images, texts)
-            if split == "val" and name == "swap_att":       # the first text of which is the caption
-                same = [sorted(text.split(" and ")) for text, _ in texts]
-                same = torch.tensor([[a == b for a in same] for b in same])
-                yield Ranking(images, [text[:1] for text in texts], same, {"i2t_r1": ("i2t", 1), "t2i_r1": ("t2i", 1)})
-    def lonely(name, i):
-        rng = random.Random(f"{seed} {i}")
-        return data.render([objects[i % 48]], [rng.randrange(4)], rng)
-    objects, alone = [(c, s) for c in COLOURS for s in SHAPES], [((lonely, f"single {seed} {i}", i),) for i in range(n)]
-    for name, part in ("single", slice(2)), ("single_colour", slice(1)), ("single_shape", slice(1, 2)):
-        fits = torch.tensor([[objects[i % 48][part] == o[part] for o in objects] for i in range(n)])
-        yield Ranking(alone, [(f"a {c} {s}",) for c, s in objects], fits, {name: ("i2t", 1)})
+TORCHVISION = {     # name: its class in torchvision.datasets, what selects the test split, a prompt
+    "cifar10": ("CIFAR10", {"train": False}, "a photo of a {}."),
+    "cifar100": ("CIFAR100", {"train": False}, "a photo of a {}."),
+    "food101": ("Food101", {"split": "test"}, "a photo of {}, a type of food."),
+    "stl10": ("STL10", {"split": "test"}, "a photo of a {}."),
+    "pets": ("OxfordIIITPet", {"split": "test"}, "a photo of a {}, a type of pet."),
+    "aircraft": ("FGVCAircraft", {"split": "test"}, "a photo of a {}, a type of aircraft."),
+    "dtd": ("DTD", {"split": "test"}, "a photo of a {} texture."),
+    "sun397": ("SUN397", {}, "a photo of a {}."),
+}
 
-BENCHES = {bench: choices if "files" in spec else zero_shot for bench, spec in TABLE.items()}
-BENCHES |= {"scenes": scenes, "retrieval": retrieval}
 
-def read(benches, model, args):
-    """-> {bench: [Choices or Ranking, ...]}, and what is not there (an error, unless that is allowed)."""
-    tasks, missing, every = {}, [], benches == ["all"]
-    for bench in BENCHES if every else benches:
-        subsets = TABLE.get(bench, {}).get("files", [bench])
-        for subset in ["data"] if bench == "retrieval" and args.data and not os.path.isdir(args.data) else subsets:
-            try:
-                tasks.setdefault(bench, []).extend(BENCHES[bench](bench, subset, model, args))
-            except Missing as error:
-                missing.append(str(error))
-                if not (every or args.allow_missing and (tasks[bench] or subset != list(subsets)[-1])):
-                    raise
-    return {bench: parts for bench, parts in tasks.items() if parts}, missing
+def torchvision_set(source, download=False):
+    """Zero-shot classification of a test split of torchvision.datasets, top 1 and 5, by its class
+    names and one prompt, such as "a photo of a {}."; prompts are of Radford et al. 2021."""
+    name, split, prompt = TORCHVISION[source.bench]
+    path = os.path.join(source.options.data_dir, source.spec["folder"])
+    try:
+        data = getattr(torchvision.datasets, name)(path, download=download, **split)
+    except (RuntimeError, OSError) as error:
+        raise Missing(f"{source.bench}: {error}; get it: {GET} {source.bench}") from None
+    yield classification(source, data, data.classes, [prompt])
 
-def fetch(url, path, sha256=None):
-    """Make sure that this file lies at path: curl resumes what an earlier call broke off. Raises ValueError."""
-    by_hand, part = f"try again to resume, or fetch {url} by hand and put it at {path}", path + ".part"
+
+def classification(source, data, classes, templates, count=None):
+    """A data set of torchvision, a name for each class, prompts with {} -> Ranking."""
+    if hasattr(data, "samples"):
+        names = [path for path, _ in data.samples]
+    else:
+        path = os.path.join(source.options.data_dir, source.spec["folder"])
+        names = [f"{path} {i}" for i in range(len(data))]
+    wrong_count = count is not None and len(names) != count and not source.options.allow_missing
+    if len(data.classes) != len(classes) or wrong_count:
+        raise ValueError(f"{source.bench}: {len(data.classes)} classes, {len(names)} images "
+                         f"instead of {len(classes)}, {count or len(names)}")
+
+    def load(name, i):
+        return data[i][0]
+
+    pictures = [Picture(name, (i,), load) for i, name in enumerate(names)]
+    labels = class_numbers(data)
+    texts = []
+    for name in classes:
+        name = name.replace("_", " ")
+        texts.append(tuple(template.replace("{}", name) for template in templates))
+    positive = F.one_hot(torch.as_tensor(labels), len(classes)).bool()
+    return Ranking(tuples(pictures), texts, positive, {"top1": ("i2t", 1), "top5": ("i2t", 5)})
+
+
+def class_numbers(data):
+    """The label of each image, under the name that this data set of torchvision has for it."""
+    for name in ("targets", "labels", "_labels"):
+        if hasattr(data, name):
+            return getattr(data, name)
+    raise ValueError(f"{type(data).__name__} has no labels")
+
+
+READERS = {
+    "scenes": scenes,
+    "scenes_large": scenes_large,
+    "scenes_pointing": scenes_pointing,
+    "sugarcrepe": sugarcrepe,
+    "sugarcrepe_pp": sugarcrepe_pp,
+    "aro": aro,
+    "valse": valse,
+    "winoground": winoground,
+    "colorswap": colorswap,
+    "whatsup": whatsup,
+    "cola": cola,
+    "bivlc": bivlc,
+    "vismin": vismin,
+    "mmvp": mmvp,
+    "negbench": negbench,
+    "hard_positives": hard_positives,
+    "vl_checklist": vl_checklist,
+    "retrieval": retrieval,
+    "flickr8k": flickr8k,
+    "pointing": pointing,
+    "imagenet": imagenet,
+    "imagenet_v2": imagenet_variant,
+    "imagenet_a": imagenet_variant,
+    "imagenet_r": imagenet_variant,
+    "imagenet_sketch": imagenet_variant,
+    "folder": folder,
+    "choices": choices,
+    **dict.fromkeys(TORCHVISION, torchvision_set),
+}
+MEANS = {       # {benchmark: {name: its parts}}, see summarize
+    "sugarcrepe": SUGARCREPE_MEANS,
+    "sugarcrepe_pp": SUGARCREPE_PP_MEANS,
+    "retrieval": RETRIEVAL_MEANS,
+    "flickr8k": RETRIEVAL_MEANS,
+    "hard_positives": {"macro_3": ["swap", "replace_att", "replace_rel"]},
+    "vl_checklist": vl_checklist_means(),
+    "valse": VALSE_MEANS,
+    "whatsup": WHATSUP_MEANS,
+}
+
+
+# ---- download ----------------------------------------------------------------------------------
+
+def download(benches, data_dir):
+    """Fetch what may be fetched of some benchmarks, and print how to get the rest."""
+    unknown = [bench for bench in benches if bench not in BENCHES]
+    if unknown:
+        raise ValueError(f"no bench {unknown[0]!r} to download: expected some of "
+                         f"{', '.join(BENCHES)}")
+    for bench in benches:
+        spec = TABLE.get(bench, {})
+        if bench in TORCHVISION:
+            source = Source(bench, bench, Options(data_dir=data_dir))
+            list(torchvision_set(source, download=True))
+        for file in spec.get("files", {}).values():
+            if "url" in file:
+                path = os.path.join(data_dir, file["path"])
+                fetch(file["url"], path, file.get("sha256"), data_dir)
+        for name in spec.get("archives", []):
+            fetch_archive(ARCHIVES[name], data_dir)
+        if "hub" in spec:
+            export_hub(**spec["hub"], folder=os.path.join(data_dir, bench))
+        if "by_hand" in spec:
+            print(f"{bench}, by hand: {spec['by_hand'].replace('DATA', data_dir)}")
+        else:
+            print(f"{bench}: there")
+
+
+def export_hub(repository, split, images, folder):
+    """Write a data set of the hub as FOLDER/SPLIT.jsonl and image files, byte for byte, through the
+    package datasets. images: its columns of images."""
+    path = os.path.join(folder, f"{split}.jsonl")
+    if os.path.isfile(path):
+        return
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{repository} is read by the package datasets: pip install datasets"
+                         ) from None
+    rows = datasets.load_dataset(repository, split=split)
+    for name in images:
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    os.makedirs(folder, exist_ok=True)
+    lines = []
+    for number, row in enumerate(rows):
+        for name in images:
+            content = row[name]["bytes"]
+            row[name] = f"{number}_{name}.jpg"      # whatever its format: pillow looks inside
+            Path(folder, row[name]).write_bytes(content)
+        lines.append(json.dumps(row))
+    Path(f"{path}.part").write_text("\n".join(lines), "utf-8")
+    os.replace(f"{path}.part", path)
+
+
+def fetch_archive(archive, data_dir):
+    """Fetch and unpack an archive, unless the folder that it makes is there."""
+    path = os.path.join(data_dir, archive["path"])
+    folder = os.path.join(data_dir, archive["makes"])
+    if os.path.isdir(folder) and not os.path.isfile(path):
+        return
+    fetch(archive["url"], path, archive.get("sha256"), data_dir)
+    unpack(path, os.path.dirname(folder))
+    os.remove(path)         # not before it is unpacked as a whole
+
+
+def fetch(url, path, sha256, data_dir):
+    """Make sure that the file of url lies at path, and that it is the true one. Raises ValueError.
+
+    sha256: of the true file. Where it is not known, that of the first download is printed, kept in
+    DATA_DIR/sha256.json and compared from then on.
+    """
+    by_hand = f"try again, or fetch {url} by hand and put it at {path}"
     if not os.path.isfile(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        command = ["curl", "-fL", "-C", "-", "--connect-timeout", "10", "-o", part, url]
-        if not shutil.which("curl") or subprocess.run(command).returncode:
-            raise ValueError(f"cannot download {url}: {by_hand}")
+        part = f"{path}.part"
+        try:
+            fetch_part(url, part)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ValueError(f"cannot download {url} ({error}): {by_hand}") from None
         os.replace(part, path)
-    if sha256 and hashlib.sha256(Path(path).read_bytes()).hexdigest() != sha256:
-        raise ValueError(f"{path} is not the official file, of sha256 {sha256[:12]}...: delete it and {by_hand}")
+        remove_if_there(f"{part}.json")
+    with open(path, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    expected = sha256 or first_digest(data_dir, path, digest)
+    if digest != expected:
+        raise ValueError(f"{path} is not the official file, of sha256 {expected[:12]}...: delete "
+                         f"it and {by_hand}")
 
-def download(args):
-    """download BENCH ... --data-dir DIR: what may be fetched of them; of the rest, how to get it."""
-    for bench in args.files:
+
+def first_digest(data_dir, path, digest):
+    """The sha256 that path had when it was first downloaded; digest, if this is the first time."""
+    record = os.path.join(data_dir, "sha256.json")
+    name = os.path.relpath(path, data_dir)
+    known = {}
+    if os.path.isfile(record):
+        known = json.loads(Path(record).read_text("utf-8"))
+    if name not in known:
+        print(f"{path}: its true sha256 is not known; from now on it is that of this first "
+              f"download, {digest}")
+        known[name] = digest
+        Path(record).write_text(json.dumps(known, indent=1), "utf-8")
+    return known[name]
+
+
+def fetch_part(url, part):
+    """Download url to part. An earlier part is continued if the server says that the file still has
+    the same size and ETag (kept in PART.json); otherwise the download begins again."""
+    record = f"{part}.json"
+    known, start = None, 0
+    if os.path.isfile(part) and os.path.isfile(record):
+        known = json.loads(Path(record).read_text("utf-8"))
+        start = os.path.getsize(part)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        reply = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:       # it has no bytes from there on: it has changed
+            raise
+        os.remove(part)
+        return fetch_part(url, part)
+    with reply:
+        about = {"size": whole_size(reply), "etag": reply.headers["ETag"]}
+        if reply.headers.get_content_type() == "text/html":
+            raise ValueError("a web page came instead of the file, perhaps a limit of its server")
+        if start and reply.status == 206 and about != known:
+            os.remove(part)
+            return fetch_part(url, part)
+        if reply.status != 206:     # the whole file, from the beginning
+            start = 0
+        Path(record).write_text(json.dumps(about), "utf-8")
+        copy_reply(reply, part, start, about["size"])
+
+
+def whole_size(reply):
+    """The size in bytes of the whole file that a server sends (a part of), or None."""
+    size = reply.headers["Content-Length"]
+    if reply.status == 206:
+        size = (reply.headers["Content-Range"] or "").split("/")[-1]    # bytes 5-9/10
+    return int(size) if size and size.isdigit() else None
+
+
+def copy_reply(reply, part, start, size):
+    small = size is not None and size < 2**24
+    bar = tqdm(desc=Path(part).stem, total=size, initial=start, unit="B", unit_scale=True,
+               disable=True if small else None)      # None: where there is no terminal
+    with open(part, "ab" if start else "wb") as f, bar:
+        while block := reply.read(2**20):
+            f.write(block)
+            bar.update(len(block))
+    done = os.path.getsize(part)
+    if size is not None and done != size:
+        raise ValueError(f"it broke off after {done:,} of {size:,} bytes; a new call continues")
+
+
+def remove_if_there(path):
+    if os.path.exists(path):
+        os.remove(path)
+
+
+def unpack(archive, folder):
+    """Unpack a zip or tar of plain files and folders. Raises ValueError for anything else in it:
+    names that lead out of the folder, links, or far more files or bytes than images take."""
+    limit = 4 * os.path.getsize(archive) + 2**30
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as z:
+                check_members([(m.filename, m.file_size) for m in z.infolist()], folder, limit)
+                z.extractall(folder)
+            return
+        with tarfile.open(archive) as tar:
+            members = tar.getmembers()
+            check_members([(m.name, m.size) for m in members], folder, limit)
+            special = [m.name for m in members if not (m.isfile() or m.isdir())]
+            if special:
+                raise ValueError(f"{special[0]!r} is neither a file nor a folder")
+            tar.extractall(folder, filter="data")
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        raise ValueError(f"{archive} is damaged or not what it should be: {error}. Delete it and "
+                         "try again") from None
+
+
+def check_members(members, folder, limit):
+    """members: (name, size) of each."""
+    root = os.path.realpath(folder)
+    for name, _ in members:
+        path = os.path.realpath(os.path.join(root, name))
+        if os.path.commonpath([root, path]) != root:
+            raise ValueError(f"{name!r} lies outside of its folder")
+    size = sum(size for _, size in members)
+    if size > limit or len(members) > MAX_MEMBERS:
+        raise ValueError(f"it would unpack to {len(members):,} files of {size:,} bytes")
+
+
+def check_names(benches):
+    for bench in benches:
         if bench not in BENCHES:
-            raise ValueError(f"no bench {bench!r} to download: expected some of {', '.join(BENCHES)}")
-        spec = TABLE[bench]
-        if "torchvision" in spec:
-            list(zero_shot(bench, bench, None, args))
-        for file in [*spec.get("files", {}).values(), *spec.get("archives", [])]:
-            path, makes = (os.path.join(args.data_dir, file.get(key, file["path"])) for key in ("path", "makes"))
-            if "url" in file and (os.path.isfile(path) or not os.path.isdir(makes)):
-                fetch(file["url"], path, file.get("sha256"))
-            if os.path.isfile(path) and makes != path:
-                shutil.unpack_archive(path, os.path.dirname(makes))
-                os.remove(path)     # not before it is unpacked as a whole
-        print(f"{bench}, by hand: {spec['by_hand'].replace('DATA', args.data_dir)}" if "by_hand" in spec else bench)
+            raise ValueError(f"no bench {bench!r}: expected all, or one of "
+                             f"{', '.join(BENCHES)}, joined by commas")
 
-@torch.no_grad()
-def interpolate(model, initial, weight):
-    """WiSE-FT (Wortsman et al. 2022): model's weights become (1 - weight) * initial's + weight * its own."""
-    ours, start = asdict(model.config), initial.state_dict()
-    differ = [key for key, value in asdict(initial.config).items() if value not in ("", ours[key]) and
-              key not in ("name", "logit_scale", "logit_bias", "value_tokens")]     # "": a bare file has no tokenizer
-    if differ or not 0 <= weight <= 1:
-        raise ValueError(f"--interpolate {weight:g}: expected 0 (--init) to 1 (--checkpoint), and as --init the "
-                         f"weights that --checkpoint was tuned from; what differs: {', '.join(differ) or 'nothing'}")
-    for key, value in model.state_dict().items():
-        value.lerp_(start.get(key, value), 1 - weight)      # a logit_bias that only the tuned model has stays
-    return model
+
+def describe(bench, data_dir):
+    """Print the protocol of a benchmark, where it is from, and which files go where."""
+    check_names([bench])
+    spec = TABLE.get(bench, {})
+    print(f"{bench}: {BENCHES[bench]}\n")
+    print(inspect.getdoc(READERS[bench]))
+    if bench in TORCHVISION:
+        name, split, prompt = TORCHVISION[bench]
+        print(f"\nHere torchvision.datasets.{name}, {split}, prompt {prompt!r}.")
+    if "source" in spec:
+        print(f"\nsource: {spec['source']}")
+    needed = list(spec.get("files", {}).values())
+    needed += [ARCHIVES[name] for name in spec.get("archives", [])]
+    if needed:
+        print(f"\n{GET} {bench} --data-dir {data_dir}   fetches:")
+    for file in needed:
+        path = os.path.join(data_dir, file.get("makes", file["path"]))
+        size = f"{file['size'] / 1e6:,.1f} MB" if "size" in file else ""
+        there = "there" if os.path.exists(path) else "not there"
+        print(f"  {path:52s} {size:>10s}  {there:9s}  {file.get('url', 'by hand')}")
+    if "by_hand" in spec:
+        print(f"\nby hand: {spec['by_hand'].replace('DATA', data_dir)}")
+
+
+# ---- comparison --------------------------------------------------------------------------------
 
 def paired(a, b, images, samples=2000, seed=0):
-    """n items right (1) or wrong (0) by A and B -> B - A in percent, low, high (95 %), McNemar's p, gained, lost."""
-    change, images = np.subtract(b, a), np.unique(images, return_inverse=True)[1]
-    draws = 100 * bootstrap([(images, change, np.ones(len(change)))], samples, seed)[:, 0]
-    gained, lost = int((change > 0).sum()), int((change < 0).sum())
-    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
-    return draws[0], *np.quantile(draws[1:], (0.025, 0.975)), min(1.0, 2 * tail / 2 ** (gained + lost)), gained, lost
+    """n items right (1) or wrong (0) by A and by B, n images -> B - A in percent, the ends of its
+    95 % interval, p of the exact McNemar test, number of items gained, and lost."""
+    change = np.subtract(b, a)
+    numbers = np.unique(images, return_inverse=True)[1]
+    draws = 100 * bootstrap([(numbers, change, np.ones(len(change)))], samples, seed)[:, 0]
+    low, high = np.quantile(draws[1:], (0.025, 0.975))
+    gained = int((change > 0).sum())
+    lost = int((change < 0).sum())
+    changed = gained + lost
+    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
+    p = min(1.0, 2 * tail / 2 ** changed)
+    return draws[0], low, high, p, gained, lost
 
-def compare(args):
-    """compare A.json B.json: B - A in percent, items gained (right in B only) and lost (--items: each of them).
-    Interval: 95 %, paired bootstrap over images; p: exact McNemar test, of items taken as independent."""
+
+def read_results(path):
+    """A file of --json -> its model's name, {bench: {subset or mean: results}}, where each result
+    has under data what it was made of."""
+    file = json.loads(Path(path).read_text("utf-8"))
+    found = {}
+    for bench, subsets in file["results"].items():
+        data = file["protocol"], file["data_sha256"][bench]
+        found[bench] = {name: {**result, "data": data} for name, result in subsets.items()}
+    return model_name(file["checkpoint"]), found
+
+
+def model_name(label):
+    """out/nano/last.pt -> nano; a hub id stays as it is."""
+    path = Path(label)
+    return path.parent.name if path.suffix == ".pt" and path.parent.name else label
+
+
+def compare(files, items=False, form=None, columns=None, reference=False):
+    """Print the difference of two files of --json on all that both have, or a table of several."""
     try:
-        files = [json.loads(Path(path).read_text("utf-8")) for path in args.files]
-        a, b = ({f"{bench} {name}": {**r, "data": (file["protocol"], file["data_sha256"][bench])} for bench, subsets in
-                 file["results"].items() for name, r in subsets.items() if "correct" in r} for file in files)
+        names, results = zip(*[read_results(path) for path in files])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"compare {' '.join(args.files)}: expected two files of --json ({error!r})") from None
-    print(f"{compare.__doc__}\n\n{'percent':32s}     n      A      B   B - A    95 % interval        p  gained  lost")
-    for key, x, y in ((key, a[key], b[key]) for key in a if key in b):
-        if any(x[k] != y[k] for k in ("n", "data", "image")):
-            raise ValueError(f"{key}: A ({x['n']} items) and B ({y['n']}) differ in items, data or protocol version")
-        difference, low, high, p, gained, lost = paired(x["correct"], y["correct"], x["image"])
-        print(f"{key:32s}{x['n']:6d} {100 * x['accuracy']:6.1f} {100 * y['accuracy']:6.1f}  {difference:+6.1f}  "
-              f"{low:+6.1f} .. {high:+6.1f}  {p:7.2g}  {gained:6d}{lost:6d}")
-        for items, sign in (("gained", 1), ("lost", -1)) if args.items else ():
-            changed = np.flatnonzero(np.subtract(y["correct"], x["correct"]) == sign)
-            print("".join(f"    {items}: {x['items'][i]}\n" for i in changed), end="")
-    print("in one file only: " + (", ".join(a.keys() ^ b.keys()) or "none"))
+        raise ValueError(f"compare {' '.join(files)}: expected two files of --json, or more "
+                         f"({error!r})") from None
+    if form is None and not columns and not reference and len(files) == 2:
+        compare_two(*results, items)
+        return
+    for bench in dict.fromkeys(bench for file in results for bench in file):
+        having = [i for i, file in enumerate(results) if bench in file]
+        published = TABLE.get(bench, {}).get("published") if reference else None
+        print(format_table(bench, [names[i] for i in having], [results[i][bench] for i in having],
+                           form or "text", columns, published) + "\n")
 
-def evaluate(args):
-    """Without a command: what --checkpoint or --init scores on the benches."""
-    benches, start = args.bench.split(","), args.init or args.model
-    for name in set(benches) - {*BENCHES, "all"}:
-        raise ValueError(f"no bench {name!r}: expected all, or one of {', '.join(BENCHES)}, joined by commas")
-    if bool(args.checkpoint) + bool(start) != 1 + bool(args.interpolate):
-        raise ValueError("give what to evaluate: --checkpoint FILE, or --init SOURCE (or --model NAME for its default "
-                         "weights), or both with --interpolate A")
+
+def compare_two(a, b, items):
+    """a, b: {bench: {subset or mean: results}}."""
+    print("B - A in percent. gained: items right in B only; lost: in A only. Interval: 95 %, "
+          "paired bootstrap over images.\np: exact McNemar test, which takes items as independent."
+          "\n")
+    print(f"{'percent':32s}     n      A      B   B - A    95 % interval        p  gained  lost")
+    for bench in a:
+        if bench in b:
+            compare_bench(bench, a[bench], b[bench], items)
+    alone = sorted(subset_names(a) ^ subset_names(b))
+    print(f"in one file only: {', '.join(alone) or 'none'}")
+
+
+def subset_names(results):
+    """{bench: {subset or mean: results}} -> the set of "BENCH SUBSET"."""
+    names = set()
+    for bench, subsets in results.items():
+        for name, result in subsets.items():
+            if "correct" in result:
+                names.add(f"{bench} {name}")
+    return names
+
+
+def compare_bench(bench, a, b, items):
+    """a, b: {subset or mean: results} of one benchmark."""
+    for name in a:
+        if name in b and "correct" in a[name] and "correct" in b[name]:
+            check_same_items(f"{bench} {name}", a[name], b[name])
+            compare_subset(f"{bench} {name}", a[name], b[name], items)
+    for name, draws in paired_draws(a, b).items():
+        if "correct" not in a[name]:
+            low, high = np.quantile(draws[1:], (0.025, 0.975))
+            print(f"{bench + ' ' + name:32s}{a[name]['n']:6d} {100 * a[name]['accuracy']:6.1f} "
+                  f"{100 * b[name]['accuracy']:6.1f}  {draws[0]:+6.1f}  {low:+6.1f} .. "
+                  f"{high:+6.1f}     mean")
+
+
+def paired_draws(a, b):
+    """{subset or mean: results} of two models -> {subset or mean: (1 + samples,)}, B - A in
+    percent: of all items first, then of images drawn alike for both models and all subsets."""
+    columns = {}
+    for name in a:
+        if name in b and "correct" in a[name] and "correct" in b[name]:
+            change = np.subtract(b[name]["correct"], a[name]["correct"])
+            columns[name] = np.array(a[name]["image"]), change, np.ones(len(change))
+    for name, result in a.items():
+        if name in b and "weights" in result and result["of"] in columns:   # mean of labels' means
+            images, change, _ = columns[result["of"]]
+            columns[name] = images, change, np.array(result["weights"])
+    if not columns:
+        return {}
+    draws = dict(zip(columns, 100 * bootstrap(list(columns.values())).T))
+    for name, result in a.items():
+        parts = result.get("parts")
+        if parts and name in b and set(parts) <= set(draws):
+            draws[name] = mean_of_parts(name, parts, draws, a)
+    return draws
+
+
+def check_same_items(key, a, b):
+    if any(a.get(name) != b.get(name) for name in ("n", "data", "image")):
+        raise ValueError(f"{key}: A ({a['n']} items) and B ({b['n']}) differ in items, data or "
+                         "protocol version")
+
+
+def compare_subset(key, a, b, items):
+    difference, low, high, p, gained, lost = paired(a["correct"], b["correct"], a["image"])
+    print(f"{key:32s}{a['n']:6d} {100 * a['accuracy']:6.1f} {100 * b['accuracy']:6.1f}"
+          f"  {difference:+6.1f}  {low:+6.1f} .. {high:+6.1f}  {p:7.2g}  {gained:6d}{lost:6d}")
+    if items:
+        change = np.subtract(b["correct"], a["correct"])
+        for word, sign in ("gained", 1), ("lost", -1):
+            for i in np.flatnonzero(change == sign):
+                print(f"    {word}: {a['items'][i]}")
+
+
+def format_table(bench, names, tables, form="text", columns=None, published=None):
+    """Models in rows, subsets or means in columns, percent with 95 % intervals -> str.
+
+    names of the models, and for each its {subset or mean: results}. columns: names joined by
+    commas, "all", or None: the means, if there are any. The best is marked where the paired
+    interval of its lead over the second excludes 0. published: as for print_published.
+    """
+    known = list(dict.fromkeys(name for table in tables for name in table))
+    means = [name for name in known if any("parts" in table.get(name, {}) for table in tables)]
+    chosen = means or known
+    if columns == "all":
+        chosen = known
+    elif columns:
+        chosen = [name for name in columns.split(",") if name in known]
+    best = {column: clear_best(tables, column) for column in chosen}
+    rows = []
+    for number, (name, table) in enumerate(zip(names, tables)):
+        cells = []
+        for column in chosen:
+            cells += format_cell(table.get(column), best[column] == number, form)
+        rows.append([name, *cells])
+    for method, figures in (published or {}).items():
+        cells = []
+        for column in chosen:
+            cells += [str(figures.get(column, ""))] + ["", ""] * (form == "csv")
+        if any(cells):
+            rows.append([f"{method} (published)", *cells])
+    head = [bench]
+    for column in chosen:
+        head += [column, f"{column}_low", f"{column}_high"] if form == "csv" else [column]
+    return TABLE_FORMS[form]([head, *rows])
+
+
+def clear_best(tables, column):
+    """The number of the model with the highest accuracy in a column, if its lead over the second is
+    beyond chance: the 95 % interval of the paired difference is above 0. Else None."""
+    having = [i for i, table in enumerate(tables) if column in table]
+    having.sort(key=lambda i: -tables[i][column]["accuracy"])
+    if len(having) < 2:
+        return None
+    best, second = tables[having[0]], tables[having[1]]
+    try:
+        for name in best:
+            if name in second and "correct" in best[name] and "correct" in second[name]:
+                check_same_items(name, best[name], second[name])
+    except ValueError:      # of other items: not to be compared
+        return None
+    draws = paired_draws(second, best).get(column)
+    clear = draws is not None and np.quantile(draws[1:], 0.025) > 0
+    return having[0] if clear else None
+
+
+def format_cell(result, is_best, form):
+    """The cells of one result: one, but three in csv."""
+    if result is None:
+        return ["", "", ""] if form == "csv" else [""]
+    value, low, high = (f"{100 * result[name]:.1f}" for name in ("accuracy", "low", "high"))
+    if form == "csv":
+        return [value, low, high]
+    if form == "markdown":
+        return [f"**{value}** [{low}, {high}]" if is_best else f"{value} [{low}, {high}]"]
+    if form == "latex":
+        bold = f"\\textbf{{{value}}}" if is_best else value
+        return [f"{bold}$_{{{low}}}^{{{high}}}$"]
+    return [f"{value}{'*' if is_best else ' '} {low}-{high}"]
+
+
+def text_form(rows):
+    """Aligned columns, as many beside each other as fit into 100 characters."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    blocks, used = [[]], widths[0]
+    for i in range(1, len(widths)):
+        if used + 2 + widths[i] > 100 and blocks[-1]:
+            blocks.append([])
+            used = widths[0]
+        blocks[-1].append(i)
+        used += 2 + widths[i]
+    lines = []
+    for block in blocks:
+        for row in rows:
+            cells = [f"{row[i]:>{widths[i]}s}" for i in block]
+            lines.append("  ".join([f"{row[0]:{widths[0]}s}", *cells]).rstrip())
+        lines.append("")
+    lines.append("percent with 95 % intervals; *: ahead of the second beyond its paired interval")
+    return "\n".join(lines)
+
+
+def markdown_form(rows):
+    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+
+
+def latex_form(rows):
+    """For the package booktabs."""
+    head, *body = rows
+    columns = "l" + "r" * (len(head) - 1)
+    lines = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule"]
+    lines += [escape_latex(" & ".join(head)) + r" \\", "\\midrule"]
+    for name, *cells in body:
+        lines.append(" & ".join([escape_latex(name), *cells]) + r" \\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
+
+
+def escape_latex(text):
+    """Of names, and of a row of names between &."""
+    return re.sub(r"([_%#$])", r"\\\1", text)
+
+
+def csv_form(rows):
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue().rstrip("\n")
+
+
+TABLE_FORMS = {"text": text_form, "markdown": markdown_form, "latex": latex_form, "csv": csv_form}
+
+
+# ---- pictures ----------------------------------------------------------------------------------
+
+CURVES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# colours that colour-blind people tell apart (Okabe and Ito 2008)
+
+
+def new_figure(width, height):
+    """An empty figure of matplotlib, in inches, which is imported here: only pictures need it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("pictures are drawn by matplotlib: pip install matplotlib") from None
+    return Figure((width, height), layout="constrained")
+
+
+def read_log(path):
+    """A log.jsonl of train.py -> {"loss": {step: value}, "scenes.swap_att": {step: percent}, ...}.
+
+    Where a step occurs twice, after a resume, the later one counts.
+    """
+    curves = {}
+    for line in Path(path).read_text("utf-8", "replace").splitlines():
+        try:
+            row = json.loads(line)
+            values = dict(row)
+            for bench, subsets in row.get("eval", {}).items():
+                for name, result in subsets.items():
+                    values[f"{bench}.{name}"] = 100 * result["accuracy"]
+        except (ValueError, AttributeError, TypeError, KeyError):
+            print(f"{path}: a line skipped that is not of train.py")
+            continue
+        for key, value in values.items():
+            if "step" in row and type(value) in (int, float) and math.isfinite(value):
+                curves.setdefault(key, {})[row["step"]] = value
+    return curves
+
+
+def plot(files, keys=None, output="curves.png"):
+    """Draw the curves of runs into a file: the loss and each evaluated subset, or those of keys.
+    Of files of --json instead, draw bars of their results."""
+    if all(path.endswith(".json") for path in files):
+        names, results = zip(*[read_results(path) for path in files])
+        save_figure(draw_bars(names, results, keys), output)
+        return
+    logs = [read_log(path) for path in files]
+    known = list(dict.fromkeys(key for log in logs for key in log))
+    if keys is None:
+        chosen = [key for key in known if key == "loss" or "." in key]
+    else:
+        chosen = keys.split(",")
+    if not all(logs) or not chosen or not set(chosen) <= set(known) or len(logs) > len(CURVES):
+        raise ValueError(f"plot takes up to {len(CURVES)} log.jsonl of train.py, none empty, and "
+                         f"--keys from: {', '.join(known)}")
+    names = [Path(path).resolve().parent.name for path in files]
+    save_figure(draw_curves(names, logs, chosen), output)
+
+
+def draw_curves(names, logs, keys):
+    """A panel for each key, a line in it for each run that has it -> Figure."""
+    from matplotlib.ticker import MaxNLocator
+    columns = min(3, len(keys))
+    rows = math.ceil(len(keys) / columns)
+    figure = new_figure(3.6 * columns, 2.8 * rows + 0.4)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    handles = {}
+    for key, panel in zip(keys, panels):
+        for name, log, colour in zip(names, logs, CURVES):
+            if key in log:
+                steps = sorted(log[key])
+                values = [log[key][step] for step in steps]
+                marker = "o" if len(steps) < 30 else None
+                line, = panel.plot(steps, values, color=colour, marker=marker, markersize=3)
+                handles.setdefault(colour, (line, name))
+        bench, dot, subset = key.partition(".")
+        panel.set_title(f"{subset} ({bench})" if dot else key)
+        panel.set_xlabel("step")
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        panel.set_ylabel("correct, %" if dot else "")
+        panel.grid(alpha=0.3)
+    for panel in panels[len(keys):]:
+        panel.set_axis_off()
+    lines, labels = zip(*handles.values())
+    figure.legend(lines, labels, loc="outside upper center", ncols=min(4, len(labels)))
+    return figure
+
+
+def draw_bars(names, results, keys=None):
+    """results: for each model {bench: {subset or mean: results}}. A panel for each benchmark, in it
+    a group of bars for each subset and mean (or those of keys, joined by commas), with 95 %
+    intervals and chance as a line -> Figure."""
+    benches = list(dict.fromkeys(bench for file in results for bench in file))
+    if len(names) > len(CURVES):
+        raise ValueError(f"plot takes up to {len(CURVES)} files")
+    figure = new_figure(10, 3.2 * len(benches) + 0.4)
+    panels = figure.subplots(len(benches), 1, squeeze=False).flatten()
+    for bench, panel in zip(benches, panels):
+        tables = [file.get(bench, {}) for file in results]
+        subsets = list(dict.fromkeys(subset for table in tables for subset in table))
+        if keys:
+            subsets = [subset for subset in subsets if subset in keys.split(",")]
+        width = 0.8 / len(names)
+        for number, (table, colour) in enumerate(zip(tables, CURVES)):
+            for place, subset in enumerate(subsets):
+                if subset in table:
+                    draw_bar(panel, place + (number - (len(names) - 1) / 2) * width, width,
+                             table[subset], colour)
+        panel.set_xticks(range(len(subsets)), subsets, rotation=30, ha="right")
+        panel.set_title(bench)
+        panel.set_ylabel("correct, %")
+        panel.set_ylim(0, 100)
+        panel.grid(axis="y", alpha=0.3)
+    handles = [panels[0].bar(0, 0, color=colour) for _, colour in zip(names, CURVES)]
+    figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)))
+    return figure
+
+
+def draw_bar(panel, x, width, result, colour):
+    """One bar with its interval, and chance as a line across it."""
+    height = 100 * result["accuracy"]
+    error = [[height - 100 * result["low"]], [100 * result["high"] - height]]
+    panel.bar(x, height, width, color=colour, yerr=error, error_kw={"elinewidth": 1})
+    chance = 100 * result["chance"]
+    panel.plot([x - width / 2, x + width / 2], [chance, chance], color="black", linewidth=1)
+
+
+def save_figure(figure, output):
+    try:
+        figure.savefig(output, dpi=300)
+    except ValueError as error:     # of an ending that matplotlib does not know
+        raise ValueError(f"--output {output}: {error}") from None
+    print(f"wrote {output}")
+
+
+@torch.no_grad()
+def similarity_maps(model, image, phrases):
+    """Cosines of an image's patch tokens and of phrases -> (phrases, side, side)."""
+    pixels = model.transform(image)[None]
+    _, tokens = model.encode_image(pixels, normalize=True, return_tokens=True)      # (1, T, D)
+    texts = model.encode_text(model.tokenize(phrases), normalize=True)              # (N, D)
+    maps = texts @ tokens[0].T                                                      # (N, T)
+    side = math.isqrt(maps.shape[1])
+    return maps.unflatten(1, (side, side))
+
+
+def seen_box(model, size):
+    """What a model sees of an image of size (width, height): left, right, bottom, top in pixels, as
+    imshow's extent."""
+    width, height = size
+    if model.config.resize == "shortest":       # the square in the middle
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        return left, left + side, top + side, top
+    return 0, width, height, 0
+
+
+def show(checkpoint, image=None, scene=0, caption=None, concepts=None, output="attention.png"):
+    """Draw the similarity maps of the phrases of a caption, a row for each checkpoint."""
+    paths = checkpoint.split(",")
+    names = [Path(path).resolve().parent.name for path in paths]
+    models = [CLIP.load(path).eval() for path in paths]
+    if image:
+        picture = load_image(image)
+    else:
+        row = Scenes(scene + 1, "val", 1, models[0].config.image_size)[scene]
+        picture = row["image"]
+        caption = caption or row["caption"]
+    phrases = concepts or extract(caption or "")
+    if not phrases:
+        raise ValueError("show has no phrases for --image: give --concepts, or a --caption with "
+                         "noun phrases")
+    maps = [similarity_maps(model, picture, phrases) for model in models]
+    boxes = [seen_box(model, picture.size) for model in models]
+    save_figure(draw_maps(picture, phrases, names, maps, boxes), output)
+
+
+def draw_maps(picture, phrases, names, maps, boxes):
+    """A row for each model: the photograph, and over it the map (side, side) of each phrase.
+
+    All maps have one scale, so that a nearly uniform map looks uniform. A cross marks the patch of
+    the largest similarity; boxes say where the map lies on the photograph, see seen_box.
+    """
+    from matplotlib.colors import Normalize
+    scale = Normalize(min(x.min().item() for x in maps), max(x.max().item() for x in maps))
+    width, height = picture.size
+    panel_height = 2.6 * min(1.5, height / width)
+    figure = new_figure(2.6 * (1 + len(phrases)) + 0.8, (panel_height + 0.4) * len(names))
+    panels = figure.subplots(len(names), 1 + len(phrases), squeeze=False)
+    for row, name, model_maps, box in zip(panels, names, maps, boxes):
+        for panel in row:
+            photograph = picture if panel is row[0] else picture.convert("L")
+            panel.imshow(photograph, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
+            panel.set_axis_off()
+        row[0].set_title(name)
+        for panel, phrase, values in zip(row[1:], phrases, model_maps):
+            shown = panel.imshow(values.numpy(), cmap="viridis", norm=scale, alpha=0.65,
+                                 interpolation="bicubic", extent=box)
+            x, y = peak_place(values, box)
+            panel.plot(x, y, "+", color="black", markersize=15, markeredgewidth=4)
+            panel.plot(x, y, "+", color="white", markersize=13, markeredgewidth=2)
+            panel.set_xlim(0, width)        # all of the photograph, where the model saw less
+            panel.set_ylim(height, 0)
+            panel.set_title(phrase)
+    figure.colorbar(shown, ax=panels, label="cosine of patch and phrase", shrink=0.8)
+    return figure
+
+
+def peak_place(values, box):
+    """The middle of the patch with the largest value, in pixels of the photograph: x, y."""
+    side = len(values)
+    left, right, bottom, top = box
+    row, column = divmod(int(values.argmax()), side)
+    x = left + (column + 0.5) * (right - left) / side
+    y = top + (row + 0.5) * (bottom - top) / side
+    return x, y
+
+
+# ---- models ------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def interpolate_weights(model, initial, weight):
+    """WiSE-FT (Wortsman et al. 2022): model's weights become (1 - weight) * initial's + weight *
+    its own. Raises ValueError for models of different structure."""
+    ours, theirs = asdict(model.config), asdict(initial.config)
+    differ = []
+    for key, value in theirs.items():
+        # a bare file of weights has no tokenizer: ""
+        if value not in ("", ours[key]) and key not in ("name", "logit_scale", "logit_bias"):
+            differ.append(key)
+    if differ or not 0 <= weight <= 1:
+        raise ValueError(f"--interpolate {weight:g}: expected 0 (--init) to 1 (--checkpoint), and "
+                         f"as --init the weights that --checkpoint was tuned from; what differs: "
+                         f"{', '.join(differ) or 'nothing'}")
+    start = initial.state_dict()
+    for key, value in model.state_dict().items():
+        if key in start:        # a logit_bias that only the tuned model has stays
+            value.lerp_(start[key], 1 - weight)
+    return model
+
+
+class OpenCLIP(torch.nn.Module):
+    """A model of open_clip of any architecture, with its own transform and tokenizer, as run takes
+    it. name: NAME/PRETRAINED, such as ViT-B-32/laion2b_s34b_b79k; PRETRAINED may be a file."""
+
+    def __init__(self, name):
+        super().__init__()
+        try:
+            import open_clip
+        except ImportError:
+            raise ValueError(f"open_clip:{name} needs open_clip: pip install open_clip_torch"
+                             ) from None
+        architecture, _, pretrained = name.partition("/")
+        known = open_clip.list_models()
+        if architecture not in known or not pretrained:
+            tags = open_clip.list_pretrained_tags_by_model(architecture)
+            raise ValueError(f"open_clip:{name}: expected open_clip:NAME/PRETRAINED with NAME one "
+                             f"of {', '.join(known[:9])}, ..., and PRETRAINED a file or, for this "
+                             f"NAME, one of {', '.join(tags) or 'none'}")
+        try:
+            self.model, _, self.transform = open_clip.create_model_and_transforms(
+                architecture, pretrained=pretrained, weights_only=True)
+            self.tokenize = open_clip.get_tokenizer(architecture)
+        except Exception as error:      # of many kinds: an unknown tag, no network, a wrong file
+            first_line = str(error).strip().split("\n")[0]
+            raise ValueError(f"open_clip:{name} cannot be read: {first_line[:300]}") from None
+
+    def encode_image(self, pixels):
+        return self.model.encode_image(pixels)
+
+    def encode_text(self, tokens):
+        return self.model.encode_text(tokens)
+
+
+def load_source(source, name=None):
+    """A model from --init: open_clip's by the prefix open_clip:, else ours."""
+    if source and source.startswith("open_clip:"):
+        return OpenCLIP(source.removeprefix("open_clip:"))
+    return CLIP.from_pretrained(source, name)
+
+
+def models_of(checkpoint, init, name, tokenizer, weight):
+    """Yield (what it is called, model) for each that --checkpoint, --init, --model mean."""
+    checkpoints = checkpoint.split(",") if checkpoint else []
+    sources = init.split(",") if init else [None] if name else []
+    if weight is not None:
+        if len(checkpoints) != 1 or len(sources) != 1:
+            raise ValueError("--interpolate takes one --checkpoint and one --init (or --model)")
+        model = CLIP.load(checkpoints[0])
+        model = interpolate_weights(model, CLIP.from_pretrained(sources[0], name), weight)
+        yield checkpoints[0], with_tokenizer(model, tokenizer)
+        return
+    if not checkpoints and not sources:
+        raise ValueError("give what to evaluate: --checkpoint FILE, or --init SOURCE (or --model "
+                         "NAME for its default weights); several are joined by commas")
+    for path in checkpoints:
+        yield path, with_tokenizer(CLIP.load(path), tokenizer)
+    for source in sources:
+        yield source or name, with_tokenizer(load_source(source, name), tokenizer)
+
+
+def with_tokenizer(model, path):
+    return set_tokenizer(model, path) if path else model
+
+
+def pick_device(device):
+    """cuda where there is one, unless another is asked for."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU with a driver here; leave it out, or "
+                         "give --device cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def fingerprint(model):
+    """sha256 of the weights and of everything in the config."""
+    digest = hashlib.sha256(repr(getattr(model, "config", None)).encode())
+    for name, x in sorted(model.state_dict().items()):
+        values = x.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- commands ----------------------------------------------------------------------------------
+
+def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None, tokenizer=None,
+             interpolate=None, **settings):
+    """Score one or several models on benchmarks, print tables, and write --json."""
+    benches = (bench or default_bench(settings["data"])).split(",")
+    if benches != ["all"]:
+        check_names(benches)
+    options = running_options(settings)
+    start_processes(options.device)
+    started = time.time()
+    files = []          # what --json holds of each model
+    for label, network in models_of(checkpoint, init, model, tokenizer, interpolate):
+        if files:       # not the first
+            print0(f"\n{label}:")
+        network.to(options.device).eval()
+        size, patches = image_size(network), gives_patch_tokens(network)
+        tasks, missing = read(benches, options, size, patches)
+        results = score(network, tasks, options)
+        for name, subsets in results.items():
+            print_table(name, subsets, TABLE.get(name, {}).get("published") if reference else None)
+        files.append({
+            "checkpoint": label, "sha256": fingerprint(network), "protocol": PROTOCOL,
+            "data_sha256": data_digests(tasks), "missing": missing, "results": results})
+    print0(f"\n{time.time() - started:.1f} s")
+    for line in missing:
+        print0(f"not there: {line}")
+    if len(files) > 1:
+        labels = [model_name(file["checkpoint"]) for file in files]
+        for name in results:
+            tables = [file["results"][name] for file in files]
+            print0("\n" + format_table(name, labels, tables))
+    if json_path and RANK == 0:
+        given = {"init": init, "model": model, "tokenizer": tokenizer, "interpolate": interpolate}
+        given |= {"bench": bench, "torch": torch.__version__, "processes": WORLD, **settings}
+        write_json(json_path, files, given)
+    stop_processes()
+
+
+def running_options(settings):
+    """Options of flags, with the device and the number of workers that None means."""
+    options = Options(**settings)
+    options.device = pick_device(options.device)
+    if options.workers is None:
+        options.workers = min(8, os.cpu_count() or 1) if options.device == "cuda" else 0
+    return options
+
+
+def start_processes(device):
     if WORLD > 1:
-        if args.device == "cuda":
+        if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    model = CLIP.load(args.checkpoint) if args.checkpoint else CLIP.from_pretrained(args.init, args.model)
-    if args.interpolate:
-        model = interpolate(model, CLIP.from_pretrained(args.init, args.model), float(args.interpolate))
-    model = set_tokenizer(model, args.tokenizer) if args.tokenizer else model
-    started, (tasks, missing) = time.time(), read(benches, model.to(args.device).eval(), args)
-    results = run(benches, model, args, tasks=tasks)
-    print0(f"\n{time.time() - started:.1f} s" + "".join(f"\nnot there: {line}" for line in missing))
-    if args.json and RANK == 0:
-        data = {bench: repr([([Path(x[1]).name for row in task.images for x in row], task.texts) for task in parts])
-                for bench, parts in tasks.items()}      # the names of image files, and all texts
-        Path(args.json).write_text(json.dumps({
-            "checkpoint": args.checkpoint or start, "sha256": fingerprint(model), "protocol": PROTOCOL,
-            "data_sha256": {bench: hashlib.sha256(x.encode()).hexdigest() for bench, x in data.items()},
-            "settings": {**vars(args), "torch": torch.__version__, "processes": WORLD},
-            "missing": missing, "results": results}))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def stop_processes():
     if dist.is_initialized():
         dist.destroy_process_group()
 
-COMMANDS = {f.__name__: f for f in (evaluate, download, compare)}
 
-def parser():
-    p = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n\n".join(
-            ["benches"] + [f"{name}: {spec['protocol']} {spec['source']}" for name, spec in TABLE.items()] +
-            ["commands"] + [f.__doc__ for f in COMMANDS.values()] + ["plot and show: see plot --help"]))
-    p.add_argument("command", nargs="?", choices=COMMANDS, default="evaluate")
-    for flag, options in json.loads((ASSETS / "evaluate.json").read_text("utf-8")).items():
-        p.add_argument(flag, **options, **({"type": type(options["default"])} if "default" in options else {}))
-    p.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
-    return p
+def write_json(path, files, settings):
+    """A file for each model; of several the number of the model is put before the ending."""
+    stem, ending = os.path.splitext(path)
+    for number, content in enumerate(files, 1):
+        name = path if len(files) == 1 else f"{stem}.{number}{ending}"
+        Path(name).write_text(json.dumps({**content, "settings": settings}))
+        print0(f"wrote {name}")
+
+
+def verify(registry, bench, tolerance, **settings):
+    """Print our figures of public checkpoints beside the published ones."""
+    options = running_options(settings)
+    start_processes(options.device)
+    only = bench.split(",") if bench else list(BENCHES)
+    check_names(only)
+    close, far = 0, 0
+    for name, entry in read_registry(registry).items():
+        figures = {key: value for key, value in entry["figures"].items() if key in only}
+        try:
+            tasks = read_what_is_there(figures, options)
+            if not tasks:
+                print0(f"\n{name}: none of the files of {', '.join(figures)} are there")
+                continue
+            model = load_verified(name, entry, options.data_dir)
+        except (ValueError, OSError) as error:
+            print0(f"\n{name}: not verified, {plain_words(error)}")
+            continue
+        results = score(model.to(options.device).eval(), tasks, options)
+        print0(f"\n{name:32s}    ours  published  difference")
+        for key, found in results.items():
+            for subset, published in figures[key].items():
+                if subset not in found:
+                    continue
+                ours = 100 * found[subset]["accuracy"]
+                is_close = abs(ours - published) <= tolerance + 1e-9
+                close, far = close + is_close, far + (not is_close)
+                verdict = "" if is_close else f"  more than {tolerance:g}"
+                print0(f"{key + ' ' + subset:32s}  {ours:6.1f}  {published:9.1f}  "
+                      f"{ours - published:+10.1f}{verdict}")
+    print0(f"\n{close} of {close + far} figures are within {tolerance:g} points")
+    stop_processes()
+
+
+def read_registry(path):
+    """{name: {init or checkpoint, model, figures {bench: {subset: percent}}}}: of a json file, or
+    the checkpoints of benchmarks.json with what is published of them."""
+    if path is None:
+        registry = {}
+        for name, entry in DATA["checkpoints"].items():
+            figures = {}
+            for bench, spec in TABLE.items():
+                known = dict(spec.get("published", {}).get(name, {}))
+                known.pop("source", None)
+                if known:
+                    figures[bench] = known
+            registry[name] = {**entry, "figures": figures}
+        return registry
+    try:
+        registry = json.loads(Path(path).read_text("utf-8"))
+        for entry in registry.values():
+            check_names(entry["figures"])
+            for known in entry["figures"].values():
+                if not all(is_kind(figure, (int, float)) for figure in known.values()):
+                    raise ValueError("a figure is no number")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: expected {{NAME: {{init or checkpoint, figures: {{bench: "
+                         f"{{subset: percent}}}}}}}} ({error})") from None
+    return registry
+
+
+def read_what_is_there(benches, options):
+    tasks = {}
+    for bench in benches:
+        try:
+            tasks.update(read([bench], options)[0])
+        except Missing:
+            pass
+    return tasks
+
+
+def load_verified(name, entry, data_dir):
+    """The model of an entry of the registry; a file with a url is downloaded first."""
+    if "checkpoint" in entry:
+        return CLIP.load(entry["checkpoint"])
+    if "path" not in entry:
+        return load_source(entry.get("init"), entry.get("model"))
+    path = os.path.join(data_dir, entry["path"])
+    if "url" in entry:
+        fetch(entry["url"], path, entry.get("sha256"), data_dir)
+    if not os.path.isfile(path):
+        raise Missing(f"no {path}: {entry['by_hand']}")
+    return CLIP.from_pretrained(path, entry.get("model"))
+
+
+def default_bench(data):
+    """What --data without --bench means: a table or shards of pairs, or a folder of classes."""
+    if not data:
+        return "scenes"
+    return "folder" if os.path.isdir(data) else "retrieval"
+
+
+def data_digests(tasks):
+    """{bench: sha256 of the names of its image files and of all its texts}."""
+    digests = {}
+    for bench, parts in tasks.items():
+        content = []
+        for task in parts:
+            names = [Path(x.name).name for row in task.images for x in row]
+            content.append((names, task.texts))
+        digests[bench] = hashlib.sha256(repr(content).encode()).hexdigest()
+    return digests
+
+
+FUNCTIONS = {"evaluate": evaluate, "download": download, "compare": compare, "describe": describe,
+             "verify": verify, "plot": plot, "show": show}
+
+
+def call(argv):
+    """Do what the command line says; a mistake of the user raises ValueError or OSError."""
+    arguments = vars(parse(argv))
+    command = arguments.pop("command")
+    FUNCTIONS[command](**arguments)
+
 
 def main(argv):
-    if argv[:1] in (["plot"], ["show"]):    # drawn by a script of its own
-        return runpy.run_path(str(ASSETS.parent / "tests" / "pictures.py"))["main"](argv)
-    args = parser().parse_args(argv)
     try:
-        COMMANDS[args.command](args)
-    except (ValueError, OSError) as error:      # what a user can mend; anything else is ours, and keeps its trace
+        call(argv)
+    except (ValueError, OSError) as error:      # anything else is a mistake of ours: keep its trace
         if RANK:
             time.sleep(3)       # process 0 says it
             sys.exit(1)
-        sys.exit(f"evaluate.py: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"evaluate.py: {plain_words(error)}")
+
+
+def plain_words(error):
+    """One line for a user: of an OSError without its number."""
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"no file {error.filename}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error).strip().splitlines()[-1]
+
 
 if __name__ == "__main__":
     main(sys.argv[1:])

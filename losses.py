@@ -1,48 +1,98 @@
-"""Contrastive losses over images, captions, concepts and hard negatives: pure functions, exact at any world size.
+"""Contrastive losses over images, captions, concepts and hard negatives, exact at any world size.
 
-Every loss compares this process's own images (b rows) with the captions or concepts of all processes (N columns),
-and returns this process's share: its part of the sum divided by the global count. Summed over processes the shares
-are the loss of the whole batch on one device. DistributedDataParallel averages gradients, so multiply by the world
-size before backward; then every parameter's gradient is that of one process with the whole batch:
+How the shares add up. Every loss compares this process's own images (b rows) with the captions or
+concepts of all processes (N columns), and returns this process's share: its part of the sum,
+divided by the count of all processes. Summed over processes, the shares are the loss of the whole
+batch on one device. DistributedDataParallel averages gradients, so multiply by the world size
+before the backward. Then the gradient of every parameter is that of one process with the whole
+batch:
 
-    columns, offset = gather_features(text_features), first_row(len(image_features))
-    loss = siglip_loss(image_features, columns, logit_scale.exp(), logit_bias, offset)
+    texts = gather_features(text_features)
+    offset = first_row(len(image_features))
+    loss = siglip_loss(image_features, texts, logit_scale.exp(), logit_bias, offset)
     (loss * world_size).backward()
 
-Captions and concepts are gathered with gradient, images and their patch tokens never: work and memory per process
-fall with the world size. Every process must call the same losses in the same order, also with no row of its own.
-Features are L2-normalised, in any float dtype; logits and all that follows are at least float32, under autocast too.
-`logit_scale` is the multiplier itself, exp() of the parameter that CLIP and SigLIP store.
+Captions and concepts are gathered with their gradient. Images and their patch tokens never are, so
+work and memory of a process fall with the world size. Every process must call the same losses in
+the same order, also when it has no row of its own.
 
-The hard-negative methods take K negatives of each caption, gathered like the captions: negative_features (B, K, D)
-and mask (B, K) bool. Where mask is false there is none: whatever finite feature is there, it is in no sum or count.
+Features are L2-normalised, in any float dtype. Logits, all that follows and their gradients are
+computed in float32 at least, also under autocast and where TF32 is allowed: at a logit_scale of 100
+TF32 would change logits by up to 0.006, float32 changes them by 0.00001. (Under torch.compile TF32
+is used where the caller allows it.) `logit_scale` is the multiplier itself: the exp() of the
+parameter that CLIP and SigLIP store.
+
+The methods with hard negatives take K negatives of each caption, gathered like the captions:
+negative_features (B, K, D) and a mask (B, K) of bool. Where the mask is false there is no negative.
+Whatever finite feature stands there enters no sum and no count. Masks may be on the CPU, and best
+are, because what is chosen by them has a size that the CPU must know: it would wait for a GPU.
 """
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 
-# ---- between processes -----------------------------------------------------
+# ---- between processes ------------------------------------------------------------------------
 def _distributed():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def _rank():
+    return dist.get_rank() if _distributed() else 0
+
+
+def _all_gather(x, device=None):
+    """Gather the same number of integers from each process: (n,) -> (W, n), on the CPU.
+
+    They travel between CPUs wherever the processes have a backend for that, as in
+    init_process_group("cpu:gloo,cuda:nccl"), because a GPU would have to be waited for.
+    """
+    if device is None:
+        device = "cpu" if "cpu" in dist.get_backend_config() else "cuda"
+    rows = torch.empty(dist.get_world_size(), len(x), dtype=x.dtype, device=device)
+    dist.all_gather(list(rows), x.to(device))
+    return rows.cpu()
+
+
 def row_counts(rows, device=None):
-    """The number of rows on each process, a list of ints; waits for the other processes."""
+    """Return the number of rows on each process, a list of ints. Waits for the other processes."""
     if not _distributed():
         return [rows]
-    counts = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)  # (W,)
-    dist.all_gather(list(counts.split(1)), torch.tensor([rows], device=device))
-    return counts.tolist()
-
-
-def _start(counts):
-    return sum(counts[:dist.get_rank()]) if _distributed() else 0
+    return _all_gather(torch.tensor([rows]), device).flatten().tolist()
 
 
 def first_row(rows, device=None):
-    """The index of this process's first row among the rows of all processes."""
-    return _start(row_counts(rows, device))
+    """Return the index of this process's first row among the rows of all processes."""
+    return sum(row_counts(rows, device)[:_rank()])
+
+
+def _exchange(*tensors):
+    """Show every process's own tensors of integers to all processes.
+
+    Every process gives as many tensors, with as many dimensions, of whatever sizes. Returns a list
+    over processes of lists of these tensors, on the CPU. Takes two collectives: the shapes, then
+    all numbers in one row.
+    """
+    tensors = [x.to("cpu", torch.int64) for x in tensors]
+    if not _distributed():
+        return [tensors]
+    dimensions = [x.ndim for x in tensors]
+    shapes = _all_gather(torch.cat([torch.tensor(x.shape) for x in tensors]))  # (W, sum)
+    shapes = [process.split(dimensions) for process in shapes]
+    sizes = [[int(shape.prod()) for shape in process] for process in shapes]
+    own = torch.cat([x.flatten() for x in tensors])
+    padded = own.new_zeros(max(map(sum, sizes)))
+    padded[:len(own)] = own
+    numbers = _all_gather(padded)
+    everyone = []
+    for row, its_sizes, its_shapes in zip(numbers, sizes, shapes):
+        parts = row[:sum(its_sizes)].split(its_sizes)
+        everyone.append([x.view(shape.tolist()) for x, shape in zip(parts, its_shapes)])
+    return everyone
 
 
 class _Gather(torch.autograd.Function):
@@ -54,35 +104,85 @@ class _Gather(torch.autograd.Function):
         parts = [torch.empty_like(padded) for _ in counts]
         if padded.numel():
             dist.all_gather(parts, padded)
-        return torch.cat([part[:n] for part, n in zip(parts, counts)])  # (sum of counts, ...)
+        rows = [part[:n] for part, n in zip(parts, counts)]
+        return torch.cat(rows)  # (sum of counts, ...)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        # every process used every row, so its gradient is the sum over processes, in float32 at least
-        grad = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True,
-                       memory_format=torch.contiguous_format)
+        # Every process used every row, so its gradient is the sum over processes. A sum of
+        # bfloat16 numbers would lose bits, hence float32 at least. all_reduce works in place,
+        # hence a copy.
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        grad = grad.to(dtype, copy=True, memory_format=torch.contiguous_format)
         if grad.numel():
             dist.all_reduce(grad)
-        return grad.split(ctx.counts)[dist.get_rank()].to(ctx.dtype), None
+        own = grad.split(ctx.counts)[dist.get_rank()]
+        return own.to(ctx.dtype), None
 
 
 def gather_features(x, counts=None):
-    """Rows of all processes, in rank order: (n, ...) -> (sum of n, ...), with gradient for float dtypes.
+    """Gather the rows of all processes in rank order, with their gradient.
 
-    Processes may hold different numbers of rows, also none; `counts` is row_counts(n) where that is known. The
-    backward, a collective on every process even where x needs no gradient, sums all processes' gradients of these rows.
+    The backward is a collective on every process, also where x itself needs no gradient. It sums
+    the gradients that all processes have for these rows.
+
+    Parameters
+    ----------
+    x : Tensor (n, ...)
+        This process's rows. Processes may hold different numbers of rows, also none.
+    counts : list of int, optional
+        row_counts(n), where it is known already.
+
+    Returns
+    -------
+    Tensor (sum of n, ...)
     """
     if not _distributed():
         return x
-    counts = row_counts(len(x), x.device) if counts is None else counts
+    if counts is None:
+        counts = row_counts(len(x))
     if x.is_floating_point() and torch.is_grad_enabled() and not x.requires_grad:
-        x = x.detach().requires_grad_()  # else this process would miss the others' backward: a hang
+        # Without this, a process with a frozen tower would miss the backward's collective, and the
+        # others would wait for it forever.
+        x = x.detach().requires_grad_()
     return _Gather.apply(x, counts)
 
 
+def gather_together(tensors, counts):
+    """gather_features of several tensors, in one collective each way.
+
+    Parameters
+    ----------
+    tensors : list of Tensor (n, ...)
+        Features of this process, of one dtype. n and what follows may differ.
+    counts : list of lists of int
+        For each tensor, the number of its rows on each process, as row_counts gives it.
+
+    Returns
+    -------
+    list of Tensor (sum of n, ...)
+    """
+    if not _distributed():
+        return list(tensors)
+    widths = [x.shape[1:].numel() for x in tensors]  # numbers in a row
+    # sizes[i][r]: how many numbers of tensor i come from process r
+    sizes = [[n * width for n in rows] for rows, width in zip(counts, widths)]
+    numbers_of_process = [sum(column) for column in zip(*sizes)]
+    flat = torch.cat([x.flatten() for x in tensors])
+    everything = gather_features(flat, numbers_of_process)
+    pieces = [[] for _ in tensors]
+    start = 0
+    for process in range(len(numbers_of_process)):
+        for tensor_pieces, tensor_sizes in zip(pieces, sizes):
+            end = start + tensor_sizes[process]
+            tensor_pieces.append(everything[start:end])
+            start = end
+    return [torch.cat(parts).view(-1, *x.shape[1:]) for parts, x in zip(pieces, tensors)]
+
+
 def _global_sum(x):
-    """Sum over processes, the same number on each; no gradient."""
+    """Sum over processes, the same number on each, without a gradient."""
     x = x.detach().contiguous()
     if _distributed():
         dist.all_reduce(x)
@@ -90,269 +190,876 @@ def _global_sum(x):
 
 
 def _column_logsumexp(logits):
-    """logsumexp over the rows of all processes: (b, N) -> (N,). Only N numbers per process are exchanged."""
-    return gather_features(logits.logsumexp(dim=0, keepdim=True)).logsumexp(dim=0)  # (W, N) -> (N,)
+    """logsumexp over the rows of all processes: (b, N) -> (N,).
+
+    Only N numbers of each process are exchanged.
+    """
+    if not _distributed():
+        return logits.logsumexp(dim=0)
+    own = logits.logsumexp(dim=0, keepdim=True)  # (1, N)
+    one_row_each = [1] * dist.get_world_size()
+    return gather_features(own, one_row_each).logsumexp(dim=0)  # (W, N) -> (N,)
 
 
-# ---- concepts as columns ---------------------------------------------------
-def _strings(ids):
-    """(M,) -> the S different ids, sorted; of each of the M its place there; where each of the S first occurs."""
-    unique, string = ids.unique(return_inverse=True)
-    first = torch.full_like(unique, len(ids))
-    return unique, string, first.scatter_reduce_(0, string, torch.arange(len(ids), device=ids.device), "amin")
+# ---- concepts as columns ----------------------------------------------------------------------
+# All that depends on ids is computed on the CPU, where the ids come from: on a GPU each of these
+# operations would have to wait for it.
+def _first_occurrences(ids):
+    """Mark each id where it occurs for the first time: (M,) -> (M,) bool."""
+    strings, string = ids.unique(return_inverse=True)  # (S,), (M,)
+    places = torch.arange(len(ids))
+    first = torch.full_like(strings, len(ids))
+    first.scatter_reduce_(0, string, places, "amin")  # (S,)
+    return first[string] == places
+
+
+def _real_pairs(pairs, concept_ids):
+    """Drop the padding: (P', 2) -> images (P,), rows of concepts (P,)."""
+    pairs = pairs[pairs[:, 0] >= 0]
+    pairs = pairs[concept_ids[pairs[:, 1]] >= 0]
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _chosen(ids_of_all, first_only):
+    """Choose which ids become columns: not padding, and only first occurrences if so wanted.
+
+    ids_of_all: a list over processes of ids (U,). Returns a list over processes of indices (n,).
+    """
+    ids = torch.cat(ids_of_all)
+    is_chosen = ids >= 0
+    if first_only:
+        is_chosen = is_chosen & _first_occurrences(ids)
+    by_process = is_chosen.split([len(x) for x in ids_of_all])
+    return [x.nonzero().squeeze(1) for x in by_process]
+
+
+def _divide(tokens_of_all, ids_of_all, pad_id):
+    """Divide the different concepts equally, in the order in which they occur.
+
+    Takes lists over processes of tokens (U, L) and ids (U,). Returns such lists of the shares,
+    tokens (U', L') and ids (U',), where L' is the longest L.
+    """
+    chosen = _chosen(ids_of_all, first_only=True)
+    length = max(tokens.shape[1] for tokens in tokens_of_all)
+    padded = [F.pad(x, (0, length - x.shape[1]), value=pad_id) for x in tokens_of_all]
+    tokens = torch.cat([x[index] for x, index in zip(padded, chosen)])  # (S, L')
+    ids = torch.cat([x[index] for x, index in zip(ids_of_all, chosen)])  # (S,)
+    processes = len(ids_of_all)
+    return tokens.tensor_split(processes), ids.tensor_split(processes)
+
+
+def _string_labels(held, image, column_ids, batch_size):
+    """Tell whether image m holds the string of column n.
+
+    held (P,) and image (P,): a string and the image that holds it. column_ids (N,): the string of
+    each column. Returns (b, N) bool.
+    """
+    strings, string = column_ids.unique(return_inverse=True)  # (S,), (N,)
+    holds = torch.zeros(batch_size, len(strings), dtype=torch.bool)
+    holds[image, torch.searchsorted(strings, held)] = True  # (b, S)
+    return holds[:, string]
+
+
+def _pair_labels(image, counts, batch_size):
+    """Give each pair a column of its own: image (P,), pairs of each process -> (b, N) bool."""
+    labels = torch.zeros(batch_size, sum(counts), dtype=torch.bool)
+    start = sum(counts[:_rank()])
+    labels[image, start + torch.arange(len(image))] = True
+    return labels
+
+
+def _plan_columns(concept_ids, pairs, batch_size, pair_counts, ids_of_all, dedupe, merge):
+    """Find the columns that concept_columns describes, and this process's labels.
+
+    concept_ids (U,) and pairs (P, 2) are this process's. Lists over processes: pair_counts, the
+    number of real pairs, and ids_of_all, the ids of the features. Returns the rows of its
+    features that this process gives (n,), the number n of each process, and labels (b, N).
+    """
+    image, concept = _real_pairs(pairs, concept_ids)
+    if not dedupe:
+        return concept, pair_counts, _pair_labels(image, pair_counts, batch_size)
+    chosen = _chosen(ids_of_all, first_only=merge)
+    column_ids = torch.cat([ids[index] for ids, index in zip(ids_of_all, chosen)])  # (N,)
+    labels = _string_labels(concept_ids[concept], image, column_ids, batch_size)
+    return chosen[_rank()], [len(index) for index in chosen], labels
 
 
 def share_concepts(concept_tokens, concept_ids, pad_id=0):
-    """This process's equal share of all processes' different concepts, so that each is encoded once, and once only.
+    """Divide the different concepts of all processes, so that each is encoded once and once only.
 
-    concept_tokens (U, L) and concept_ids (U,) of this process, as below -> tokens (U', L') and ids (U',), to encode and
-    to give to concept_columns as concept_features and feature_ids. L may differ between processes: pad_id fills up.
+    Parameters
+    ----------
+    concept_tokens : Tensor (U, L) int64
+        The concepts of this process. L may differ between processes.
+    concept_ids : Tensor (U,) int64
+        As in concept_columns.
+    pad_id : int
+        The token that fills shorter concepts up.
+
+    Returns
+    -------
+    tokens : Tensor (U', L') int64
+        This process's equal share, to be encoded.
+    ids : Tensor (U',) int64
+        Its ids. concept_columns takes what was encoded as concept_features, and these as
+        feature_ids.
     """
-    counts, lengths = (row_counts(n, concept_tokens.device) for n in concept_tokens.shape)
-    padded = F.pad(concept_tokens, (0, max(lengths) - concept_tokens.shape[1]), value=pad_id)  # (U, L')
-    tokens, ids = gather_features(padded, counts), gather_features(concept_ids, counts)  # (M, L'), (M,)
-    unique, _, first = _strings(ids)
-    world_size, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
-    mine = first[unique >= 0].tensor_split(world_size)[rank]
-    return tokens[mine], ids[mine]
+    tokens_of_all, ids_of_all = zip(*_exchange(concept_tokens, concept_ids))
+    tokens, ids = _divide(tokens_of_all, ids_of_all, pad_id)
+    device = concept_tokens.device
+    return tokens[_rank()].to(device), ids[_rank()].to(device)
 
 
-def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=True, merge=True, feature_ids=None):
-    """Global columns and this process's labels, from each process's own list of concepts.
+def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=True, merge=True,
+                    feature_ids=None):
+    """Make the columns of all processes, and this process's labels, of each process's concepts.
 
-    concept_features (U, D): one row for each unique concept string of this process (merge=False: for each occurrence),
-        or for each string of feature_ids, where share_concepts chose others for this process to encode.
-    concept_ids (U,) int64: equal for equal strings on all processes (a hash >= 0); negative marks padding.
-    pairs (P, 2) int64: (image row, row of concept_features) for each concept of each of this process's b = batch_size
-        images; a negative image row marks padding, and so does a padded concept.
+    Three things can be a column:
 
-    Returns features (N, D) with gradient and labels (b, N) bool; columns are in rank order.
-    dedupe=True: equal strings are one column, wherever they come from, positive for every image that holds the string;
-    the first occurrence's feature stands for all and takes the whole gradient (exact as long as equal strings have
-    equal features: no dropout). Where they differ, as pooled from each caption's span, merge=False: each row is a
-    column, positive for every image that holds its string. dedupe=False: one column for each pair, positive for its own
-    image only, so that the same phrase in other images counts as negative, as in C2LIP's released code.
+    dedupe and merge (the default)
+        A string. It is one column, wherever it comes from, and positive for every image that holds
+        it. The feature of its first occurrence stands for all and takes the whole gradient. This
+        is exact as long as equal strings have equal features (no dropout).
+    dedupe, but not merge
+        A row of concept_features, positive for every image that holds its string. For features
+        that differ between equal strings, as those do that are pooled from each caption's span.
+    not dedupe
+        A pair, positive for its own image only. The same phrase in other images counts as
+        negative, as in C2LIP's released code.
+
+    Parameters
+    ----------
+    concept_features : Tensor (U, D)
+        A row for each different string of this process (without merge, for each occurrence of a
+        string), or for each string of feature_ids.
+    concept_ids : Tensor (U,) int64
+        A hash of each string, at least 0 and equal for equal strings on all processes. A negative
+        id marks padding. The ids and pairs may be on the CPU, and best are.
+    pairs : Tensor (P, 2) int64
+        (image, row of concept_ids) of each concept of each of this process's images. A negative
+        image marks padding, and so does a concept that is padding.
+    batch_size : int
+        b, the number of this process's images.
+    feature_ids : Tensor (U',) int64, optional
+        The strings of concept_features, where share_concepts chose them.
+
+    Returns
+    -------
+    features : Tensor (N, D)
+        The columns of all processes in rank order, with gradient.
+    labels : Tensor (b, N) bool
+        Whether the column is a concept of the image.
     """
-    pairs = pairs[pairs[:, 0] >= 0]
-    image, concept = pairs[concept_ids[pairs[:, 1]] >= 0].T  # (P,), (P,), without padding
-    if not dedupe:  # every pair is a concept of its own
-        concept_features, concept = concept_features[concept], torch.arange(len(image), device=image.device)
-    counts = row_counts(len(concept_features), concept_features.device)
-    features = gather_features(concept_features, counts)  # (M, D), M the sum of U
-    index = torch.arange(len(features), device=features.device)
-    if dedupe:
-        ids = gather_features(concept_ids if feature_ids is None else feature_ids, counts)  # (M,)
-        held = concept_ids[concept]  # (P,)
-    else:
-        ids, held = index, _start(counts) + concept
-    unique, string, first = _strings(ids)  # (S,), (M,), (S,)
-    holds = torch.zeros(batch_size, len(unique), dtype=torch.bool, device=features.device)  # (b, S)
-    holds[image, torch.searchsorted(unique, held)] = True
-    is_column = (ids >= 0) & (first[string] == index if merge else True)  # (M,)
-    return features[is_column], holds[:, string[is_column]]  # (N, D), (b, N)
+    concept_ids, pairs = concept_ids.cpu(), pairs.cpu()
+    if feature_ids is None:
+        feature_ids = concept_ids
+    image, _ = _real_pairs(pairs, concept_ids)
+    pair_counts, ids_of_all = zip(*_exchange(torch.tensor([len(image)]), feature_ids))
+    given, counts, labels = _plan_columns(
+        concept_ids, pairs, batch_size, torch.cat(pair_counts).tolist(), ids_of_all, dedupe, merge)
+    device = concept_features.device
+    features = concept_features.index_select(0, given.to(device))
+    return gather_features(features, counts), labels.to(device)
 
 
-# ---- from logits (b, N) and labels (b, N) to this process's share ----------
+# ---- the plan of a training step --------------------------------------------------------------
+@dataclass
+class Plan:
+    """What the processes have agreed on about a batch before the towers see it.
+
+    What share_concepts, concept_columns, first_row and row_counts do in a step, each with
+    collectives of its own, plan_batch does at once, in two, and on the CPU. So a GPU is never
+    waited for, and may still be computing the step before:
+
+        plan = plan_batch(len(images), concept_ids, pairs, concept_tokens).to(device)
+        ...                                 # encode images, captions and plan.tokens
+        texts, columns = gather_together(
+            [text_features, concept_features.index_select(0, plan.given)],
+            [plan.rows, plan.given_counts])
+        loss = npc_loss(image_features, columns, plan.labels, logit_scale, logit_bias)
+    """
+    rows: list                                      # the number of images of each process
+    tokens: torch.Tensor | None = None              # (U', L'), concepts for this process to encode
+    given: torch.Tensor | None = None               # (n,), rows of its concept features to gather
+    given_counts: list | None = None                # n of each process
+    labels: torch.Tensor | None = None              # (b, N) bool, this process's images and columns
+    pairs: int = 0                                  # (image, phrase) pairs of all processes
+    negative_mask: torch.Tensor | None = None       # (B, K) bool, of all processes, on the CPU
+
+    @property
+    def offset(self):
+        """The index of this process's first image among all."""
+        return sum(self.rows[:_rank()])
+
+    def to(self, device):
+        """Send the tensors but the mask to a device, without waiting for it."""
+        def send(x):
+            if x is None:
+                return None
+            if torch.device(device).type == "cuda":
+                x = x.pin_memory()  # else the copy would wait for the GPU's queue
+            return x.to(device, non_blocking=True)
+
+        return replace(self, tokens=send(self.tokens), given=send(self.given),
+                       labels=send(self.labels))
+
+
+def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, dedupe=True,
+               merge=True, negative_mask=None, pad_id=0, multiple=1):
+    """Exchange all that is known of a batch before the towers run. All tensors are on the CPU.
+
+    Parameters
+    ----------
+    batch_size : int
+        b, the number of this process's images.
+    concept_ids, pairs : Tensor (U,), (P, 2) int64, optional
+        As in concept_columns. None for a loss without concepts.
+    concept_tokens : Tensor (U, L) int64, optional
+        Where they are given, the processes divide the different concepts as in share_concepts,
+        which needs dedupe and merge. Where not, each process encodes its own.
+    dedupe, merge : bool
+        As in concept_columns.
+    negative_mask : Tensor (b, K) bool, optional
+        This process's, to be gathered.
+    pad_id : int
+        The token that fills shorter concepts up.
+    multiple : int
+        Fill the number of shared concepts up to a multiple of it, for torch.compile.
+
+    Returns
+    -------
+    Plan
+        In its pairs, a phrase counts once for each image that holds it.
+    """
+    if concept_tokens is not None and not (dedupe and merge):
+        raise ValueError("concept_tokens are given, but only equal concepts of one feature can be "
+                         "shared: give dedupe=True and merge=True, or no concept_tokens")
+    everyone = _exchange(
+        *_sizes_and_ids(batch_size, concept_ids, pairs),
+        torch.zeros(0, 0) if concept_tokens is None else concept_tokens,
+        torch.zeros(0, 0) if negative_mask is None else negative_mask)
+    sizes, ids_of_all, tokens_of_all, masks = zip(*everyone)
+    rows, pair_counts, different_counts = torch.stack(sizes).T.tolist()
+    plan = Plan(rows)
+    if negative_mask is not None:
+        plan.negative_mask = torch.cat(masks).bool()
+    if concept_ids is None:
+        return plan
+    if concept_tokens is not None:
+        tokens_of_all, ids_of_all = _divide(tokens_of_all, ids_of_all, pad_id)
+        plan.tokens = _fill_up(tokens_of_all[_rank()], multiple, pad_id)
+    plan.given, plan.given_counts, plan.labels = _plan_columns(
+        concept_ids, pairs, batch_size, pair_counts, ids_of_all, dedupe, merge)
+    plan.pairs = sum(different_counts if dedupe else pair_counts)
+    return plan
+
+
+def _sizes_and_ids(batch_size, concept_ids, pairs):
+    """The numbers of images, of real pairs, and of different pairs (3,), and the ids (U,)."""
+    if concept_ids is None:
+        return torch.tensor([batch_size, 0, 0]), torch.zeros(0)
+    image, concept = _real_pairs(pairs, concept_ids)
+    different = torch.stack([image, concept_ids[concept]]).unique(dim=1)  # (2, P')
+    return torch.tensor([batch_size, len(image), different.shape[1]]), concept_ids
+
+
+def _fill_up(tokens, multiple, pad_id):
+    """Add rows of padding up to a multiple, and at least to that: (U, L) -> (U', L)."""
+    rows = max(len(tokens), 1 if multiple > 1 else 0)
+    rows = -(-rows // multiple) * multiple
+    return F.pad(tokens, (0, 0, 0, rows - len(tokens)), value=pad_id)
+
+
+# ---- from logits (b, N) and labels (b, N) to this process's share -----------------------------
 def _float(x):
+    """At least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+@contextmanager
+def _full_precision(device):
+    """Neither autocast nor TF32 in what is computed here."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        name, exact = "fp32_precision", "ieee"
+    else:  # before torch 2.9
+        name, exact = "allow_tf32", False
+    allowed = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        setattr(matmul, name, allowed)
+
+
+class _Product(torch.autograd.Function):
+    """rows @ columns.T in full precision: (b, D), (N, D) -> (b, N).
+
+    A function of its own, because the backward runs when the caller's flags are in force again.
+    """
+    @staticmethod
+    def forward(ctx, rows, columns):
+        ctx.save_for_backward(rows, columns)
+        with _full_precision(rows.device):
+            return rows @ columns.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, columns = ctx.saved_tensors
+        with _full_precision(grad.device):
+            return grad @ columns, grad.T @ rows
+
+
 def _logits(rows, columns, logit_scale):
-    """(b, D), (N, D) -> (b, N), at least float32 also under autocast."""
-    with torch.autocast(rows.device.type, enabled=False):
-        return logit_scale * (_float(rows) @ _float(columns).T)
+    """(b, D), (N, D) -> (b, N), at least float32."""
+    rows, columns = _float(rows), _float(columns)
+    if torch.compiler.is_compiling():  # which would break the graph at the flags
+        with torch.autocast(rows.device.type, enabled=False):
+            return logit_scale * (rows @ columns.T)
+    return logit_scale * _Product.apply(rows, columns)
 
 
 def _sigmoid_share(logits, labels, count):
-    """-sum log sigmoid(y z) / count, y = +1 where labels, else -1 (SigLIP, eq. 1)."""
-    return -F.logsigmoid(torch.where(labels, logits, -logits)).sum() / max(count, 1)
+    """-sum log sigmoid(y z) / count, y = +1 where labels, else -1 (SigLIP, equation 1)."""
+    signed = torch.where(labels, logits, -logits)
+    count = torch.as_tensor(count).clamp_min(1)  # max(count, 1) would wait for a GPU
+    return -F.logsigmoid(signed).sum() / count
 
 
-def _rows_share(logits, labels):
-    """mean_m mean_{n in P(m)} (logsumexp_k z_mk - z_mn): of all processes' rows m with positive columns P(m)."""
+def _rows_share(logits, labels, rows):
+    """mean_m mean_{n in P(m)} (logsumexp_k z_mk - z_mn).
+
+    m are the rows of all processes that have positive columns P(m), `rows` is their number.
+    """
     in_row = labels.sum(1, keepdim=True)  # (b, 1)
-    rows = _global_sum((in_row > 0).sum())
-    return ((logits.logsumexp(dim=1, keepdim=True) - logits) * labels / (in_row * rows).clamp_min(1)).sum()
+    surprise = logits.logsumexp(dim=1, keepdim=True) - logits  # (b, N), -log softmax
+    return (surprise * labels / (in_row * rows).clamp_min(1)).sum()
 
 
-def _columns_share(logits, labels):
-    """The same of the columns with positive rows, over the rows of all processes."""
-    in_column = _global_sum(labels.sum(0))  # (N,) positives of each column, on all processes
+def _columns_share(logits, labels, in_column):
+    """The same of the columns that have positive rows, over the rows of all processes.
+
+    in_column (N,): how many positive rows a column has, on all processes.
+    """
     columns = (in_column > 0).sum()
-    return ((_column_logsumexp(logits) - logits) * labels / (in_column * columns).clamp_min(1)).sum()
+    surprise = _column_logsumexp(logits) - logits  # (b, N)
+    return (surprise * labels / (in_column * columns).clamp_min(1)).sum()
+
+
+def _positives(labels):
+    """Count over all processes: the rows with a positive, and each column's positives (N,)."""
+    rows = (labels.any(1)).sum(0, keepdim=True)  # (1,)
+    sums = _global_sum(torch.cat([rows, labels.sum(0)]))  # (1 + N,)
+    return sums[0], sums[1:]
 
 
 def _contrast_share(logits, labels, logit_bias, count):
-    """Without a bias, half by rows and half by columns: CLIP's loss if each has one positive. Else sigmoid."""
-    if logit_bias is None:
-        return 0.5 * (_columns_share(logits, labels) + _rows_share(logits, labels))
-    return _sigmoid_share(logits + logit_bias, labels, count)
+    """The sigmoid loss with a bias. Without one, half by rows and half by columns.
+
+    The latter is CLIP's loss where each row and each column has one positive.
+    """
+    if logit_bias is not None:
+        return _sigmoid_share(logits + logit_bias, labels, count)
+    rows, in_column = _positives(labels)
+    return 0.5 * (_columns_share(logits, labels, in_column) + _rows_share(logits, labels, rows))
 
 
 def _choices(rows, first, others, valid, scale):
-    """Logits of each row's own candidates: (b, D), (b, D), (b, K, D), (b, K) -> (b, 1 + K), -inf if not valid."""
+    """Logits of each row's own candidates, the first and K others, -inf where not valid.
+
+    (b, D), (b, D), (b, K, D), (b, K) -> (b, 1 + K)
+    """
     candidates = torch.cat([first[:, None], others], dim=1)  # (b, 1 + K, D)
     logits = scale * (_float(rows)[:, None] * _float(candidates)).sum(-1)
     return logits.masked_fill(F.pad(~valid, (1, 0)), -torch.inf)
 
 
 def _choice_share(logits, logit_bias, count):
-    """-log softmax of each row's first column / count; with a bias the sigmoid loss, the first column positive."""
+    """-log softmax of each row's first column / count, or the sigmoid loss where there is a bias.
+
+    In the latter the first column is positive and the others are negative.
+    """
     if logit_bias is None:
         return (logits.logsumexp(dim=1) - logits[:, 0]).sum() / max(count, 1)
-    return _sigmoid_share(logits + logit_bias, torch.arange(logits.shape[1], device=logits.device) == 0, count)
+    is_first = torch.arange(logits.shape[1], device=logits.device) == 0
+    return _sigmoid_share(logits + logit_bias, is_first, count)
 
 
 def _diagonal(logits, offset):
-    """(b, N) bool: row i's own column is offset + i."""
+    """Labels (b, N) bool, where row i's own column is offset + i."""
+    rows = torch.arange(logits.shape[0], device=logits.device)
     columns = torch.arange(logits.shape[1], device=logits.device)
-    return columns == torch.arange(logits.shape[0], device=logits.device)[:, None] + offset
+    return columns == rows[:, None] + offset
 
 
-# ---- the losses ------------------------------------------------------------
+# ---- images, captions and concepts ------------------------------------------------------------
 def siglip_loss(image_features, text_features, logit_scale, logit_bias, offset=0):
-    """Sigmoid loss of images and captions (Zhai et al. 2023, Sigmoid Loss for Language Image Pre-Training).
+    """Sigmoid loss of images and captions.
 
-    -sum_ij log sigmoid(y_ij (logit_scale I_i.T_j + logit_bias)) / B, y = +1 for i = j, else -1.
-    image_features (b, D) of this process, text_features (B, D) of all, normalised; offset: the column of the first
-    image's caption. Returns this process's share, a scalar of at least float32.
+    Zhai et al. 2023, Sigmoid Loss for Language Image Pre-Training, equation 1:
+        -sum_ij log sigmoid(y_ij (logit_scale I_i.T_j + logit_bias)) / B,  y = +1 for i = j, else -1
+
+    Parameters
+    ----------
+    image_features : Tensor (b, D)
+        Of this process, normalised.
+    text_features : Tensor (B, D)
+        Of all processes, normalised.
+    logit_scale, logit_bias : scalar
+        The multiplier itself, and what is added.
+    offset : int
+        The column of the first image's caption.
+
+    Returns
+    -------
+    Tensor ()
+        This process's share, of at least float32.
     """
     logits = _logits(image_features, text_features, logit_scale) + logit_bias  # (b, B)
     return _sigmoid_share(logits, _diagonal(logits, offset), len(text_features))
 
 
 def clip_loss(image_features, text_features, logit_scale, offset=0):
-    """Symmetric cross-entropy (Radford et al. 2021, CLIP, figure 3). Arguments and result as in siglip_loss."""
+    """Symmetric cross-entropy (Radford et al. 2021, CLIP, figure 3).
+
+    Arguments and result are those of siglip_loss.
+    """
     logits = _logits(image_features, text_features, logit_scale)  # (b, B)
-    return _contrast_share(logits, _diagonal(logits, offset), None, len(text_features))
+    labels = _diagonal(logits, offset)
+    B = len(text_features)
+    one_each = torch.ones(B, dtype=torch.int64, device=logits.device)  # a column's positives
+    return 0.5 * (_columns_share(logits, labels, one_each) + _rows_share(logits, labels, B))
 
 
-def npc_loss(image_features, concept_features, labels, logit_scale, logit_bias=None):
+def npc_loss(image_features, concept_features, labels, logit_scale, logit_bias=None, count=None):
     """Noun-phrase contrast: each image against every concept of the batch (C2LIP, L_npc).
 
-    image_features (b, D) of this process, concept_features (N, D) of all, normalised; labels (b, N) bool, true where
-    the image's caption holds the concept, several per column allowed (see concept_columns).
-    With logit_bias: -sum_mn log sigmoid(y_mn (logit_scale I_m.P_n + logit_bias)) / N.
-    Without: the softmax analogue for CLIP weights, on z = logit_scale I P^T,
-        1/2 [ mean over concepts n of the mean over n's images m of -log softmax over all images (z_.n)_m
-            + mean over images m with a concept of the mean over m's concepts n of -log softmax (z_m.)_n ].
-    Returns this process's share, a scalar of at least float32; 0 (with a graph) without any concept.
+    With logit_bias, y = +1 where labels, else -1:
+        -sum_mn log sigmoid(y_mn (logit_scale I_m.P_n + logit_bias)) / count
+    Without, the softmax analogue for CLIP's weights, on z = logit_scale I P^T:
+        1/2 [ mean over concepts n of the mean over n's images m of -log softmax(z_.n)_m
+            + mean over images m of the mean over m's concepts n of -log softmax(z_m.)_n ]
+    Images without a concept and concepts without an image are in neither mean.
+
+    Parameters
+    ----------
+    image_features : Tensor (b, D)
+        Of this process, normalised.
+    concept_features : Tensor (N, D)
+        Of all processes, normalised.
+    labels : Tensor (b, N) bool
+        Whether the image's caption holds the concept. Several images may hold it (concept_columns).
+    logit_scale, logit_bias : scalar
+        The multiplier itself, and what is added.
+    count : int or Tensor (), optional
+        The divisor of the sigmoid loss, by default N. In C2LIP's released code each pair of an
+        image and its phrase is a column, so N is the number of pairs. Where equal phrases share a
+        column N is smaller, the more so the larger the batch, and a pair weighs more. With the
+        number of pairs of all processes, sum(row_counts(int(labels.sum()))), a pair weighs what it
+        does there, whatever the batch.
+
+    Returns
+    -------
+    Tensor ()
+        This process's share, of at least float32. It is 0 (with a graph) without any concept.
     """
+    if count is None:
+        count = labels.shape[1]
     logits = _logits(image_features, concept_features, logit_scale)  # (b, N)
-    return _contrast_share(logits, labels, logit_bias, labels.shape[1])
+    return _contrast_share(logits, labels, logit_bias, count)
 
 
-def xac_loss(similarity, labels, logit_scale, logit_bias=None):
-    """Cross-attention concept contrast: like npc_loss, with attention-pooled images (C2LIP, L_xac).
+def xac_loss(similarity, labels, logit_scale, logit_bias=None, count=None):
+    """Cross-attention contrast: npc_loss with images pooled by attention (C2LIP, L_xac).
 
-    similarity (b, N): cosine of concept n and image m's tokens pooled by n's attention, from pooling.concept_similarity
-    of this process's patch tokens and all concepts. The rest as in npc_loss, z = logit_scale similarity (+ logit_bias).
+    similarity (b, N) is the cosine of concept n and image m's tokens, pooled by n's attention. It
+    comes from pooling.concept_similarity of this process's patch tokens and all concepts. The rest
+    is as in npc_loss, on z = logit_scale similarity (+ logit_bias).
     """
-    return _contrast_share(logit_scale * _float(similarity), labels, logit_bias, labels.shape[1])
+    if count is None:
+        count = labels.shape[1]
+    logits = logit_scale * _float(similarity)  # (b, N)
+    return _contrast_share(logits, labels, logit_bias, count)
 
 
-# ---- the methods with hard negatives ---------------------------------------
-def negclip_loss(image_features, text_features, negative_features, mask, logit_scale, logit_bias=None, offset=0):
-    """Negative captions as more columns (Yuksekgonul et al. 2023, When and why VLMs behave like bags-of-words).
+# ---- hard negatives ---------------------------------------------------------------------------
+def _valid(features, mask):
+    """Choose the rows where the mask is true: (..., D), (...) -> (V, D)."""
+    index = mask.flatten().nonzero().squeeze(1)  # (V,)
+    rows = features.flatten(0, mask.ndim - 1)
+    return rows.index_select(0, index.to(features.device, non_blocking=True))
 
-    1/2 [CE(s I [T; T-]^T) + CE(s T I^T)], CE the mean over rows of the cross-entropy with the row's own column.
-    image_features (b, D) of this process, text_features (B, D), negative_features (B, K, D), mask (B, K) of all.
-    With logit_bias: siglip_loss with the negatives as columns without an image, still divided by B. Returns this
-    process's share, a scalar of at least float32: that of clip_loss or siglip_loss if no negative is valid.
-    Hard images are rows of the batch like others: the released 2B images x 4B texts are this loss of 2B rows.
+
+def negclip_loss(image_features, text_features, negative_features, mask, logit_scale,
+                 logit_bias=None, offset=0):
+    """NegCLIP: negative captions as more columns.
+
+    Yuksekgonul et al. 2023, When and why vision-language models behave like bags-of-words:
+        1/2 [CE(s I [T; T-]^T) + CE(s T I^T)]
+    CE is the mean over rows of the cross-entropy with the row's own column. With logit_bias it is
+    siglip_loss with the negatives as columns that have no image, still divided by B. NegCLIP's hard
+    images with their own texts make this a loss of 2B rows.
+
+    Parameters
+    ----------
+    image_features : Tensor (b, D)
+        Of this process.
+    text_features : Tensor (B, D)
+        Of all processes.
+    negative_features : Tensor (B, K, D)
+        Of all processes.
+    mask : Tensor (B, K) bool
+        Of all processes, false where there is no negative.
+    logit_scale, logit_bias, offset
+        As in siglip_loss.
+
+    Returns
+    -------
+    Tensor ()
+        This process's share.
     """
-    texts = torch.cat([text_features, negative_features[mask]])  # (B + V, D), V valid negatives
+    texts = torch.cat([text_features, _valid(negative_features, mask)])  # (B + V, D)
     logits = _logits(image_features, texts, logit_scale)  # (b, B + V)
     return _contrast_share(logits, _diagonal(logits, offset), logit_bias, len(text_features))
 
 
-def ce_clip_loss(image_features, text_features, negative_features, mask, thresholds, logit_scale, logit_bias=None,
-                 offset=0):
-    """CE-CLIP (Zhang et al. 2024, Contrasting intra-modal and ranking cross-modal hard negatives).
+def ce_clip_loss(image_features, text_features, negative_features, mask, thresholds, logit_scale,
+                 logit_bias=None, offset=0):
+    """CE-CLIP: an intra-modal contrast and a ranking with thresholds that adapt.
 
-    Arguments as in negclip_loss; thresholds (K,) from the step before, zeros at first. Returns a dict of shares (the
-    paper weighs them 1, 0.2, 0.3) and the next step's thresholds:
-      contrastive  negclip_loss
-      cmr          mean over the valid negatives of relu(thresholds_k + s I_i.T-_ik - s I_i.T_i)
-      imc          mean_i CE([s I_i.T_i | s T_i.T-_jk for all j, k], the first); sigmoid of the same with a bias
-      thresholds   (K,) mean_i s I_i.T_i - mean_i s I_i.T-_ik in [0, 10], equal on all processes; kept if no valid k
-    The released IMC attracts the first negative instead; the released CMR divides by B K, valid or not.
+    Zhang et al. 2024, Contrasting intra-modal and ranking cross-modal hard negatives. Arguments are
+    those of negclip_loss, and thresholds (K,) of the step before, which start as zeros. Returns a
+    dict of shares, which the paper weighs 1, 0.2 and 0.3, and the thresholds of the next step:
+
+    contrastive
+        negclip_loss
+    cmr
+        mean over the valid negatives of relu(thresholds_k + s I_i.T-_ik - s I_i.T_i)
+    imc
+        mean_i CE([s I_i.T_i | s T_i.T-_jk for all j, k], the first), or with a bias the sigmoid
+        loss of the same
+    thresholds
+        (K,) mean_i s I_i.T_i - mean_i s I_i.T-_ik, clamped to [0, 10], equal on all processes. It
+        stays as it was where no k is valid.
+
+    The released code differs: its IMC attracts the first negative, and its CMR divides by B K,
+    valid or not.
     """
-    own, count = slice(offset, offset + len(image_features)), len(text_features)
-    texts, valid = text_features[own], mask[own]
+    contrastive = negclip_loss(image_features, text_features, negative_features, mask,
+                               logit_scale, logit_bias, offset)
+    negatives = _valid(negative_features, mask)  # (V, D)
+    mask = mask.to(image_features.device, non_blocking=True)
+    own = slice(offset, offset + len(image_features))
+    texts, valid = text_features[own], mask[own]  # (b, D), (b, K)
+    count = len(text_features)
+
     choices = _choices(image_features, texts, negative_features[own], valid, logit_scale)
     positive, negative = choices[:, :1], choices[:, 1:]  # (b, 1), (b, K)
-    sums = _global_sum(torch.cat([positive, negative.masked_fill(~valid, 0)], dim=1).sum(0))  # (1 + K,)
-    margins = (sums[0] / max(count, 1) - sums[1:] / mask.sum(0).clamp_min(1)).clamp(0, 10)
-    imc = torch.cat([positive, _logits(texts, negative_features[mask], logit_scale)], dim=1)  # (b, 1 + V)
-    cmr = (thresholds + negative - positive).relu().sum() / mask.sum().clamp_min(1)  # not valid: relu(-inf) = 0
-    contrastive = negclip_loss(image_features, text_features, negative_features, mask, logit_scale, logit_bias, offset)
-    return {"contrastive": contrastive, "cmr": cmr, "imc": _choice_share(imc, logit_bias, count),
-            "thresholds": torch.where(mask.any(0), margins, thresholds)}
+    hinges = (thresholds + negative - positive).relu()  # (b, K), 0 = relu(-inf) if not valid
+    cmr = hinges.sum() / mask.sum().clamp_min(1)
+
+    to_negatives = _logits(texts, negatives, logit_scale)  # (b, V)
+    imc = _choice_share(torch.cat([positive, to_negatives], dim=1), logit_bias, count)
+
+    sums = torch.cat([positive, negative.masked_fill(~valid, 0)], dim=1).sum(0)  # (1 + K,)
+    sums = _global_sum(sums)
+    mean_positive = sums[0] / max(count, 1)
+    mean_negative = sums[1:] / mask.sum(0).clamp_min(1)  # (K,)
+    margins = (mean_positive - mean_negative).clamp(0, 10)
+    return {
+        "contrastive": contrastive,
+        "cmr": cmr,
+        "imc": imc,
+        "thresholds": torch.where(mask.any(0), margins, thresholds),
+    }
 
 
-def degla_loss(image_features, text_features, negative_features, mask, teacher, logit_scale, logit_bias=None,
-               offset=0):
-    """DeGLA (Hu et al. 2025, Decoupled global-local alignment for improving compositional understanding).
+def degla_loss(image_features, text_features, negative_features, mask, teacher, logit_scale,
+               logit_bias=None, offset=0):
+    """DeGLA: two contrasts with a caption's own negatives, and distillation from averaged weights.
 
-    Arguments as in negclip_loss; teacher: a dict of the same features from the averaged weights, image_features of
-    this process, the others of all, no gradient. Returns a dict of shares (the paper weighs them 1, 0.1, 0.1, 0.005):
-      contrastive  negclip_loss
-      tgc          mean_i CE([10 T_i.teacher's T_i | 10 T_i.T-_ij for all j], the first), with a bias too
-      igc          mean_i CE([s I_i.T_i | s I_i.T-_ij for all j], the first); sigmoid of the same with a bias
-      distill      squared distances of all I, T, valid T- from the teacher's, summed over the whole batch
-    Both means are over all B, 0 for a caption without a valid negative. The released TGC takes other captions' masks.
+    Hu et al. 2025, Decoupled global-local alignment for improving compositional understanding.
+    Arguments are those of negclip_loss, and teacher: a dict of the same features from the averaged
+    weights without gradient, image_features of this process, text_features and negative_features of
+    all. Returns a dict of shares, which the paper weighs 1, 0.1, 0.1 and 0.005:
+
+    contrastive
+        negclip_loss
+    tgc
+        mean_i CE([10 T_i.teacher's T_i | 10 T_i.T-_ij for all j], the first), with a bias too
+    igc
+        mean_i CE([s I_i.T_i | s I_i.T-_ij for all j], the first), or with a bias the sigmoid loss
+        of the same
+    distill
+        squared distances of all I, T and valid T- from the teacher's, summed over the whole batch
+
+    Both means are over all B, and 0 for a caption without a valid negative. The released code
+    differs: its TGC takes other captions' masks. Without a teacher (None) tgc and distill are left
+    out.
     """
-    own, count = slice(offset, offset + len(image_features)), len(text_features)
-    texts, negatives, valid = text_features[own], negative_features[own], mask[own]
-    teacher_texts = teacher["text_features"][own]
-    tgc = _choices(texts, teacher_texts, negatives, valid, 10)  # (b, 1 + K)
-    igc = _choices(image_features, texts, negatives, valid, logit_scale)
-    student = torch.cat([image_features, texts, negatives[valid]])
-    target = torch.cat([teacher["image_features"], teacher_texts, teacher["negative_features"][own][valid]])
-    contrastive = negclip_loss(image_features, text_features, negative_features, mask, logit_scale, logit_bias, offset)
-    return {"contrastive": contrastive, "tgc": _choice_share(tgc, None, count),
-            "igc": _choice_share(igc, logit_bias, count), "distill": (_float(student) - _float(target)).square().sum()}
+    own = slice(offset, offset + len(image_features))
+    texts, negatives = text_features[own], negative_features[own]  # (b, D), (b, K, D)
+    valid = mask[own].to(image_features.device, non_blocking=True)  # (b, K)
+    count = len(text_features)
+    terms = {"contrastive": negclip_loss(image_features, text_features, negative_features, mask,
+                                         logit_scale, logit_bias, offset)}
+    if teacher is not None:
+        tgc = _choices(texts, teacher["text_features"][own], negatives, valid, 10)  # (b, 1 + K)
+        terms["tgc"] = _choice_share(tgc, None, count)
+    igc = _choices(image_features, texts, negatives, valid, logit_scale)  # (b, 1 + K)
+    terms["igc"] = _choice_share(igc, logit_bias, count)
+    if teacher is not None:
+        terms["distill"] = _distill_share(image_features, texts, negatives, valid, teacher, own)
+    return terms
 
 
-def _with_negative_images(image_features, text_features, negative_features, mask, negative_image_features,
-                          image_mask, logit_scale, offset):
-    """[I; I-] against [T; T-], valid ones only: logits and true pairs, (b + v, B + V)."""
+def _distill_share(image_features, texts, negatives, valid, teacher, own):
+    """Squared distances of this process's features from the teacher's, summed.
+
+    Without negatives (None) only the images' and the captions'.
+    """
+    def distances(student, target):
+        return (_float(student) - _float(target)).square().sum(-1)
+
+    total = distances(image_features, teacher["image_features"]).sum()
+    total = total + distances(texts, teacher["text_features"][own]).sum()
+    if negatives is not None:
+        far = distances(negatives, teacher["negative_features"][own])  # (b, K)
+        total = total + far.masked_fill(~valid, 0).sum()
+    return total
+
+
+def _with_negative_images(image_features, text_features, negative_features, mask,
+                          negative_image_features, image_mask, logit_scale, offset):
+    """[I; I-] against [T; T-], valid ones only: logits and true pairs, both (b + v, B + V)."""
     b, B = len(image_features), len(text_features)
-    images = torch.cat([image_features, negative_image_features[image_mask]])  # (b + v, D)
-    texts = torch.cat([text_features, negative_features[mask]])  # (B + V, D)
+    images = torch.cat([image_features, _valid(negative_image_features, image_mask)])  # (b + v, D)
+    texts = torch.cat([text_features, _valid(negative_features, mask)])  # (B + V, D)
     logits = _logits(images, texts, logit_scale)
-    own_negatives = image_mask.nonzero() + offset == mask.nonzero()[:, 0]  # (v, V)
-    return logits, torch.block_diag(_diagonal(logits[:b, :B], offset), own_negatives)
+    row_of_image = image_mask.nonzero() + offset  # (v, 1)
+    row_of_text = mask.nonzero()[:, 0]  # (V,)
+    own_texts = _diagonal(logits[:b, :B], offset)
+    own_negatives = (row_of_image == row_of_text).to(logits.device, non_blocking=True)  # (v, V)
+    return logits, torch.block_diag(own_texts, own_negatives)
 
 
-def con_clip_loss(image_features, text_features, negative_features, mask, negative_image_features, image_mask,
-                  logit_scale, logit_bias=None, offset=0):
-    """CoN-CLIP (Singh et al. 2024, Learn "no" to say "yes" better), negated captions and distractor images.
+def con_clip_loss(image_features, text_features, negative_features, mask, negative_image_features,
+                  image_mask, logit_scale, logit_bias=None, offset=0):
+    """CoN-CLIP: negated captions and distractor images.
 
-    1/3 [CE(s I [T; T-]^T) + CE(s T [I; I-]^T) + CE(s I- [T-; T]^T)]. Arguments and result as in negclip_loss, and
-    negative_image_features (b, D), image_mask (b,) of this process, false where there is no such image. The third
-    term's mean is over the I- whose own T- is valid too (of K > 1 all are its own); an I- or T- without its partner is
-    still false for all others. With logit_bias: [I; I-] x [T; T-], each pair once, by the number of true pairs.
+    Singh et al. 2024, Learn "no" to say "yes" better:
+        1/3 [CE(s I [T; T-]^T) + CE(s T [I; I-]^T) + CE(s I- [T-; T]^T)]
+    Arguments and result are those of negclip_loss, and negative_image_features (b, D) and
+    image_mask (b,) of this process, false where there is no such image.
+
+    The third term's mean is over the I- whose own T- is valid too (with K > 1 all of them are its
+    own). An I- or T- without its partner is still false for all others. With logit_bias it is the
+    sigmoid loss of [I; I-] and [T; T-], each pair once, divided by the number of true pairs.
     """
-    logits, labels = _with_negative_images(image_features, text_features, negative_features, mask,
-                                           negative_image_features, image_mask, logit_scale, offset)
+    logits, labels = _with_negative_images(
+        image_features, text_features, negative_features, mask, negative_image_features, image_mask,
+        logit_scale, offset)
     if logit_bias is not None:
         return _sigmoid_share(logits + logit_bias, labels, _global_sum(labels.sum()))
     b, B = len(image_features), len(text_features)
-    return (_rows_share(logits[:b], labels[:b]) + _columns_share(logits[:, :B], labels[:, :B])
-            + _rows_share(logits[b:], labels[b:])) / 3
+    rows, in_column = _positives(labels)
+    images_to_texts = _rows_share(logits[:b], labels[:b], B)
+    texts_to_images = _columns_share(logits[:, :B], labels[:, :B], in_column[:B])
+    negatives_to_texts = _rows_share(logits[b:], labels[b:], rows - B)
+    return (images_to_texts + texts_to_images + negatives_to_texts) / 3
 
 
-def triplet_clip_loss(image_features, text_features, negative_features, mask, negative_image_features, image_mask,
-                      logit_scale, logit_bias=None, offset=0):
-    """TripletCLIP (Patel et al. 2024): negclip_loss twice, with the parts of (I, T) and (I-, T-) exchanged.
+def triplet_clip_loss(image_features, text_features, negative_features, mask,
+                      negative_image_features, image_mask, logit_scale, logit_bias=None, offset=0):
+    """TripletCLIP: negclip_loss twice, with the parts of (I, T) and (I-, T-) exchanged.
 
-    Neg(I, T, T-) + Neg(I-, T-, T), Neg(I, T, T-) = 1/2 [CE(s I [T; T-]^T) + CE(s T I^T)]; arguments, result and who
-    is in a mean as in con_clip_loss. With logit_bias: I x [T; T-] by B plus I- x [T; T-] by the number of true pairs.
+    Patel et al. 2024, TripletCLIP: improving compositional reasoning of CLIP:
+        Neg(I, T, T-) + Neg(I-, T-, T),  Neg(I, T, T-) = 1/2 [CE(s I [T; T-]^T) + CE(s T I^T)]
+    Arguments, result and who is in a mean are as in con_clip_loss. With logit_bias it is the
+    sigmoid loss of I and [T; T-], divided by B, and that of I- and [T; T-], divided by the number
+    of their true pairs.
     """
-    logits, labels = _with_negative_images(image_features, text_features, negative_features, mask,
-                                           negative_image_features, image_mask, logit_scale, offset)
+    logits, labels = _with_negative_images(
+        image_features, text_features, negative_features, mask, negative_image_features, image_mask,
+        logit_scale, offset)
     b = len(image_features)
-    return (_contrast_share(logits[:b], labels[:b], logit_bias, len(text_features))
-            + _contrast_share(logits[b:], labels[b:], logit_bias, _global_sum(labels[b:].sum())))
+    swapped_pairs = _global_sum(labels[b:].sum())
+    straight = _contrast_share(logits[:b], labels[:b], logit_bias, len(text_features))
+    swapped = _contrast_share(logits[b:], labels[b:], logit_bias, swapped_pairs)
+    return straight + swapped
+
+
+# ---- the methods: a function each, a row of METHODS each --------------------------------------
+@dataclass
+class Features:
+    """What the loss of a method may read. What the method does not want is None.
+
+    b rows are this process's own. B rows and N concepts are those of all processes, in rank order
+    and with gradient. All features are normalised.
+    """
+    image_features: torch.Tensor                                # (b, D)
+    text_features: torch.Tensor                                 # (B, D)
+    logit_scale: torch.Tensor                                   # the multiplier itself
+    logit_bias: torch.Tensor | None = None                      # None: every loss in softmax form
+    offset: int = 0                                             # column of this process's first row
+    concept_features: torch.Tensor | None = None                # (N, D), see concept_columns
+    concept_labels: torch.Tensor | None = None                  # (b, N) bool
+    concept_similarity: torch.Tensor | None = None              # (b, N), see pooling.py
+    concept_count: int | None = None                            # count of npc_loss, None: N
+    negative_features: torch.Tensor | None = None               # (B, K, D), of negative captions
+    negative_mask: torch.Tensor | None = None                   # (B, K) bool, false where none is
+    negative_image_features: torch.Tensor | None = None         # (b, D)
+    negative_image_mask: torch.Tensor | None = None             # (b,) bool
+    # From averaged weights, without gradient: image_features (b, D) of this process, text_features
+    # (B, D) and, where there are negatives, negative_features (B, K, D) of all processes.
+    teacher: dict | None = None
+    thresholds: torch.Tensor | None = None                      # (K,) of ce_clip's last step
+
+
+def c2lip(features):
+    """C2LIP: images and captions, images and concepts, attention-pooled images and concepts."""
+    terms = {"contrastive": _image_text_share(features)}
+    if features.concept_features is not None:
+        terms["npc"] = _npc_share(features)
+    if features.concept_similarity is not None:
+        terms["xac"] = _xac_share(features)
+    return terms
+
+
+def siglip(features):
+    """Images and captions alone, SigLIP's sigmoid loss (the method's default for --loss)."""
+    return {"contrastive": _image_text_share(features)}
+
+
+def clip(features):
+    """Images and captions alone, CLIP's softmax loss (the method's default for --loss)."""
+    return {"contrastive": _image_text_share(features)}
+
+
+def negclip(features):
+    """NegCLIP: swapped captions as negatives, similar images with theirs as more rows."""
+    f = features
+    contrastive = negclip_loss(f.image_features, f.text_features, f.negative_features,
+                               f.negative_mask, f.logit_scale, f.logit_bias, f.offset)
+    return {"contrastive": contrastive}
+
+
+def ce_clip(features):
+    """CE-CLIP: negatives of four kinds, and a threshold for each, which is returned as well."""
+    f = features
+    return ce_clip_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
+                        f.thresholds, f.logit_scale, f.logit_bias, f.offset)
+
+
+def degla(features):
+    """DeGLA: negatives of four kinds, and a teacher of averaged weights."""
+    f = features
+    return degla_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
+                      f.teacher, f.logit_scale, f.logit_bias, f.offset)
+
+
+def con_clip(features):
+    """CoN-CLIP: negated captions, and images that they are true of."""
+    f = features
+    contrastive = con_clip_loss(f.image_features, f.text_features, f.negative_features,
+                                f.negative_mask, f.negative_image_features, f.negative_image_mask,
+                                f.logit_scale, f.logit_bias, f.offset)
+    return {"contrastive": contrastive}
+
+
+def triplet_clip(features):
+    """TripletCLIP: swapped captions, and images that they are true of."""
+    f = features
+    contrastive = triplet_clip_loss(f.image_features, f.text_features, f.negative_features,
+                                    f.negative_mask, f.negative_image_features,
+                                    f.negative_image_mask, f.logit_scale, f.logit_bias, f.offset)
+    return {"contrastive": contrastive}
+
+
+def extra_terms(features, weights):
+    """The terms that any method may take besides its own: npc, xac and distill.
+
+    weights is {term: weight} of the terms that the method does not give itself. Returns {term: this
+    process's share} of those terms that have a weight other than 0 and whose inputs are there.
+    """
+    terms = {}
+    if weights.get("npc") and features.concept_features is not None:
+        terms["npc"] = _npc_share(features)
+    if weights.get("xac") and features.concept_similarity is not None:
+        terms["xac"] = _xac_share(features)
+    if weights.get("distill") and features.teacher is not None:
+        own = slice(features.offset, features.offset + len(features.image_features))
+        negatives, valid = None, None
+        if features.negative_features is not None:
+            negatives = features.negative_features[own]
+            valid = features.negative_mask[own].to(negatives.device, non_blocking=True)
+        terms["distill"] = _distill_share(features.image_features, features.text_features[own],
+                                          negatives, valid, features.teacher, own)
+    return terms
+
+
+def _image_text_share(features):
+    """siglip_loss where the model has a bias, else clip_loss."""
+    f = features
+    if f.logit_bias is None:
+        return clip_loss(f.image_features, f.text_features, f.logit_scale, f.offset)
+    return siglip_loss(f.image_features, f.text_features, f.logit_scale, f.logit_bias, f.offset)
+
+
+def _npc_share(features):
+    return npc_loss(features.image_features, features.concept_features, features.concept_labels,
+                    features.logit_scale, features.logit_bias, features.concept_count)
+
+
+def _xac_share(features):
+    return xac_loss(features.concept_similarity, features.concept_labels,
+                    features.logit_scale, features.logit_bias, features.concept_count)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of METHODS: a loss, and what train.py must prepare for it.
+
+    A method wants concepts where its weights name npc or xac.
+    """
+    # Takes Features, returns {term: this process's share}. ce_clip also returns "thresholds".
+    loss: Callable
+    # {term: default weight}. The weight of contrastive is 1.
+    weights: dict = field(default_factory=dict)
+    # How captions get negatives: "swap" two words, one of each of four kinds ("typed"), "negate".
+    negatives: str | None = None
+    # Rows bring an image that their negative caption is true of.
+    negative_images: bool = False
+    # Rows bring a row with a similar image.
+    neighbours: bool = False
+    # The averaged weights encode the batch as well.
+    teacher: bool = False
+    # Defaults of other flags of train.py.
+    defaults: dict = field(default_factory=dict)
+
+
+# C2LIP and what it argues against, with their published weights.
+METHODS = {
+    "c2lip": Method(c2lip, {"npc": 1.0, "xac": 0.01}),
+    "siglip": Method(siglip, defaults={"loss": "siglip"}),
+    "clip": Method(clip, defaults={"loss": "clip"}),
+    "negclip": Method(negclip, negatives="swap", neighbours=True),
+    "ce_clip": Method(ce_clip, {"cmr": 0.2, "imc": 0.3}, negatives="typed"),
+    "degla": Method(degla, {"tgc": 0.1, "igc": 0.1, "distill": 0.005}, negatives="typed",
+                    teacher=True, defaults={"ema": 0.9996}),
+    "con_clip": Method(con_clip, negatives="negate", negative_images=True,
+                       defaults={"freeze": "visual"}),
+    "triplet_clip": Method(triplet_clip, negatives="swap", negative_images=True),
+}
+
+# What each term of a loss does, besides contrastive.
+TERMS = {
+    "npc": "Noun-phrase contrast: every image against every noun phrase of the batch (C2LIP).",
+    "xac": "Cross-attention contrast: the same, with the image pooled by the phrase (C2LIP).",
+    "cmr": "Cross-modal ranking: an image prefers its caption to negatives by a margin (CE-CLIP).",
+    "imc": "Intra-modal contrast: a caption is far from all negative captions (CE-CLIP).",
+    "tgc": "Text-grounded contrast: a caption prefers its teacher to its own negatives (DeGLA).",
+    "igc": "Image-grounded contrast: an image prefers its caption to that one's negatives (DeGLA).",
+    "distill": "Squared distance of all features from those of the averaged weights (DeGLA).",
+}

@@ -1,16 +1,21 @@
-"""CLIP and SigLIP in one file: a timm ViT, a small text transformer, a tokenizer, a preprocessing.
-
-Everything that the weights do not say (activation, pooling, context length, preprocessing, tokenizer) lives in
-CLIPConfig and travels in every checkpoint:
+"""CLIP and SigLIP in one file: a timm ViT, a text transformer, a tokenizer and the preprocessing.
 
     model = CLIP.load("out/nano/last.pt").eval()
-    images = torch.stack([model.transform(Image.open(f)) for f in files])           # (B, 3, S, S)
-    logits = model.encode_image(images, True) @ model.encode_text(model.tokenize(texts), True).T
+    images = torch.stack([model.transform(Image.open(path)) for path in paths])  # (B, 3, S, S)
+    image_features = model.encode_image(images, normalize=True)  # (B, D)
+    text_features = model.encode_text(model.tokenize(texts), normalize=True)  # (N, D)
+    cosines = image_features @ text_features.T  # (B, N)
 
-CLIP.from_pretrained reads the weights of open_clip, transformers and OpenAI, `python model.py export` writes them;
-assets/models.json says what these call things. The two families differ in a handful of places, marked `siglip` below:
-    clip    class token, pre-norm;     causal text, read at the end-of-text token;  heads without bias
-    siglip  attention pool, no class;  text sees all positions, read at the last;   text head with bias
+What the weights do not say (activation, context length, preprocessing, tokenizer) is in CLIPConfig,
+which travels in every checkpoint. The two families differ in few places, marked `siglip` below:
+
+    clip    image: class token, norm before the blocks, head without bias
+            text: causal, read at the end-of-text token, head without bias
+    siglip  image: no class token, an attention pool, no head
+            text: every position sees all others, read at the last one, head with bias
+
+The second half of the file, behind a rule, reads and writes the weights of other projects:
+CLIP.from_pretrained, export, and `python model.py export`. Nothing there is needed for training.
 """
 import argparse
 import html
@@ -20,9 +25,9 @@ import os
 import re
 import unicodedata
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial, reduce
-from operator import methodcaller
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,556 +39,1547 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision import transforms
 
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+CHOICES = {  # of the fields of CLIPConfig that are words
+    "family": ("clip", "siglip"),
+    "vision_act": ACTIVATIONS,
+    "text_act": ACTIVATIONS,
+    "resize": ("squash", "shortest"),
+    "interpolation": ("bicubic", "bilinear"),
+    "text_clean": ("lower", "canonicalize"),
+}
+LARGEST = {  # far above any model there is: a damaged config must not fill the memory
+    "embed_dim": 2**14,
+    "image_size": 2**13,
+    "patch_size": 2**13,
+    "vocab_size": 2**22,
+    "context_length": 2**16,
+}
+LARGEST_TOWER = {"width": 2**14, "layers": 2**9, "heads": 2**10, "hidden units": 2**17}
+
 
 @dataclass
 class CLIPConfig:
+    """All that is needed to build a model and to feed it. The defaults are those of nano."""
+
     name: str = "nano"
-    family: str = "siglip"              # clip | siglip: decides structure, see the top of this file
-    embed_dim: int = 96                 # of the joint space
+    family: str = "siglip"  # clip | siglip: decides the structure, see the top of this file
+    embed_dim: int = 96  # D, of the space that images and texts share
     image_size: int = 32
     patch_size: int = 8
-    vision: tuple = (96, 3, 3, 384)     # the image tower's width, layers, heads, hidden units of each MLP
-    text: tuple = (96, 3, 3, 384)       # the text tower's
-    vision_act: str = "gelu"            # gelu | gelu_tanh | quick_gelu; not in the weights, and it matters
+    vision: tuple = (96, 3, 3, 384)  # image tower: width, layers, heads, hidden units of each MLP
+    text: tuple = (96, 3, 3, 384)  # text tower: the same
+    vision_act: str = "gelu"  # gelu | gelu_tanh | quick_gelu: the wrong one costs accuracy silently
     text_act: str = "gelu"
     vocab_size: int = 1024
     context_length: int = 16
-    logit_scale: float = math.log(20)   # initial value, a logarithm; exp(logit_scale) multiplies cosines
-    logit_bias: float | None = -10.0    # initial value; None: a softmax model without bias
-    value_tokens: str = "A"             # patch tokens of class-token ViTs: A | B | D, see CLIP.encode_image
-    resize: str = "squash"              # squash: Resize((S, S)); shortest: Resize(S), CenterCrop(S)
-    interpolation: str = "bicubic"      # bicubic | bilinear
+    logit_scale: float = math.log(20)  # initial value; exp(logit_scale) multiplies the cosines
+    logit_bias: float | None = -10.0  # initial value; None: a softmax model, which has no bias
+    resize: str = "squash"  # squash: both sides to S; shortest: the shorter to S, then a crop
+    interpolation: str = "bicubic"  # bicubic | bilinear
     mean: tuple = (0.5, 0.5, 0.5)
     std: tuple = (0.5, 0.5, 0.5)
-    text_clean: str = "canonicalize"    # lower (CLIP) | canonicalize (SigLIP): what happens before the tokenizer
+    text_clean: str = "canonicalize"  # lower | canonicalize: see clean_text
     pad_id: int = 0
-    tokenizer: str = ""                 # the text of a tokenizer.json
+    tokenizer: str = ""  # the whole text of a tokenizer.json
 
     def __post_init__(self):
-        for key in ("vision", "text", "mean", "std"):
-            setattr(self, key, tuple(getattr(self, key)))       # lists after a trip through json
-        acts = ("gelu", "gelu_tanh", "quick_gelu")
-        for key, allowed in dict(family=("clip", "siglip"), value_tokens=("A", "B", "D"), vision_act=acts,
-                                 text_act=acts, resize=("squash", "shortest"), interpolation=("bicubic", "bilinear"),
-                                 text_clean=("lower", "canonicalize")).items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"CLIPConfig.{key} is {getattr(self, key)!r}, expected one of {', '.join(allowed)}")
+        for field in ("vision", "text", "mean", "std"):
+            value = getattr(self, field)
+            if isinstance(value, list):
+                setattr(self, field, tuple(value))  # json only knows lists
+        self.check()
 
-STRUCTURE = ("family", "embed_dim", "patch_size", "vision", "text", "vocab_size", "context_length")
-PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "models.json")     # other projects' names
-KNOWN = json.load(open(PATH, encoding="utf-8")) if os.path.exists(PATH) else {"models": [], "layouts": {}, "ignore": []}
-MODELS = {"nano": CLIPConfig()} | {
-    row["name"]: CLIPConfig(row["name"], **KNOWN["kinds"][row["kind"]], **row["config"]) for row in KNOWN["models"]}
-SOURCES = {row["name"]: row["source"] for row in KNOWN["models"]}      # default hub ids; OpenAI's weights for CLIP
-TOWERS = {row["timm"]: MODELS[row["name"]] for row in KNOWN["models"]}
+    def check(self):
+        """Raises a ValueError for a field that no model can have."""
+        for field, allowed in CHOICES.items():
+            value = getattr(self, field)
+            if value not in allowed:
+                expected = ", ".join(allowed)
+                raise ValueError(f"CLIPConfig.{field} is {value!r}, expected one of {expected}")
+        for field, largest in LARGEST.items():
+            check_size(f"CLIPConfig.{field}", getattr(self, field), largest)
+        if self.patch_size > self.image_size:
+            raise ValueError(f"CLIPConfig.patch_size is {self.patch_size}, "
+                             f"but the image has {self.image_size} pixels")
+        for field in ("vision", "text"):
+            tower = getattr(self, field)
+            if not isinstance(tower, tuple) or len(tower) != 4:
+                raise ValueError(f"CLIPConfig.{field} is {tower!r}, "
+                                 "expected width, layers, heads, hidden units")
+            for (what, largest), size in zip(LARGEST_TOWER.items(), tower):
+                check_size(f"{what} of CLIPConfig.{field}", size, largest)
+            if tower[0] % tower[2]:
+                raise ValueError(f"CLIPConfig.{field}: width {tower[0]} is no multiple of "
+                                 f"{tower[2]} heads")
+        for field in ("mean", "std"):
+            value = getattr(self, field)
+            numbers = isinstance(value, tuple) and all(is_number(x) for x in value)
+            if not numbers or len(value) != 3 or (field == "std" and 0 in value):
+                raise ValueError(f"CLIPConfig.{field} is {value!r}, expected three numbers")
+        if not is_number(self.logit_scale):
+            raise ValueError(f"CLIPConfig.logit_scale is {self.logit_scale!r}, expected a number")
+        if self.logit_bias is not None and not is_number(self.logit_bias):
+            raise ValueError(f"CLIPConfig.logit_bias is {self.logit_bias!r}, "
+                             "expected a number or None")
+        check_size("CLIPConfig.pad_id", self.pad_id, self.vocab_size - 1, smallest=0)
+        if not isinstance(self.tokenizer, str) or not isinstance(self.name, str):
+            raise ValueError("CLIPConfig.tokenizer and .name must be text")
 
 
-# ---- the text tower, of timm's blocks: one rename table then serves both towers ----
+def is_number(x):
+    return isinstance(x, (int, float)) and math.isfinite(x)
+
+
+def check_size(what, size, largest, smallest=1):
+    if type(size) is not int or not smallest <= size <= largest:
+        raise ValueError(f"{what} is {size!r}, expected a whole number from {smallest} to {largest}")
+
+
+def clip_config(patch_size, image_size, vision, text, act="gelu"):
+    """A CLIP as OpenAI published it (Radford et al. 2021). OpenAI's own weights need quick_gelu."""
+    return CLIPConfig(
+        family="clip", embed_dim=text[0], image_size=image_size, patch_size=patch_size,
+        vision=vision, text=text, vision_act=act, text_act=act,
+        vocab_size=49408, context_length=77, logit_scale=math.log(1 / 0.07), logit_bias=None,
+        resize="shortest", mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711), text_clean="lower", pad_id=0)
+
+
+def siglip_config(patch_size, image_size, tower):
+    """A SigLIP (Zhai et al. 2023), whose two towers have one size."""
+    return CLIPConfig(
+        family="siglip", embed_dim=tower[0], image_size=image_size, patch_size=patch_size,
+        vision=tower, text=tower, vocab_size=32000, context_length=64,
+        logit_scale=math.log(10), logit_bias=-10.0, pad_id=1)
+
+
+def siglip2_config(patch_size, image_size, tower, vision_act):
+    """A SigLIP 2 (Tschannen et al. 2025): as before, with Gemma's tokenizer and another GELU."""
+    config = siglip_config(patch_size, image_size, tower)
+    return replace(config, vision_act=vision_act, text_act="gelu_tanh", vocab_size=256000, pad_id=0)
+
+
+def scratch_config(patch_size, image_size, vision, text, siglip):
+    """A small model of either family that has no released weights: to be trained from nothing."""
+    return CLIPConfig(
+        family="siglip" if siglip else "clip", embed_dim=text[0],
+        image_size=image_size, patch_size=patch_size, vision=vision, text=text,
+        vocab_size=4096, context_length=32, logit_scale=math.log(10 if siglip else 1 / 0.07),
+        logit_bias=-10.0 if siglip else None)
+
+
+SMALL = (512, 12, 8, 2048)  # towers: width, layers, heads, hidden units of each MLP
+BASE = (768, 12, 12, 3072)
+LARGE = (1024, 24, 16, 4096)
+SO400M = (1152, 27, 16, 4304)
+MODELS = {  # patch size, image size, towers, activation; ViT-...: by the names of open_clip
+    "nano": CLIPConfig(),
+    "micro": scratch_config(8, 64, (192, 6, 3, 768), (192, 4, 3, 768), siglip=False),
+    "micro-siglip": scratch_config(8, 64, (192, 6, 3, 768), (192, 4, 3, 768), siglip=True),
+    "small-112": scratch_config(16, 112, (384, 12, 6, 1536), (384, 6, 6, 1536), siglip=False),
+    "small-112-siglip": scratch_config(16, 112, (384, 12, 6, 1536), (384, 6, 6, 1536), siglip=True),
+    "ViT-B-32": clip_config(32, 224, BASE, SMALL),
+    "ViT-B-32-quickgelu": clip_config(32, 224, BASE, SMALL, "quick_gelu"),
+    "ViT-B-16": clip_config(16, 224, BASE, SMALL),
+    "ViT-B-16-quickgelu": clip_config(16, 224, BASE, SMALL, "quick_gelu"),
+    "ViT-L-14": clip_config(14, 224, LARGE, BASE),
+    "ViT-L-14-336": clip_config(14, 336, LARGE, BASE),
+    "ViT-L-14-quickgelu": clip_config(14, 224, LARGE, BASE, "quick_gelu"),
+    "ViT-L-14-336-quickgelu": clip_config(14, 336, LARGE, BASE, "quick_gelu"),
+    "ViT-B-16-SigLIP": siglip_config(16, 224, BASE),
+    "ViT-B-16-SigLIP-256": siglip_config(16, 256, BASE),
+    "ViT-B-16-SigLIP-384": siglip_config(16, 384, BASE),
+    "ViT-B-16-SigLIP-512": siglip_config(16, 512, BASE),
+    "ViT-L-16-SigLIP-256": siglip_config(16, 256, LARGE),
+    "ViT-L-16-SigLIP-384": siglip_config(16, 384, LARGE),
+    "ViT-SO400M-14-SigLIP-378": siglip_config(14, 378, SO400M),
+    "ViT-SO400M-14-SigLIP-384": siglip_config(14, 384, SO400M),
+    "ViT-B-32-SigLIP2-256": siglip2_config(32, 256, BASE, "gelu_tanh"),
+    "ViT-B-16-SigLIP2": siglip2_config(16, 224, BASE, "gelu"),
+    "ViT-B-16-SigLIP2-256": siglip2_config(16, 256, BASE, "gelu"),
+    "ViT-B-16-SigLIP2-384": siglip2_config(16, 384, BASE, "gelu"),
+    "ViT-B-16-SigLIP2-512": siglip2_config(16, 512, BASE, "gelu"),
+    "ViT-L-16-SigLIP2-256": siglip2_config(16, 256, LARGE, "gelu"),
+    "ViT-L-16-SigLIP2-384": siglip2_config(16, 384, LARGE, "gelu"),
+    "ViT-L-16-SigLIP2-512": siglip2_config(16, 512, LARGE, "gelu_tanh"),
+    "ViT-SO400M-14-SigLIP2": siglip2_config(14, 224, SO400M, "gelu"),
+    "ViT-SO400M-14-SigLIP2-378": siglip2_config(14, 378, SO400M, "gelu"),
+    "ViT-SO400M-16-SigLIP2-256": siglip2_config(16, 256, SO400M, "gelu_tanh"),
+    "ViT-SO400M-16-SigLIP2-384": siglip2_config(16, 384, SO400M, "gelu_tanh"),
+    "ViT-SO400M-16-SigLIP2-512": siglip2_config(16, 512, SO400M, "gelu_tanh"),
+}
+for model_name, model_config in MODELS.items():
+    model_config.name = model_name
+
+
+# -----------------------------------------------------------------------------
+# The text tower. Its blocks are timm's, so that one table of renames serves both towers.
+
+
 def run_blocks(blocks, x, checkpointing, mask=None):
+    """x (B, L, C) through the blocks. With checkpointing the backward pass computes them again."""
     for block in blocks:
-        x = checkpoint(block, x, mask, use_reentrant=False) if checkpointing else block(x, mask)
+        if checkpointing:
+            x = checkpoint(block, x, mask, use_reentrant=False)
+        else:
+            x = block(x, mask)
     return x
 
 
 def last_block(block, x, row, mask=None):
-    """One pre-norm block of timm's, evaluated only where its output is read: at `row` (B,) of x (B, L, C). Exact, and
-    saves most of the block: of the other rows only keys and values are needed. Returns the rows (B, C), and the values
-    (B, L, C), from which class-token ViTs make their patch tokens."""
+    """One pre-norm block of timm's, computed only where its output is read.
+
+    This is exact and saves most of the block: the other rows only give their keys and values.
+
+    x (B, L, C), row (B,) int64: which of the L rows is read. mask (B, 1, 1, L) is added to its
+    attention scores. Returns the rows' outputs (B, C), and the values of all rows (B, L, C), from
+    which a class-token ViT makes its patch tokens.
+    """
     B, L, C = x.shape
-    H, qkv = block.attn.num_heads, block.attn.qkv
-    y, rows = block.norm1(x), torch.arange(B, device=x.device)
-    q = F.linear(y[rows, row], qkv.weight[:C], qkv.bias[:C]).view(B, H, 1, C // H)
-    k, v = F.linear(y, qkv.weight[C:], qkv.bias[C:]).chunk(2, -1)                   # (B, L, C) each
-    a = F.scaled_dot_product_attention(q, *(t.view(B, L, H, C // H).transpose(1, 2) for t in (k, v)), attn_mask=mask)
-    z = x[rows, row] + block.attn.proj(a.reshape(B, C))
-    return z + block.mlp(block.norm2(z)), v
+    heads = block.attn.num_heads
+    weight, bias = block.attn.qkv.weight, block.attn.qkv.bias  # (3 C, C), (3 C,)
+    batch = torch.arange(B, device=x.device)
+    y = block.norm1(x)
+    q = F.linear(y[batch, row], weight[:C], bias[:C])  # (B, C)
+    k, v = F.linear(y, weight[C:], bias[C:]).chunk(2, -1)  # (B, L, C) each
+    attended = F.scaled_dot_product_attention(
+        q.view(B, heads, 1, C // heads),
+        k.view(B, L, heads, C // heads).transpose(1, 2),  # (B, heads, L, C / heads)
+        v.view(B, L, heads, C // heads).transpose(1, 2),
+        attn_mask=mask,
+    )  # (B, heads, 1, C / heads)
+    z = x[batch, row] + block.attn.proj(attended.reshape(B, C))
+    z = z + block.mlp(block.norm2(z))
+    return z, v
 
 
 class TextTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.siglip, self.grad_checkpointing = config.family == "siglip", False
+        self.siglip = config.family == "siglip"
+        self.grad_checkpointing = False
         width, layers, heads, mlp = config.text
-        norm = partial(nn.LayerNorm, eps=1e-6 if self.siglip else 1e-5)
+        norm_layer = partial(nn.LayerNorm, eps=1e-6 if self.siglip else 1e-5)
+        act_layer = get_act_layer(config.text_act)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.pos_embed = nn.Parameter(torch.empty(config.context_length, width))
-        self.blocks = nn.ModuleList(Block(width, heads, mlp / width, qkv_bias=True, norm_layer=norm,
-                                          act_layer=get_act_layer(config.text_act)) for _ in range(layers))
-        self.norm = norm(width)
+        self.blocks = nn.ModuleList()
+        for _ in range(layers):
+            block = Block(width, heads, mlp_ratio=mlp / width, qkv_bias=True,
+                          norm_layer=norm_layer, act_layer=act_layer)
+            self.blocks.append(block)
+        self.norm = norm_layer(width)
         self.head = nn.Linear(width, config.embed_dim, bias=self.siglip)
+        self.init_weights(width, layers)
 
-        std, deep = width ** -0.5, (2 * width * layers) ** -0.5     # deep: what writes into the residual stream
-        stds = {"token_embedding": 0.02, "pos_embed": 0.01, "qkv": std, "proj": deep, "fc1": (2 * width) ** -0.5,
-                "fc2": deep, "head": std}
-        for name, p in self.named_parameters():
-            if (layer := name.split(".")[-2:][0]) in stds:
-                nn.init.normal_(p, std=stds[layer]) if p.ndim == 2 else nn.init.zeros_(p)
+    def init_weights(self, width, layers):
+        """The initialisation of OpenAI's CLIP: normal weights, biases of zero."""
+        residual = (2 * width * layers) ** -0.5  # of what writes into the residual stream
+        stds = {
+            "token_embedding": 0.02,
+            "pos_embed": 0.01,
+            "qkv": width**-0.5,
+            "proj": residual,
+            "fc1": (2 * width) ** -0.5,
+            "fc2": residual,
+            "head": width**-0.5,
+        }
+        for name, parameter in self.named_parameters():
+            layer = name.removesuffix(".weight").removesuffix(".bias").split(".")[-1]
+            if layer not in stds:
+                continue  # a norm, which keeps its ones and zeros
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=stds[layer])
+            else:
+                nn.init.zeros_(parameter)
 
     def forward(self, tokens, return_tokens=False):
-        """tokens (N, L) int64 -> (N, D), and with return_tokens the outputs of all tokens (N, L, D), else None.
-        Causal models accept any L that holds every end-of-text token."""
+        """tokens (N, L) int64 -> features (N, D), and with return_tokens the outputs of all
+        tokens (N, L, D), otherwise None.
+
+        A causal model accepts any L that holds every end-of-text token; a SigLIP only its own.
+        """
         N, L = tokens.shape
         if self.siglip and L != len(self.pos_embed):
-            raise ValueError(f"SigLIP text must be padded to {len(self.pos_embed)} tokens, got {L}: it sees the pads")
-        x, checkpointing = self.token_embedding(tokens) + self.pos_embed[:L], self.grad_checkpointing and self.training
-        # the end-of-text token has the highest id; the first one counts, whatever the padding is
-        row = torch.full((N,), L - 1, device=tokens.device) if self.siglip else tokens.argmax(-1)
-        causal = None if self.siglip else x.new_full((L, L), -math.inf).triu(1)
-        x = run_blocks(self.blocks[:-1], x, checkpointing, causal)
+            raise ValueError(
+                f"SigLIP text must be padded to {len(self.pos_embed)} tokens, got {L}: "
+                "it sees the pads")
+        x = self.token_embedding(tokens) + self.pos_embed[:L]  # (N, L, C)
+        if self.siglip:
+            row = torch.full((N,), L - 1, device=tokens.device)
+            causal = None
+        else:
+            # The end-of-text token has the highest id. The first one counts, whatever the padding.
+            row = tokens.argmax(-1)
+            causal = x.new_full((L, L), -math.inf).triu(1)
+        checkpointing = self.grad_checkpointing and self.training
+        x = run_blocks(self.blocks[:-1], x, checkpointing, causal)  # (N, L, C)
         if return_tokens:
-            x = self.head(self.norm(run_blocks(self.blocks[-1:], x, checkpointing, causal)))    # (N, L, D)
+            x = run_blocks(self.blocks[-1:], x, checkpointing, causal)
+            x = self.head(self.norm(x))  # (N, L, D)
             return x[torch.arange(N, device=x.device), row], x
-        mask = None if self.siglip else causal[row][:, None, None]                  # (N, 1, 1, L)
-        x, _ = last_block(self.blocks[-1], x, row, mask)                            # (N, C)
-        return self.head(self.norm(x)), None        # LayerNorm acts a row at a time, so it may follow the pooling
+        mask = None if self.siglip else causal[row][:, None, None]  # (N, 1, 1, L)
+        x, _ = last_block(self.blocks[-1], x, row, mask)  # (N, C)
+        return self.head(self.norm(x)), None  # a norm acts on each row, so it may follow the choice
 
 
-# ---- the model -------------------------------------------------------------
+# -----------------------------------------------------------------------------
+# The model
+
+
 class CLIP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        c, siglip, (width, layers, heads, mlp) = config, config.family == "siglip", config.vision
-        self.config = c
+        self.config = config
+        siglip = config.family == "siglip"
+        width, layers, heads, mlp = config.vision
         self.visual = VisionTransformer(
-            img_size=c.image_size, patch_size=c.patch_size, embed_dim=width, depth=layers, num_heads=heads,
-            mlp_ratio=mlp / width, act_layer=get_act_layer(c.vision_act), class_token=not siglip, pre_norm=not siglip,
+            img_size=config.image_size, patch_size=config.patch_size,
+            embed_dim=width, depth=layers, num_heads=heads, mlp_ratio=mlp / width,
+            act_layer=get_act_layer(config.vision_act),
             norm_layer=partial(nn.LayerNorm, eps=1e-6 if siglip else 1e-5),
+            class_token=not siglip, pre_norm=not siglip,
             global_pool="map" if siglip else "token", num_classes=0)
-        if not siglip:
-            self.visual.head = nn.Linear(width, c.embed_dim, bias=False)            # timm's own head has a bias
-            nn.init.normal_(self.visual.head.weight, std=width ** -0.5)
-        self.text = TextTransformer(c)
-        self.logit_scale = nn.Parameter(torch.tensor(float(c.logit_scale)))
-        self.logit_bias = None if c.logit_bias is None else nn.Parameter(torch.tensor(float(c.logit_bias)))
-        self.tokenize, self.transform = Tokenizer(c), image_transform(c)
+        if not siglip:  # timm's own head would have a bias
+            self.visual.head = nn.Linear(width, config.embed_dim, bias=False)
+            nn.init.normal_(self.visual.head.weight, std=width**-0.5)
+        self.text = TextTransformer(config)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale)))
+        self.logit_bias = None
+        if config.logit_bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
+        self.tokenize = Tokenizer(config)
+        self.transform = image_transform(config)
 
     def encode_image(self, images, normalize=False, return_tokens=False):
         """images (B, 3, S, S), as model.transform makes them -> image_features (B, D).
 
-        With return_tokens also patch_tokens (B, T, D): for each patch a vector in the joint space of images and
-        texts, made of the patch's value in the last attention (no query, so no mixing between patches there).
-        siglip: the attention pool applied to one patch alone (C2LIP, sec. 3.3): x + mlp(norm(x)), x = proj(v).
-        clip, by config.value_tokens, with p = proj(v) of the last block and x its input:
-            A  head(norm(p)): cheapest, the last block is needed at the class token only (the default);
-            B  MaskCLIP (Zhou et al. 2022): u = x + p, u = u + mlp(norm2(u)), head(norm(u));
-            D  head(norm(output of the last block)): ordinary patch outputs, mixed by attention."""
-        vit, siglip = self.visual, self.config.family == "siglip"
-        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))                   # (B, T or 1 + T, C)
-        x = run_blocks(vit.blocks if siglip else vit.blocks[:-1], x, vit.grad_checkpointing and self.training)
-        if siglip:
-            x, pool, C = vit.norm(x), vit.attn_pool, x.shape[-1]
-            features = pool(x)                                                      # (B, C)
-            if return_tokens:
-                p = pool.proj(F.linear(x, pool.kv.weight[C:], pool.kv.bias[C:]))    # (B, T, C), of the values alone
-                tokens = p + pool.mlp(pool.norm(p))
+        With return_tokens also patch_tokens (B, T, D): for each patch a vector in the space that
+        images and texts share. It is made of the patch's value in the last attention alone, without
+        a query, so that this layer does not mix the patches.
+            siglip: what the attention pool gives for one patch alone (C2LIP, section 3.3)
+            clip:   head(norm(proj(value))) of the last block
+        normalize makes all of them unit vectors.
+        """
+        vit = self.visual
+        x = vit.patch_embed(images)  # (B, T, C)
+        x = vit.norm_pre(vit._pos_embed(x))  # (B, T, C); clip: (B, 1 + T, C), class token first
+        if self.config.family == "siglip":
+            features, tokens = self._siglip_features(x, return_tokens)
         else:
-            block, variant = vit.blocks[-1], self.config.value_tokens
-            y, v = last_block(block, x, x.new_zeros(len(x), dtype=torch.long))      # row 0: the class token
-            features = vit.head(vit.norm(y))
-            if return_tokens:
-                p = block(x)[:, 1:] if variant == "D" else block.attn.proj(v[:, 1:])            # (B, T, C)
-                if variant == "B":
-                    p = x[:, 1:] + p
-                    p = p + block.mlp(block.norm2(p))
-                tokens = vit.head(vit.norm(p))                                      # (B, T, D)
+            features, tokens = self._clip_features(x, return_tokens)
+        if normalize:
+            features = unit(features)
         if not return_tokens:
-            return F.normalize(features, dim=-1) if normalize else features
-        return (F.normalize(features, dim=-1), F.normalize(tokens, dim=-1)) if normalize else (features, tokens)
+            return features
+        if normalize:
+            tokens = unit(tokens)
+        return features, tokens
+
+    def _siglip_features(self, x, return_tokens):
+        """x (B, T, C) before the blocks -> pooled (B, C), tokens (B, T, C) or None; C is D."""
+        vit = self.visual
+        C = x.shape[-1]
+        x = run_blocks(vit.blocks, x, vit.grad_checkpointing and self.training)
+        x = vit.norm(x)
+        pool = vit.attn_pool
+        features = pool(x)  # (B, C)
+        if not return_tokens:
+            return features, None
+        values = F.linear(x, pool.kv.weight[C:], pool.kv.bias[C:])  # (B, T, C)
+        tokens = pool.proj(values)
+        tokens = tokens + pool.mlp(pool.norm(tokens))  # as the pool goes on after its attention
+        return features, tokens
+
+    def _clip_features(self, x, return_tokens):
+        """x (B, 1 + T, C) before the blocks -> the class token (B, D), tokens (B, T, D) or None."""
+        vit = self.visual
+        x = run_blocks(vit.blocks[:-1], x, vit.grad_checkpointing and self.training)
+        class_row = x.new_zeros(len(x), dtype=torch.long)
+        y, values = last_block(vit.blocks[-1], x, class_row)  # (B, C), (B, 1 + T, C)
+        features = vit.head(vit.norm(y))  # (B, D)
+        if not return_tokens:
+            return features, None
+        tokens = vit.blocks[-1].attn.proj(values[:, 1:])  # (B, T, C)
+        return features, vit.head(vit.norm(tokens))
 
     def encode_text(self, tokens, normalize=False, return_tokens=False):
-        """tokens (N, L) int64 from model.tokenize -> text_features (N, D); with return_tokens also, never normalised,
-        what every token would give in the pooled one's place, (N, L, D): head(norm(x))."""
-        features, x = self.text(tokens, return_tokens)
-        features = F.normalize(features, dim=-1) if normalize else features
-        return (features, x) if return_tokens else features
+        """tokens (N, L) int64, as model.tokenize makes them -> text_features (N, D).
 
-    def forward(self, images, tokens, concept_tokens=None, spans=None, negative_tokens=None, negative_images=None,
-                return_tokens=False):
-        """One pass through both towers, so that DistributedDataParallel sees every parameter in one forward. Returns a
-        dict of the scalars logit_scale (exponentiated) and logit_bias (or None), and normalised: image_features (B, D);
-        text_features (B, D); concept_features (U, D) of concept_tokens (U, L'), or (B M, D) of spans (B, M, 2), which
-        are means over [first, end) of the captions' own token outputs, anything for (0, 0); negative_features (B, K, D)
-        of negative_tokens (B, K, L'); negative_image_features (B, D); with return_tokens patch_tokens (B, T, D)."""
-        image = self.encode_image(images, True, return_tokens)
-        text = self.encode_text(tokens, True, spans is not None)
-        out = {"image_features": image[0] if return_tokens else image, "text_features": text,
-               "logit_scale": self.logit_scale.exp(), "logit_bias": self.logit_bias}
+        With return_tokens also the outputs of all tokens (N, L, D), never normalised: what each
+        would give in the place of the one that is read.
+        """
+        features, outputs = self.text(tokens, return_tokens)
+        if normalize:
+            features = unit(features)
+        return (features, outputs) if return_tokens else features
+
+    def forward(self, images, tokens, concept_tokens=None, spans=None, negative_tokens=None,
+                negative_images=None, return_tokens=False):
+        """One pass through both towers: DistributedDataParallel must see all parameters in one.
+
+        images (B, 3, S, S), tokens (B, L), and where a method wants them
+            concept_tokens   (U, L') int64: the phrases of all captions, each once
+            spans            (B, M, 2) int64: instead, phrases as tokens [first, end) of their
+                             caption; (0, 0) is padding, whose features mean nothing
+            negative_tokens  (B, K, L') int64: K wrong captions of each image
+            negative_images  (B, 3, S, S)
+        Returns a dict; all features are unit vectors.
+            logit_scale (a factor, no logarithm), logit_bias (or None)
+            image_features (B, D), text_features (B, D)
+            patch_tokens (B, T, D), with return_tokens
+            concept_features (U, D), or (B M, D) of spans
+            negative_features (B, K, D), negative_image_features (B, D)
+        """
+        out = {"logit_scale": self.logit_scale.exp(), "logit_bias": self.logit_bias}
         if return_tokens:
-            out["patch_tokens"] = image[1]
-        if spans is not None:
-            out["text_features"], x = text                                          # (B, D), (B, L, D)
-            position = torch.arange(x.shape[1], device=x.device)
-            inside = ((spans[..., :1] <= position) & (position < spans[..., 1:])).to(x.dtype)   # (B, M, L)
-            # the sum is the mean but for its length; (0, 0) is padding, and gives zeros
-            out["concept_features"] = F.normalize((inside @ x).flatten(0, 1), dim=-1)           # (B M, D)
-        elif concept_tokens is not None:
+            features = self.encode_image(images, True, return_tokens=True)
+            out["image_features"], out["patch_tokens"] = features
+        else:
+            out["image_features"] = self.encode_image(images, True)
+        if spans is None:
+            out["text_features"] = self.encode_text(tokens, True)
+        else:
+            out["text_features"], outputs = self.encode_text(tokens, True, return_tokens=True)
+            out["concept_features"] = span_features(outputs, spans)
+        if concept_tokens is not None and spans is None:
             out["concept_features"] = self.encode_text(concept_tokens, True)
         if negative_tokens is not None:
-            negatives = self.encode_text(negative_tokens.flatten(0, 1), True)                   # (B K, D)
+            negatives = self.encode_text(negative_tokens.flatten(0, 1), True)  # (B K, D)
             out["negative_features"] = negatives.view(*negative_tokens.shape[:2], -1)
         if negative_images is not None:
             out["negative_image_features"] = self.encode_image(negative_images, True)
         return out
 
     def checkpoint(self):
-        """What CLIP.load needs, as plain types and tensors: {"config": dict, "model": state_dict}."""
+        """What CLIP.load needs, in plain types and tensors."""
         return {"config": asdict(self.config), "model": self.state_dict()}
 
     @classmethod
     def load(cls, path):
-        """A ready model (fp32, CPU) from a checkpoint of train.py alone. Raises ValueError for any other file."""
-        state, config = _read_weights(str(path)) if os.path.isfile(path) else ({}, None)
+        """A ready model (float32, on the CPU) from a checkpoint of train.py.
+
+        Raises ValueError for any other file.
+        """
+        state, config = {}, None
+        if os.path.isfile(path):
+            state, config = read_weights(str(path))
         if config is None:
-            raise ValueError(f"no checkpoint at {path} that train.py wrote (--init reads weights of other projects)")
-        return _fill(cls(config), state, path)
+            raise ValueError(f"no checkpoint at {path} that train.py wrote "
+                             "(--init reads weights of other projects)")
+        return fill(cls(config), state, path)
 
     @classmethod
     def from_pretrained(cls, source=None, model=None, image_size=None):
-        """A ready model (fp32, CPU) from released weights. Raises ValueError.
+        """A ready model (float32, on the CPU) from released weights. Raises ValueError.
 
-        source: a hub id; a folder as open_clip or transformers write it; one file of open_clip, transformers, OpenAI
-            or this project; None: the model's default. Activation, preprocessing, tokenizer come from its config.
-        model: a name in MODELS, for a file without a config. Elsewhere it must agree with the source's structure, and
-            with -quickgelu in the activation.
-        image_size: if not that of the name or source; position embeddings are resampled, with a warning."""
-        if not KNOWN["models"]:
-            raise ValueError(f"{PATH} is missing: it describes the models and formats of other projects")
+        source      a hub id; a folder as open_clip or transformers write it; one file of open_clip,
+                    transformers, OpenAI or this project; None: the default source of `model`.
+                    Activation, preprocessing and tokenizer come from its config.
+        model       a name in MODELS: needed for a file without a config. Elsewhere the source must
+                    agree with its structure, and if it ends in -quickgelu with its activation.
+        image_size  if another is wanted; position embeddings are resampled, with a warning.
+        """
         if model is not None and model not in MODELS:
             raise ValueError(f"no model {model!r}: expected one of {', '.join(MODELS)}")
-        source, named = source or SOURCES.get(model), MODELS.get(model)
+        source = source or SOURCES.get(model)
         if not source:
-            raise ValueError(f"no released weights are known for model {model}: give a hub id, a folder or a file")
-        config, weights = (None, source) if os.path.isfile(source) else _read_folder(source)
-        state, own = _read_weights(weights)
-        config = config or own
-        if config is None:      # a bare file
-            if model is None:
-                raise ValueError(f"{source} does not tell its architecture: name it (--model), or give its folder")
-            quick = MODELS.get(model + "-quickgelu", named)
-            config = quick if "input_resolution" in state else named        # which only OpenAI's own files have
-            if config is not quick:
-                warnings.warn(f"{source} is loaded with the exact GELU; OpenAI's and DFN's need {quick.name}")
-        elif model and config.name != model:
-            differ = [f"{k} {getattr(config, k)}, not {getattr(named, k)}" for k in (*STRUCTURE, "vision_act")
-                      if getattr(config, k) != getattr(named, k) and (k != "vision_act" or "quickgelu" in model)]
-            if differ:
-                raise ValueError(f"{source} is no {model}: it has {'; '.join(differ)}. Leave out the model's name")
-            config = replace(config, name=model, image_size=named.image_size)
-        return _fill(cls(replace(config, image_size=image_size or config.image_size)), state, source)
+            raise ValueError(f"no released weights are known for model {model}: "
+                             "give a hub id, a folder or a file")
+        if os.path.isfile(source):
+            state, config = read_weights(source)
+        else:
+            config, path = read_folder(source)
+            state, _ = read_weights(path)
+        if config is None:
+            config = config_of_bare_file(state, source, model)
+        elif model is not None:
+            config = config_as_named(config, source, model)
+        if image_size is not None:
+            config = replace(config, image_size=image_size)
+        return fill(cls(config), state, source)
 
 
-# ---- what goes in: texts and images ----------------------------------------
+def unit(x):
+    """x / |x| along the last dimension, in float32 (or float64).
+
+    On a GPU autocast makes it float32 by itself, on a CPU it would be bfloat16: eight bits are not
+    enough for cosines that are multiplied by 100.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.normalize(x, dim=-1)
+
+
+def no_decay(name, parameter):
+    """Whether weight decay should pass over a parameter of CLIP, as in open_clip's trainer.
+
+    These are the vectors: biases, norms, logit_scale, logit_bias, and the class token, which is a
+    vector in open_clip but (1, 1, C) in timm. Position embeddings decay in both.
+    """
+    return parameter.ndim < 2 or name.endswith("cls_token")
+
+
+def span_features(outputs, spans):
+    """outputs (B, L, D) of a caption's tokens, spans (B, M, 2) -> their unit means (B M, D)."""
+    position = torch.arange(outputs.shape[1], device=outputs.device)  # (L,)
+    first, end = spans[..., :1], spans[..., 1:]  # (B, M, 1) each
+    inside = (first <= position) & (position < end)  # (B, M, L)
+    # The sum is the mean but for its length. The padding (0, 0) gives zeros.
+    sums = inside.to(outputs.dtype) @ outputs  # (B, M, D)
+    return unit(sums.flatten(0, 1))
+
+
+# -----------------------------------------------------------------------------
+# What goes in: texts and images
+
+PLAIN = str.maketrans(
+    {"‘": "'", "’": "'", "“": '"', "”": '"', "ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl"})
+
+
 def clean_text(text, how):
-    """Texts as the checkpoints saw them. lower: CLIP; canonicalize: SigLIP, also without punctuation."""
-    plain = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl"})
-    text = unicodedata.normalize("NFC", html.unescape(html.unescape(text)).translate(plain))
+    """The text as the released weights saw it in their training.
+
+    how: "lower" (CLIP) makes lower case and single spaces; "canonicalize" (SigLIP) also removes
+    punctuation. Equal to open_clip's, except that broken encodings are not repaired.
+    """
+    text = html.unescape(html.unescape(text))
+    text = unicodedata.normalize("NFC", text.translate(PLAIN))
     if how == "canonicalize":
-        text = re.sub(r"[!-/:-@\[-`{-~]", "", text.replace("_", " "))
+        text = text.replace("_", " ")
+        text = re.sub(r"[!-/:-@\[-`{-~]", "", text)
     return " ".join(text.lower().split())
 
 
 class Tokenizer:
-    """Texts -> token ids, from the text of any tokenizer.json that adds its own end-of-text token."""
+    """Texts -> token ids, from any tokenizer.json that adds its own end-of-text token."""
 
     def __init__(self, config):
-        self.config, self.backend = config, Backend.from_str(config.tokenizer) if config.tokenizer else None
-        if self.backend:
-            self.backend.no_padding()
-            self.backend.enable_truncation(config.context_length)       # keeps the end-of-text token
-            if (top := self.backend.get_vocab_size()) > config.vocab_size:
-                raise ValueError(f"the tokenizer has {top} tokens, the model embeds {config.vocab_size}: give its own")
+        self.config = config
+        self.backend = None
+        if not config.tokenizer:
+            return
+        self.backend = parse_tokenizer(config.tokenizer, config.context_length)
+        size = self.backend.get_vocab_size()
+        if size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {size} tokens, the model embeds {config.vocab_size}: "
+                "give its own")
 
     def encode(self, texts):
         """list of str -> list of tokenizers.Encoding, cleaned and cut to the context length."""
-        if not self.backend:
-            raise ValueError("this model has no tokenizer: set_tokenizer(model, path), or --tokenizer, gives it one")
-        return self.backend.encode_batch([clean_text(t, self.config.text_clean) for t in texts])
+        if self.backend is None:
+            raise ValueError(
+                "this model has no tokenizer: set_tokenizer(model, path), or --tokenizer, "
+                "gives it one")
+        cleaned = [clean_text(text, self.config.text_clean) for text in texts]
+        with tokenizer_errors("the model's tokenizer fails"):
+            return self.backend.encode_batch(cleaned)
 
     def __call__(self, texts, trim=False):
         """list of N str -> LongTensor (N, context_length).
 
-        trim: for causal models (N, L) with L the longest text, rounded up to a multiple of 8 for torch.compile's sake.
-        Exact there (nothing behind the end-of-text token is seen); no effect on SigLIP."""
-        c, rows = self.config, [e.ids for e in self.encode([texts] if isinstance(texts, str) else texts)]
-        length = c.context_length
-        if trim and c.family == "clip" and rows:
-            length = min(length, -(-max(map(len, rows)) // 8) * 8)
-        return torch.tensor([ids + [c.pad_id] * (length - len(ids)) for ids in rows]).long().view(-1, length)
+        trim cuts a causal model's batch behind its longest text: (N, L). This is exact there, as
+        nothing behind the end-of-text token is seen. L is rounded up to a multiple of 8, so that
+        torch.compile meets few lengths. It does nothing for a SigLIP.
+        """
+        if isinstance(texts, str):
+            texts = [texts]
+        rows = [encoding.ids for encoding in self.encode(texts)]
+        length = self.config.context_length
+        if trim and self.config.family == "clip" and rows:
+            longest = max(len(ids) for ids in rows)
+            length = min(length, math.ceil(longest / 8) * 8)
+        padded = [ids + [self.config.pad_id] * (length - len(ids)) for ids in rows]
+        tokens = torch.tensor(padded, dtype=torch.long).view(-1, length)
+        if tokens.numel() and tokens.max() >= self.config.vocab_size:
+            raise ValueError(f"the tokenizer gives id {tokens.max()}, the model embeds "
+                             f"{self.config.vocab_size} tokens: give its own")
+        return tokens
 
     def spans(self, text, phrases):
-        """[(first, end)] in the tokens of the text for each phrase, where it first stands as whole words; for a phrase
-        that is not there, or that the context length cuts, all of the text's tokens but the special ones."""
-        e, how = self.encode([text])[0], self.config.text_clean
-        words = [i for i, special in enumerate(e.special_tokens_mask) if not special] or [0]
-        text, spans = clean_text(text, how), []
+        """For each phrase the tokens [(first, end)] of the text where it first stands as words.
+
+        A phrase that is not in the text, or that the context length cuts, gets all of the text's
+        tokens except the special ones.
+        """
+        encoding = self.encode([text])[0]
+        offsets = encoding.offsets  # (first, end) character of each token in the cleaned text
+        special = encoding.special_tokens_mask
+        words = [i for i in range(len(special)) if not special[i]] or [0]
+        cleaned = clean_text(text, self.config.text_clean)
+        spans = []
         for phrase in phrases:
-            match = re.search(rf"(?<!\w){re.escape(clean_text(phrase, how))}(?!\w)", text)
+            pattern = re.escape(clean_text(phrase, self.config.text_clean))
+            match = re.search(rf"(?<!\w){pattern}(?!\w)", cleaned)
             start, end = match.span() if match else (0, 0)
-            inside = [i for i in words if e.offsets[i][0] < end and e.offsets[i][1] > start]
-            inside = inside if inside and e.offsets[inside[-1]][1] >= end else words
+            inside = [i for i in words if offsets[i][0] < end and offsets[i][1] > start]
+            if not inside or offsets[inside[-1]][1] < end:
+                inside = words
             spans.append((inside[0], inside[-1] + 1))
         return spans
+
+
+@contextmanager
+def tokenizer_errors(what):
+    """Makes a ValueError of one line of whatever the tokenizers library raises.
+
+    It raises Exception itself, and where its Rust code panics a BaseException.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # a class that cannot be imported
+        if not isinstance(error, Exception) and not panic:
+            raise  # a signal
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"{what} ({lines[0]})") from None
+
+
+def parse_tokenizer(text, context_length):
+    """The text of a tokenizer.json -> tokenizers.Tokenizer that cuts and does not pad.
+
+    Raises ValueError, also for what would only fail at the first text.
+    """
+    with tokenizer_errors("this is not a tokenizer"):
+        backend = Backend.from_str(text)
+        backend.no_padding()
+        backend.enable_truncation(context_length)  # keeps the end-of-text token
+        backend.encode("a photo, 2 dogs")
+        special = backend.encode("").ids
+    if not special:
+        raise ValueError("this tokenizer adds no end-of-text token")
+    return backend
 
 
 def read_tokenizer(path):
     """The text of a tokenizer.json, for CLIPConfig.tokenizer. Raises ValueError."""
     try:
-        return Backend.from_file(path) and open(path, encoding="utf-8").read()
-    except Exception as error:      # tokenizers raises Exception itself
-        raise ValueError(f"{path} is not a tokenizer ({error}): expected a tokenizer.json as the hub has it") from None
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        parse_tokenizer(text, 512)
+        return text
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a tokenizer ({error}): expected a tokenizer.json "
+                         "as the hub has it") from None
 
 
 def set_tokenizer(model, path):
-    """Gives the model the tokenizer in a file, and returns the model. Raises ValueError."""
+    """Gives the model the tokenizer of a file, and returns the model. Raises ValueError."""
     model.config.tokenizer = read_tokenizer(path)
     model.tokenize = Tokenizer(model.config)
     return model
 
 
+def to_rgb(image):
+    return image.convert("RGB")
+
+
 def image_transform(config):
-    """PIL image -> (3, S, S) float tensor; equal to open_clip's evaluation transform of both families."""
-    s, how = config.image_size, transforms.InterpolationMode(config.interpolation)
-    resize = transforms.Resize((s, s) if config.resize == "squash" else s, how)
-    return transforms.Compose([resize, transforms.CenterCrop(s), methodcaller("convert", "RGB"), transforms.ToTensor(),
-                               transforms.Normalize(config.mean, config.std)])
+    """PIL image -> (3, S, S) float32: open_clip's transform for evaluation, bit by bit."""
+    size = config.image_size
+    interpolation = transforms.InterpolationMode(config.interpolation)
+    resize = (size, size) if config.resize == "squash" else size
+    return transforms.Compose([
+        transforms.Resize(resize, interpolation),
+        transforms.CenterCrop(size),
+        to_rgb,
+        transforms.ToTensor(),
+        transforms.Normalize(config.mean, config.std),
+    ])
 
 
-# ---- weights of other projects, in and out: nothing below is needed to understand or train a model ----
-# {"format family": what that format calls things}: "about" in assets/models.json says how to read it
-LAYOUTS = {"this project clip": {"mark": "visual.cls_token"},
-           "this project siglip": {"mark": "visual.attn_pool.latent"}} | KNOWN["layouts"]
-FORMATS = {     # (config, weights, weights of old)
-    "open_clip": ("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
-    "transformers": ("config.json", "model.safetensors", "pytorch_model.bin")}
-WANTED = "{} and {} (or {}) or {} and {} (or {})".format(*FORMATS["open_clip"], *FORMATS["transformers"])
+# =============================================================================
+# Weights of other projects, in and out. Nothing below is needed to understand or train a model.
+#
+# What a tensor is called depends on the project and on the family, its layout: "open_clip clip".
+# RENAMES and MARKS are tables of that; fill reads by them, renamed writes. What a config says is
+# read by read_open_clip and read_transformers, and written by write_open_clip, write_transformers
+# and write_timm, each to be read beside the documentation of that project.
+
+FILES = {  # of a folder: the config, the weights, the weights in the older format
+    "open_clip":
+        ("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+    "transformers": ("config.json", "model.safetensors", "pytorch_model.bin"),
+}
+WANTED = " or ".join(f"{config} and {new} (or {old})" for config, new, old in FILES.values())
 
 
-def _views(model, layout):
-    """{a name of theirs: [our tensors]}, in their shape but in our memory; the rows of several are one of theirs."""
-    views = {}
-    for name, x in model.state_dict().items():
-        for ours, theirs in layout.get(name.split(".")[0], {}).items():
-            name = name.replace(ours, theirs)
-        if name in ("visual.proj", "text_projection"):
-            x = x.T                     # x @ W there, Linear here
-        elif "embedding" in name:
-            x = x.squeeze()             # (1, 1, C) -> (C,) and (1, T, C) -> (T, C)
-        elif x.ndim == 0:
-            x = x.view(layout.get("scalar", []))
-        if "(qkv)" in name:
-            views |= {name.replace("(qkv)", letter): [part] for letter, part in zip("qkv", x.chunk(3))}
+def timm_name(config):
+    """What timm calls the image tower of a named model."""
+    size = {BASE: "base", LARGE: "large", SO400M: "so400m"}[config.vision]
+    return f"vit_{size}_patch{config.patch_size}_{config.family}_{config.image_size}"
+
+
+SOURCES = {}  # {name in MODELS: hub id of its weights}; a CLIP's are OpenAI's
+TOWERS = {}  # {timm's name: a named SigLIP with this image tower}
+for model_name, model_config in MODELS.items():
+    if not model_name.startswith("ViT-"):
+        continue  # trained from nothing
+    if model_config.family == "clip":
+        SOURCES[model_name] = f"timm/{timm_name(model_config)}.openai"
+    else:
+        SOURCES[model_name] = f"timm/{model_name}"
+        TOWERS[timm_name(model_config)] = model_config
+
+
+# -----------------------------------------------------------------------------
+# Names of tensors
+
+# For each layout: parts of our names, and what stands there in theirs, replaced in this order.
+# {qkv} makes three tensors of one; two of ours that get the same name become one.
+OPEN_CLIP_BLOCK = {
+    ".blocks.": ".transformer.resblocks.",
+    ".norm1.": ".ln_1.",
+    ".norm2.": ".ln_2.",
+    ".attn.qkv.": ".attn.in_proj_",
+    ".attn.proj.": ".attn.out_proj.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+    ".pos_embed": ".positional_embedding",
+}
+TRANSFORMERS_BLOCK = {
+    ".blocks.": ".encoder.layers.",
+    ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.",
+    ".attn.qkv.": ".self_attn.{qkv}_proj.",
+    ".attn.proj.": ".self_attn.out_proj.",
+    ".patch_embed.proj.": ".embeddings.patch_embedding.",
+    ".token_embedding.": ".embeddings.token_embedding.",
+    ".pos_embed": ".embeddings.position_embedding.weight",
+}
+TRANSFORMERS_TEXT = {
+    "text.norm.": "text.final_layer_norm.",
+    "text.": "text_model.",
+    **TRANSFORMERS_BLOCK,
+}
+RENAMES = {
+    "this project clip": {},
+    "this project siglip": {},
+    "open_clip clip": {
+        "visual": {
+            "visual.norm.": "visual.ln_post.",
+            "visual.norm_pre.": "visual.ln_pre.",
+            "visual.patch_embed.proj.": "visual.conv1.",
+            "visual.cls_token": "visual.class_embedding",
+            "visual.head.weight": "visual.proj",
+            **OPEN_CLIP_BLOCK,
+        },
+        "text": {
+            "text.norm.": "ln_final.",
+            "text.head.weight": "text_projection",
+            **OPEN_CLIP_BLOCK,
+            "text.": "",
+        },
+    },
+    "open_clip siglip": {
+        "visual": {"visual.": "visual.trunk."},
+        "text": {
+            "text.norm.": "text.ln_final.",
+            "text.head.": "text.text_projection.",
+            **OPEN_CLIP_BLOCK,
+        },
+    },
+    "transformers clip": {
+        "visual": {
+            "visual.head.": "visual_projection.",
+            "visual.norm.": "visual.post_layernorm.",
+            "visual.norm_pre.": "visual.pre_layrnorm.",  # so it is spelt there
+            "visual.cls_token": "visual.embeddings.class_embedding",
+            "visual.": "vision_model.",
+            **TRANSFORMERS_BLOCK,
+        },
+        "text": {"text.head.": "text_projection.", **TRANSFORMERS_TEXT},
+    },
+    "transformers siglip": {
+        "visual": {
+            "visual.norm.": "visual.post_layernorm.",
+            "visual.": "vision_model.",
+            ".attn_pool.latent": ".head.probe",
+            ".attn_pool.q.": ".head.attention.in_proj_",
+            ".attn_pool.kv.": ".head.attention.in_proj_",
+            ".attn_pool.proj.": ".head.attention.out_proj.",
+            ".attn_pool.norm.": ".head.layernorm.",
+            ".attn_pool.": ".head.",
+            **TRANSFORMERS_BLOCK,
+        },
+        "text": TRANSFORMERS_TEXT,
+    },
+}
+MARKS = {  # a tensor that only this layout has
+    "this project clip": "visual.cls_token",
+    "this project siglip": "visual.attn_pool.latent",
+    "open_clip clip": "visual.class_embedding",
+    "open_clip siglip": "visual.trunk.attn_pool.latent",
+    "transformers clip": "vision_model.embeddings.class_embedding",
+    "transformers siglip": "vision_model.head.probe",
+}
+POSITIONS = (  # of the image tower
+    "visual.pos_embed", "visual.positional_embedding", "visual.trunk.pos_embed",
+    "vision_model.embeddings.position_embedding.weight")
+NO_WEIGHTS = ("position_ids", "attn_mask", "input_resolution", "context_length", "vocab_size")
+
+
+def named_as(model, layout):
+    """{name in the layout: [our tensors]}: in the layout's shape, but in our memory.
+
+    Copying into them loads a model. Several tensors of ours are the rows of one of theirs.
+    """
+    named = {}
+    for name, tensor in model.state_dict().items():
+        theirs = name
+        for ours, other in RENAMES[layout].get(name.split(".")[0], {}).items():
+            theirs = theirs.replace(ours, other)
+        if theirs in ("visual.proj", "text_projection"):
+            tensor = tensor.T  # x @ W there, Linear here
+        elif name == "visual.cls_token" and theirs.endswith("class_embedding"):
+            tensor = tensor[0, 0]  # (1, 1, C) -> (C,)
+        elif name == "visual.pos_embed" and "position" in theirs:
+            tensor = tensor[0]  # (1, T, C) -> (T, C)
+        elif tensor.ndim == 0 and layout == "transformers siglip":
+            tensor = tensor.view(1)
+        if "{qkv}" in theirs:
+            for letter, third in zip("qkv", tensor.chunk(3)):
+                named[theirs.replace("{qkv}", letter)] = [third]
         else:
-            views.setdefault(name, []).append(x)
-    return views
+            named.setdefault(theirs, []).append(tensor)
+    return named
 
 
-def _fill(model, state, source):
-    """Copies weights in any of LAYOUTS into the model, and returns it. Strict: anything amiss is a ValueError."""
-    c = model.config
-    kind = next((kind for kind, layout in LAYOUTS.items() if layout.get("mark") in state), None)
-    if not kind:
-        raise ValueError(f"{source} has none of the formats open_clip, OpenAI, transformers (CLIPModel, SiglipModel), "
-                         f"this project: its names are {', '.join(list(state)[:3])}, ...")
-    if kind.split()[-1] != c.family:
-        raise ValueError(f"{source} holds weights in the format of {kind}, but {c.name} is a {c.family}")
-    views = _views(model, LAYOUTS[kind])
-    state = {k: x for k, x in state.items() if k.split(".")[-1] not in KNOWN["ignore"]}
-    bad = {"of another shape": [], "unexpected": sorted(state.keys() - views), "missing": sorted(views.keys() - state)}
-    for name in views.keys() & state.keys():
-        parts, x = views[name], state[name]
+def renamed(model, layout):
+    """{name in the layout: tensor}, ready to be saved."""
+    tensors = {}
+    for name, parts in named_as(model, layout).items():
+        tensors[name] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+    return tensors
+
+
+def find_layout(state, source):
+    for layout, mark in MARKS.items():
+        if mark in state:
+            return layout
+    raise ValueError(
+        f"{source} has none of the formats open_clip, OpenAI, transformers (CLIPModel, "
+        f"SiglipModel), this project: its names are {', '.join(list(state)[:3])}, ...")
+
+
+def fill(model, state, source):
+    """Copies weights in any layout into the model, and returns it.
+
+    It is strict: a tensor that is missing, unexpected or of another shape is a ValueError.
+    """
+    config = model.config
+    layout = find_layout(state, source)
+    if layout.split()[-1] != config.family:
+        raise ValueError(f"{source} holds weights in the format of {layout}, "
+                         f"but {config.name} is a {config.family}")
+    named = named_as(model, layout)
+    state = {k: x for k, x in state.items() if k.split(".")[-1] not in NO_WEIGHTS}
+    other_shape = []
+    for name, parts in named.items():
+        if name not in state:
+            continue
+        tensor = state[name]
+        check_finite(tensor, name, source)
         shape = parts[0].shape if len(parts) == 1 else torch.cat(parts).shape
-        if name.startswith("vis") and "pos" in name and x.shape != shape and x.shape[-1] == shape[-1]:
-            prefix = int(c.family == "clip")      # the class token has a position, too
-            old, new = (math.isqrt(size[-2] - prefix) for size in (x.shape, shape))
-            warnings.warn(f"{source}: position embeddings resampled from {old} x {old} to {new} x {new} patches")
-            x = x.float().view(1, -1, shape[-1])
-            x = resample_abs_pos_embed(x, [new, new], num_prefix_tokens=prefix).view(shape)
-        if x.shape == shape or x.numel() == shape.numel() == 1:
-            for part, rows in zip(parts, [x] if len(parts) == 1 else x.split([len(p) for p in parts])):
-                part.copy_(rows.reshape(part.shape))
+        if name in POSITIONS and tensor.shape != shape and tensor.shape[-1:] == shape[-1:]:
+            tensor = resample_positions(tensor, shape, config, source)
+        if tensor.shape == shape or tensor.numel() == shape.numel() == 1:
+            copy_rows(tensor, parts)
         else:
-            bad["of another shape"].append(f"{name} {list(x.shape)} for {list(shape)}")
-    if any(bad.values()):
-        likely = ("weights of another model or size" if bad["of another shape"] else
-                  "parts that this architecture lacks" if bad["unexpected"] else "half a file")
-        what = "; ".join(f"{len(v)} {k} ({', '.join(v[:3])}{', ...' * (len(v) > 3)})" for k, v in bad.items() if v)
-        raise ValueError(f"{source} does not fit {c.name}: {what}. It was read as {kind}; likely {likely}")
-    return model
+            other_shape.append(f"{name} {list(tensor.shape)} for {list(shape)}")
+
+    unexpected = sorted(state.keys() - named.keys())
+    missing = sorted(named.keys() - state.keys())
+    if not (other_shape or unexpected or missing):
+        return model
+    likely = "half a file"
+    if unexpected:
+        likely = "parts that this architecture lacks"
+    if other_shape:
+        likely = "weights of another model or size"
+    misfits = {"of another shape": other_shape, "unexpected": unexpected, "missing": missing}
+    counts = []
+    for kind, names in misfits.items():
+        if names:
+            more = ", ..." if len(names) > 3 else ""
+            counts.append(f"{len(names)} {kind} ({', '.join(names[:3])}{more})")
+    raise ValueError(f"{source} does not fit {config.name}: {'; '.join(counts)}. "
+                     f"It was read as {layout}; likely {likely}")
 
 
-def _read_weights(path):
-    """(state dict with the file's own names, CLIPConfig if this project wrote it). Runs no code of the file."""
+def check_finite(tensor, name, source):
+    """Raises a ValueError for a tensor that is no weight: not of numbers, or with NaN among them."""
+    if not tensor.is_floating_point() or tensor.layout != torch.strided:
+        raise ValueError(f"{source}: {name} is {tensor.dtype} ({tensor.layout}), expected a dense "
+                         "tensor of floats: another file, or a damaged one")
+    # The sum alone is fast and needs no memory; it may overflow where every number is finite.
+    if tensor.sum(dtype=torch.float32).isfinite():
+        return
+    bad = (~tensor.float().isfinite()).sum().item()
+    if bad:
+        raise ValueError(f"{source}: {name} has {bad} of {tensor.numel()} values that are NaN or "
+                         "infinite: the training went wrong or the file is damaged")
+
+
+def copy_rows(tensor, parts):
+    """Copies a tensor into our tensors, which are its rows one after the other."""
+    if len(parts) == 1:
+        parts[0].copy_(tensor.reshape(parts[0].shape))
+    else:
+        for part, rows in zip(parts, tensor.split([len(part) for part in parts])):
+            part.copy_(rows)
+
+
+def resample_positions(tensor, shape, config, source):
+    """Position embeddings of a square of patches -> those of another square, of the given shape."""
+    prefix = 1 if config.family == "clip" else 0  # the class token has a position, too
+    patches = tensor.shape[-2] - prefix if tensor.ndim == len(shape) else 0
+    old = math.isqrt(max(patches, 0))
+    new = math.isqrt(shape[-2] - prefix)
+    if patches < 1 or old * old != patches:
+        return tensor  # no square: fill says that the shape is wrong
+    warnings.warn(f"{source}: position embeddings resampled from {old} x {old} "
+                  f"to {new} x {new} patches")
+    tensor = tensor.float().reshape(1, -1, shape[-1])
+    return resample_abs_pos_embed(tensor, [new, new], num_prefix_tokens=prefix).view(shape)
+
+
+# -----------------------------------------------------------------------------
+# In: files, folders, the hub
+
+
+def read_weights(path):
+    """(state dict with the file's own names, CLIPConfig if this project wrote the file or None).
+
+    Runs no code of the file. Raises ValueError.
+    """
     try:
-        saved = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
-        config = CLIPConfig(**saved["config"]) if "config" in saved and "model" in saved else None
-        state = saved["model"] if config else saved.get("state_dict", saved)
-        state = {k.replace("_orig_mod.", "").removeprefix("module."): x for k, x in state.items() if torch.is_tensor(x)}
-        if "visual.class_embedding" in state:       # a clip of open_clip's, which may say text. (custom_text)
-            state = {k.removeprefix("text."): x for k, x in state.items()}
+        if path.endswith(".safetensors"):
+            saved = load_file(path)
+        else:
+            saved = torch.load(path, "cpu", weights_only=True)
+        config = None
+        if "config" in saved and "model" in saved:
+            config = read_own(saved["config"])
+            saved = saved["model"]
+        state = {}
+        for name, tensor in saved.get("state_dict", saved).items():
+            if torch.is_tensor(tensor):
+                name = name.replace("_orig_mod.", "")  # torch.compile
+                state[name.removeprefix("module.")] = tensor  # DistributedDataParallel
+        if "visual.class_embedding" in state:  # open_clip's CustomTextCLIP: a CLIP all the same
+            state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
         return state, config
     except Exception as error:
-        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].split('. ')[0]}"
+        lines = str(error).splitlines() or [""]
+        why = f"{type(error).__name__}: {lines[0].split('. ')[0]}"
         if "TorchScript" in str(error):
-            why = f"a TorchScript archive holds code; take the safetensors of {SOURCES.get('ViT-B-32')} on the hub"
-        raise ValueError(f"{path} holds no readable weights ({why}): expected .safetensors, .bin or .pt of open_clip, "
-                         "transformers, OpenAI or this project") from None
+            hub = SOURCES["ViT-B-32"]
+            why = f"a TorchScript archive holds code; take the safetensors of {hub} on the hub"
+        raise ValueError(
+            f"{path} holds no readable weights ({why}): expected .safetensors, .bin or .pt of "
+            "open_clip, transformers, OpenAI or this project") from None
 
 
-def _words(c):
-    """{word: value} for the files of the peers; a word of the value None is left out there."""
-    words, S = asdict(c), c.image_size
-    words |= {
-        "tower": next((name for name, m in TOWERS.items() if all(getattr(m, key) == words[key] for key in (
-            "family", "vision", "vision_act", "patch_size", "image_size"))), None),
-        "tokenizer_name": None if c.vocab_size == 49408 else c.name,        # None: open_clip has CLIP's own
-        "input_size": [3, S, S], "size": {"height": S, "width": S} if c.resize == "squash" else {"shortest_edge": S}}
-    for t in ("vision", "text"):
-        width, layers, heads, mlp = words[t]
-        words |= {f"{t}_width": width, f"{t}_layers": layers, f"{t}_heads": heads, f"{t}_mlp": mlp,
-                  f"{t}_head_width": width // heads, f"{t}_mlp_ratio": mlp / width}
-    return words
+def read_own(fields):
+    """The config in a checkpoint of this project -> CLIPConfig."""
+    fields = dict(fields)
+    variant = fields.pop("value_tokens", "A")  # earlier versions had other patch tokens, too
+    if variant != "A":
+        raise ValueError(f"value_tokens is {variant!r}, but this code can only do 'A'")
+    return CLIPConfig(**fields)
 
 
-def _write_config(template, words):
-    """{name: text} of a peer's config files."""
-    files = {}
-    for path, x in template.items():
-        if isinstance(x, dict):
-            x = x.get(words[x["$"]], words[x["$"]])
-        elif str(x).startswith("$"):
-            x = words[x[1:]]
-        *parents, key = path.removeprefix("+").split("/")
-        if x is not None:
-            reduce(lambda part, name: part.setdefault(name, {}), parents, files)[key] = x
-    return {name: json.dumps(content, indent=1) for name, content in files.items()}
+def config_of_bare_file(state, source, model):
+    """The config of a named model, for weights in a file without one."""
+    if model is None:
+        raise ValueError(f"{source} does not tell its architecture: name it (--model), "
+                         "or give its folder")
+    named = MODELS[model]
+    quick = MODELS.get(model + "-quickgelu", named)
+    if "input_resolution" in state:  # only OpenAI's own files have this
+        return quick
+    if named is not quick:
+        warnings.warn(f"{source} is loaded with the exact GELU; "
+                      f"OpenAI's and DFN's need {quick.name}")
+    return named
 
 
-def _read_config(format, files):
-    """The inverse, -> CLIPConfig. What the files leave out has the peer's default, as in `base`."""
-    if format == "open_clip":
-        tower = files["open_clip_config.json"]["model_cfg"]["vision_cfg"].get("timm_model_name")
-        base = MODELS["nano"] if str(tower).startswith("local-dir:") else TOWERS[tower] if tower else MODELS["ViT-B-16"]
-        base = replace(base, logit_bias=None, text_act="gelu")
-    elif files["config.json"].get("model_type") == "siglip":
-        base = replace(MODELS["ViT-B-16-SigLIP"], vision_act="gelu_tanh", text_act="gelu_tanh")
-    else:
-        base = MODELS["ViT-B-32-quickgelu"]
-    given = {}
-    for path, ours in LAYOUTS[f"{format} {base.family}"]["files"].items():
-        theirs = reduce(lambda part, name: (part or {}).get(name), path.split("/"), files)
-        if theirs is None:
-            continue
-        if isinstance(ours, dict):
-            given[ours["$"]] = next((value for value, x in ours.items() if x == theirs), theirs)
-        elif str(ours).startswith("$"):
-            given[ours[1:]] = theirs
-        elif theirs != ours:
-            raise ValueError(f"{path} is {theirs!r}, but this code can only do {ours!r}")
-    w = _words(base) | given
-    for t in ("vision", "text"):
-        width, layers, heads, mlp = (w[f"{t}_{key}"] for key in ("width", "layers", "heads", "mlp"))
-        if format == "open_clip":
-            heads, mlp = width // w["vision_head_width"] if t == "vision" else heads, round(width * w[t + "_mlp_ratio"])
-            w[t + "_act"] = "quick_gelu" if w["text_act"] == "quick_gelu" else w[t + "_act"]
-        w[t] = (width, layers, heads, mlp)
-    if format == "transformers" and base.family == "siglip" and "embed_dim" not in given:
-        w["embed_dim"] = w["text_width"]
-    if isinstance(given.get("size"), dict):
-        w["resize"] = "squash" if "height" in given["size"] else "shortest"
-    return CLIPConfig(**{key: w[key] for key in asdict(base)})
+STRUCTURE = (  # what a source must have in common with the model that it is said to be
+    "family", "embed_dim", "patch_size", "vision", "text", "vocab_size", "context_length")
 
 
-def _find(source):
-    """(names of the files in a folder or hub repo, a function from name to path). Without a network: what is cached."""
+def config_as_named(config, source, model):
+    """The config of a source, which must be the named model's, under that name and at its size."""
+    if config.name == model:
+        return config
+    named = MODELS[model]
+    differ = []
+    fields = STRUCTURE
+    if "quickgelu" in model:
+        fields = (*STRUCTURE, "vision_act")
+    for field in fields:
+        value, expected = getattr(config, field), getattr(named, field)
+        if value != expected:
+            differ.append(f"{field} {value}, not {expected}")
+    if differ:
+        raise ValueError(f"{source} is no {model}: it has {'; '.join(differ)}. "
+                         "Leave out the model's name")
+    return replace(config, name=model, image_size=named.image_size)
+
+
+def find_source(source):
+    """(names of the files in a folder or hub repository, a function from a name to its path).
+
+    Without a network: the hub's files that are in its cache on this machine.
+    """
     if os.path.isdir(source):
         return os.listdir(source), partial(os.path.join, source)
     source = source.removeprefix("hf-hub:")
-    if source.count("/") != 1 or source[0] in "./~" or source.endswith((".pt", ".bin", ".safetensors")):
+    is_file = source.endswith((".pt", ".bin", ".safetensors"))
+    if source.count("/") != 1 or source[0] in "./~" or is_file:
         raise ValueError(f"{source}: no such file or folder, nor a hub id (owner/name)")
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    try:    # one question of our own: without a network, a download would retry for 20 seconds
-        return [f.rfilename for f in HfApi().model_info(source, timeout=3).siblings], partial(hf_hub_download, source)
+    try:  # one question of our own: without a network, a download would retry for 20 seconds
+        repository = HfApi().model_info(source, timeout=3)
+        names = [file.rfilename for file in repository.siblings]
+        return names, partial(hf_hub_download, source)
     except Exception as error:
-        try:
-            return _find(snapshot_download(source, local_files_only=True))
-        except OSError:     # not in the cache either
-            raise ValueError(f"{source} is not here, the hub cannot be reached or refuses ({type(error).__name__}): "
-                             f"put {WANTED}, tokenizer.json, tokenizer_config.json, preprocessor_config.json of "
-                             f"https://huggingface.co/{source} into a folder, and give that") from None
-
-
-def _read_folder(source):
-    """(CLIPConfig, path of the weights) of a folder or hub repo in the layout of open_clip or of transformers."""
-    names, path_of = _find(source)
-    format, name, weights = next(((f, config, w) for f, (config, *both) in FORMATS.items() for w in both
-                                  if config in names and w in names), (None, None, None))
-    if format is None:
-        raise ValueError(f"{source} lacks {WANTED}")
+        why = type(error).__name__
     try:
-        files = {n: json.load(open(path_of(n), encoding="utf-8")) for n in (
-            name, "preprocessor_config.json", "processor_config.json", "tokenizer_config.json") if n in names}
-        tok, new = files.pop("tokenizer_config.json", {}), files.pop("processor_config.json", {})
-        c = _read_config(format, {"preprocessor_config.json": new.get("image_processor"), **files})
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{source}: this code cannot build {name} ({type(error).__name__}: {error})") from None
-    c.name = os.path.basename(source.rstrip("/"))
-    if "tokenizer.json" in names:
-        c.tokenizer = read_tokenizer(path_of("tokenizer.json"))
-        # a SigLIP attends to its pads, so they must be the very ones of the training
-        ids, pad = {t["content"]: t["id"] for t in json.loads(c.tokenizer)["added_tokens"]}, tok.get("pad_token")
-        if c.family == "siglip":
-            c.pad_id = ids.get(pad["content"] if isinstance(pad, dict) else pad, int(c.vocab_size != 256000))
+        folder = snapshot_download(source, local_files_only=True)
+    except OSError:  # not in the cache either
+        raise ValueError(
+            f"{source} is not here, the hub cannot be reached or refuses ({why}): put {WANTED}, "
+            "tokenizer.json, tokenizer_config.json, preprocessor_config.json of "
+            f"https://huggingface.co/{source} into a folder, and give that") from None
+    return find_source(folder)
+
+
+def read_folder(source):
+    """(CLIPConfig, path of the weights) of a folder or hub repository.
+
+    It must be laid out as open_clip or as transformers write it. Raises ValueError.
+    """
+    names, path_of = find_source(source)
+    project, config_name, weights_name = find_files(names, source)
+
+    def read(name):
+        if name not in names:
+            return {}
+        with open(path_of(name), encoding="utf-8") as file:
+            return json.load(file)
+
+    try:
+        content, tokenizer_config = read(config_name), read("tokenizer_config.json")
+        if project == "open_clip":
+            config = read_open_clip(content)
+        else:
+            preprocessor = read("processor_config.json").get("image_processor")
+            if "preprocessor_config.json" in names:
+                preprocessor = read("preprocessor_config.json")
+            config = read_transformers(content, preprocessor or {})
+        pad_token = tokenizer_config.get("pad_token")
+    except Unsupported as error:
+        hint = ""
+        if project == "open_clip":
+            hint = ". evaluate.py --init open_clip:NAME/PRETRAINED evaluates all that it can build"
+        raise ValueError(f"{source}: this code cannot build {config_name}: {error}{hint}") from None
+    except Exception as error:
+        raise ValueError(f"{source}: this code cannot build {config_name} "
+                         f"({type(error).__name__}: {error})") from None
+    config.name = os.path.basename(source.rstrip("/"))
+    if "tokenizer.json" not in names:
+        warnings.warn(f"{source} has no tokenizer.json; set_tokenizer(model, path), "
+                      "or --tokenizer, gives it one")
+        return config, path_of(weights_name)
+    config.tokenizer = read_tokenizer(path_of("tokenizer.json"))
+    if config.family == "siglip":
+        config.pad_id = find_pad(config, pad_token)
+    return config, path_of(weights_name)
+
+
+def find_files(names, source):
+    """(project, name of the config, name of the weights) among the names of a folder's files."""
+    for project, (config, new, old) in FILES.items():
+        for weights in (new, old):
+            if config in names and weights in names:
+                return project, config, weights
+    raise ValueError(f"{source} lacks {WANTED}")
+
+
+def find_pad(config, pad_token):
+    """The id of a SigLIP's pad. It attends to its pads: they must be those of the training.
+
+    pad_token: as tokenizer_config.json has it, a str or {"content": str}, or None.
+    """
+    if isinstance(pad_token, dict):
+        pad_token = pad_token.get("content")
+    for token in json.loads(config.tokenizer).get("added_tokens", []):
+        if token["content"] == pad_token:
+            return token["id"]
+    return 0 if config.vocab_size == 256000 else 1  # SigLIP 2 and SigLIP
+
+
+# -----------------------------------------------------------------------------
+# Configs of other projects, in and out
+
+
+class Unsupported(ValueError):
+    """A config is sound, but describes a model that this code cannot build."""
+
+
+def get(section, key, default):
+    """section[key]; what is left out, or null, has the default."""
+    value = section.get(key)
+    return default if value is None else value
+
+
+def only(section, where, **allowed):
+    """Raises Unsupported if a section says anything else than what this code can do."""
+    for key, expected in allowed.items():
+        value = get(section, key, expected)
+        if value != expected:
+            raise Unsupported(
+                f"{where}/{key} is {value!r}, but this code can only do {expected!r}")
+
+
+def ours_of(table, theirs):
+    """Our word in a table {our word: their word}. A word that is not there stays as it is."""
+    for word, other in table.items():
+        if other == theirs:
+            return word
+    return theirs
+
+
+def without_none(content):
+    """The dict, and all dicts in it, without the keys whose value is None."""
+    kept = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            value = without_none(value)
+        if value is not None:
+            kept[key] = value
+    return kept
+
+
+# open_clip: the classes CLIPVisionCfg and CLIPTextCfg in open_clip/model.py, PreprocessCfg in
+# open_clip/transform.py. The image tower of a CLIP is open_clip's own and described by numbers,
+# that of a SigLIP is timm's and described by its name.
+TANH = {"approximate": "tanh"}
+
+
+def read_open_clip(content):
+    """The content of open_clip_config.json -> CLIPConfig. What it leaves out has a default there.
+
+    Raises KeyError, TypeError, AttributeError or ValueError.
+    """
+    model_cfg, preprocess_cfg = content["model_cfg"], get(content, "preprocess_cfg", {})
+    vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    tower = vision_cfg.get("timm_model_name")
+    check_open_clip(model_cfg, tower)
+    if not tower:
+        base = MODELS["ViT-B-16"]
+    elif tower.startswith("local-dir:"):  # an export of this project, which tells all numbers
+        base = MODELS["nano"]
     else:
-        warnings.warn(f"{source} has no tokenizer.json; set_tokenizer(model, path), or --tokenizer, gives it one")
-    return c, path_of(weights)
+        base = TOWERS[tower]
+
+    width, layers, heads, mlp = base.vision
+    head_width = get(vision_cfg, "head_width", width // heads)
+    mlp_ratio = get(vision_cfg, "mlp_ratio", mlp / width)
+    width = get(vision_cfg, "width", width)
+    vision = (width, get(vision_cfg, "layers", layers), width // head_width,
+              round(width * mlp_ratio))
+    width, layers, heads, mlp = base.text
+    mlp_ratio = get(text_cfg, "mlp_ratio", mlp / width)
+    width = get(text_cfg, "width", width)
+    text = (width, get(text_cfg, "layers", layers), get(text_cfg, "heads", heads),
+            round(width * mlp_ratio))
+
+    vision_act, text_act = base.vision_act, "gelu"
+    if model_cfg.get("quick_gelu"):
+        vision_act = text_act = "quick_gelu"
+    if vision_cfg.get("act_kwargs") == TANH:
+        vision_act = "gelu_tanh"
+    if text_cfg.get("act_kwargs") == TANH:
+        text_act = "gelu_tanh"
+    return replace(
+        base, vision=vision, text=text, vision_act=vision_act, text_act=text_act,
+        embed_dim=get(model_cfg, "embed_dim", base.embed_dim),
+        image_size=get(vision_cfg, "image_size", base.image_size),
+        patch_size=get(vision_cfg, "patch_size", base.patch_size),
+        vocab_size=get(text_cfg, "vocab_size", base.vocab_size),
+        context_length=get(text_cfg, "context_length", base.context_length),
+        logit_bias=model_cfg.get("init_logit_bias"),
+        resize=get(preprocess_cfg, "resize_mode", base.resize),
+        interpolation=get(preprocess_cfg, "interpolation", base.interpolation),
+        mean=get(preprocess_cfg, "mean", base.mean),
+        std=get(preprocess_cfg, "std", base.std),
+        text_clean=get(get(text_cfg, "tokenizer_kwargs", {}), "clean", base.text_clean))
+
+
+def check_open_clip(model_cfg, tower):
+    """Raises Unsupported if open_clip would build anything else than this code."""
+    where = "open_clip_config.json/model_cfg"
+    vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    other = None
+    if tower and tower not in TOWERS and not tower.startswith("local-dir:"):
+        other = f"the image tower is timm's {tower}"
+    elif not tower and isinstance(vision_cfg.get("layers"), list):
+        other = "the image tower is a ResNet"
+    elif text_cfg.get("hf_model_name"):
+        other = f"the text tower is transformers' {text_cfg['hf_model_name']}"
+    elif model_cfg.get("multimodal_cfg"):
+        other = "this is a CoCa, with a decoder of captions"
+    if other:
+        raise Unsupported(f"{other}, but this code can only do the ViTs and the text transformers "
+                          f"of open_clip itself, and of timm {', '.join(TOWERS)}")
+    norm_kwargs = get(text_cfg, "norm_kwargs", {})
+    only(text_cfg, f"{where}/text_cfg", embed_cls=False, proj_type="linear", ls_init_value=None)
+    if tower:
+        only(model_cfg, where, custom_text=True)
+        only(vision_cfg, f"{where}/vision_cfg", timm_pool="map", timm_proj="none")
+        only(text_cfg, f"{where}/text_cfg", pool_type="last", no_causal_mask=True, proj_bias=True)
+        only(norm_kwargs, f"{where}/text_cfg/norm_kwargs", eps=1e-6)
+    else:
+        only(vision_cfg, f"{where}/vision_cfg", pool_type="tok", no_ln_pre=False,
+             attentional_pool=False, ls_init_value=None)
+        only(text_cfg, f"{where}/text_cfg", pool_type="argmax", no_causal_mask=False,
+             proj_bias=False)
+        only(norm_kwargs, f"{where}/text_cfg/norm_kwargs", eps=1e-5)
+
+
+def write_open_clip(config, tower):
+    """CLIPConfig -> {"open_clip_config.json": content}.
+
+    tower: the name of a SigLIP's image tower that open_clip gives to timm; None for a CLIP.
+    """
+    siglip = config.family == "siglip"
+    model_cfg = {"embed_dim": config.embed_dim, "init_logit_bias": config.logit_bias}
+    vision_cfg = {"image_size": config.image_size}
+    if siglip:
+        model_cfg["custom_text"] = True
+        vision_cfg |= {"timm_model_name": tower, "timm_pool": "map", "timm_proj": "none"}
+    else:
+        vision_cfg["pool_type"] = "tok"
+    model_cfg["quick_gelu"] = config.text_act == "quick_gelu"
+    width, layers, heads, mlp = config.vision
+    model_cfg["vision_cfg"] = vision_cfg | {
+        "patch_size": config.patch_size,
+        "width": width,
+        "layers": layers,
+        "head_width": width // heads,
+        "mlp_ratio": mlp / width,
+        "act_kwargs": TANH if config.vision_act == "gelu_tanh" else None,
+    }
+    width, layers, heads, mlp = config.text
+    model_cfg["text_cfg"] = {
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+        "mlp_ratio": mlp / width,
+        "act_kwargs": TANH if config.text_act == "gelu_tanh" else None,
+        "vocab_size": config.vocab_size,
+        "context_length": config.context_length,
+        "pool_type": "last" if siglip else "argmax",
+        "no_causal_mask": siglip,
+        "proj_bias": siglip,
+        "norm_kwargs": {"eps": 1e-6 if siglip else 1e-5},
+        "tokenizer_kwargs": {"clean": config.text_clean},
+        # With any name open_clip reads the folder's tokenizer.json, without one it takes CLIP's.
+        "hf_tokenizer_name": None if config.vocab_size == 49408 else config.name,
+    }
+    preprocess_cfg = {
+        "mean": config.mean,
+        "std": config.std,
+        "interpolation": config.interpolation,
+        "resize_mode": config.resize,
+    }
+    content = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    return {"open_clip_config.json": without_none(content)}
+
+
+# transformers: the classes CLIPConfig, SiglipConfig, CLIPImageProcessor, SiglipImageProcessor.
+TRANSFORMERS_ACT = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+PIL_FILTER = {"bicubic": 3, "bilinear": 2}
+
+
+def read_transformers(content, preprocessor):
+    """The contents of config.json and of preprocessor_config.json -> CLIPConfig.
+
+    What they leave out has transformers' default: google's files say little else than a size.
+    Raises TypeError, AttributeError or ValueError.
+    """
+    model_type = get(content, "model_type", "clip")
+    if model_type == "siglip":
+        base = MODELS["ViT-B-16-SigLIP"]
+        base = replace(base, vision_act="gelu_tanh", text_act="gelu_tanh")
+        eps = 1e-6
+    elif model_type == "clip":
+        base = MODELS["ViT-B-32-quickgelu"]
+        eps = 1e-5
+    else:
+        raise Unsupported(f"config.json/model_type is {model_type!r}, "
+                          "but this code can only do 'clip' or 'siglip'")
+    vision_config, text_config = get(content, "vision_config", {}), get(content, "text_config", {})
+    only(vision_config, "config.json/vision_config", layer_norm_eps=eps)
+    only(text_config, "config.json/text_config", layer_norm_eps=eps)
+    vision = read_transformers_tower(vision_config, base.vision)
+    text = read_transformers_tower(text_config, base.text)
+    if model_type == "siglip":
+        embed_dim = get(text_config, "projection_size", text[0])
+    else:
+        embed_dim = get(content, "projection_dim", base.embed_dim)
+    resize = base.resize
+    size = preprocessor.get("size")
+    if isinstance(size, dict):  # older files have a number
+        resize = "squash" if "height" in size else "shortest"
+    return replace(
+        base, vision=vision, text=text, embed_dim=embed_dim, resize=resize,
+        image_size=get(vision_config, "image_size", base.image_size),
+        patch_size=get(vision_config, "patch_size", base.patch_size),
+        vision_act=ours_of(TRANSFORMERS_ACT, get(vision_config, "hidden_act", base.vision_act)),
+        text_act=ours_of(TRANSFORMERS_ACT, get(text_config, "hidden_act", base.text_act)),
+        vocab_size=get(text_config, "vocab_size", base.vocab_size),
+        context_length=get(text_config, "max_position_embeddings", base.context_length),
+        interpolation=ours_of(PIL_FILTER, get(preprocessor, "resample", base.interpolation)),
+        mean=get(preprocessor, "image_mean", base.mean),
+        std=get(preprocessor, "image_std", base.std))
+
+
+def read_transformers_tower(section, base):
+    """vision_config or text_config -> our (width, layers, heads, hidden units of each MLP)."""
+    width, layers, heads, mlp = base
+    return (get(section, "hidden_size", width),
+            get(section, "num_hidden_layers", layers),
+            get(section, "num_attention_heads", heads),
+            get(section, "intermediate_size", mlp))
+
+
+def write_transformers_tower(tower, act, eps):
+    width, layers, heads, mlp = tower
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+        "hidden_act": TRANSFORMERS_ACT[act],
+        "layer_norm_eps": eps,
+    }
+
+
+def write_transformers(config):
+    """CLIPConfig -> {"config.json": content, "preprocessor_config.json": content}."""
+    siglip = config.family == "siglip"
+    eps = 1e-6 if siglip else 1e-5
+    content = {"model_type": config.family}
+    content["architectures"] = ["SiglipModel" if siglip else "CLIPModel"]
+    if not siglip:
+        content["projection_dim"] = config.embed_dim
+    content["vision_config"] = {
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        **write_transformers_tower(config.vision, config.vision_act, eps),
+    }
+    content["text_config"] = {
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        **write_transformers_tower(config.text, config.text_act, eps),
+    }
+    if siglip:
+        content["text_config"] |= {"projection_size": config.embed_dim, "bos_token_id": 0}
+    content["text_config"]["eos_token_id"] = 2  # a CLIP is then read at the highest id
+
+    side = config.image_size
+    square = {"height": side, "width": side}
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "image_mean": config.mean,
+        "image_std": config.std,
+        "resample": PIL_FILTER[config.interpolation],
+        "size": {"shortest_edge": side},
+        "crop_size": square,
+        "do_convert_rgb": True,
+    }
+    if config.resize == "squash":
+        preprocessor |= {"image_processor_type": "SiglipImageProcessor", "size": square}
+    return {"config.json": content, "preprocessor_config.json": preprocessor}
+
+
+def write_timm(config):
+    """CLIPConfig -> {"config.json": content} for the image tower, as timm's models on the hub have.
+
+    The architecture is a function in timm/models/vision_transformer.py, which model_args overrule.
+    The projection of a CLIP is timm's classifier; a SigLIP has none.
+    """
+    siglip = config.family == "siglip"
+    width, layers, heads, mlp = config.vision
+    num_classes = 0 if siglip else config.embed_dim
+    content = {
+        "architecture": "vit_base_patch16_siglip_224" if siglip else "vit_base_patch16_clip_224",
+        "num_classes": num_classes,
+        "model_args": {
+            "img_size": config.image_size,
+            "patch_size": config.patch_size,
+            "embed_dim": width,
+            "depth": layers,
+            "num_heads": heads,
+            "mlp_ratio": mlp / width,
+            "act_layer": config.vision_act,
+            "num_classes": num_classes,
+        },
+        "pretrained_cfg": {
+            "input_size": [3, config.image_size, config.image_size],
+            "mean": config.mean,
+            "std": config.std,
+            "interpolation": config.interpolation,
+            "crop_pct": 1.0,
+            "crop_mode": "squash" if config.resize == "squash" else "center",
+        },
+    }
+    return {"config.json": content}
+
+
+# -----------------------------------------------------------------------------
+# Out
 
 
 def export(model, format, directory):
-    """Writes a new folder that open_clip, transformers or timm (image tower) loads by itself; returns that call.
-    Raises ValueError for what a format cannot say."""
-    c, siglip, words = model.config, model.config.family == "siglip", _words(model.config)
-    layout = LAYOUTS[f"{format} {c.family}"]
+    """Writes a new folder that open_clip, transformers or timm (image tower) loads by itself.
+
+    Returns the call that loads it. Raises ValueError for what a format cannot say.
+    """
     if os.path.exists(directory):
         raise ValueError(f"{directory} exists: give a new folder")
-    if format == "transformers" and not siglip and c.logit_bias is not None:
-        raise ValueError("transformers' CLIPModel has no logit_bias, which this model was trained with: use open_clip")
-    if format == "open_clip" and "quick_gelu" in (c.vision_act, c.text_act) and (siglip or c.vision_act != c.text_act):
-        raise ValueError("open_clip knows quick_gelu only in both towers of a clip: this model can go to transformers")
-    if format == "timm":
-        tensors = model.visual.state_dict() | ({} if siglip else {"head.bias": torch.zeros(c.embed_dim)})
+    weights = "model.safetensors"
+    if format == "open_clip":
+        tensors, files = export_open_clip(model, directory)
+        weights = "open_clip_model.safetensors"
+        call = f'open_clip.create_model_from_pretrained("local-dir:{directory}")'
+    elif format == "transformers":
+        tensors, files = export_transformers(model)
+        [architecture] = files["config.json"]["architectures"]
+        call = f'{architecture}.from_pretrained("{directory}")'
+    elif format == "timm":
+        tensors, files = export_timm(model)
+        call = f'timm.create_model("local-dir:{directory}", pretrained=True)'
     else:
-        tensors = {k: torch.cat(x) if len(x) > 1 else x[0].contiguous() for k, x in _views(model, layout).items()}
-        words["end_token"] = model.tokenize.encode([""])[0].tokens[-1]
-        words["pad_token"] = model.tokenize.backend.id_to_token(c.pad_id) if siglip else words["end_token"]
-    if format == "open_clip" and siglip and not words["tower"]:     # one without a name: timm reads it in the folder
-        words["tower"] = f"local-dir:{os.path.abspath(directory)}"
-        layout = layout | {"files": layout["files"] | LAYOUTS["timm siglip"]["files"]}
-    files = _write_config(layout["files"], words) | ({} if format == "timm" else {"tokenizer.json": c.tokenizer})
-    if format == "transformers":
-        tokenizer = json.loads(c.tokenizer)
-        steps = KNOWN["clean_text"][c.text_clean] + [n for n in [tokenizer["normalizer"]] if n]
-        tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}    # the only place for clean_text there
-        files["tokenizer.json"] = json.dumps(tokenizer)
-        if siglip:
-            tensors.setdefault("logit_bias", torch.zeros(1))        # of a model trained with the softmax loss
+        raise ValueError(f"no format {format!r}: expected open_clip, transformers or timm")
     os.makedirs(directory)
-    save_file(tensors, os.path.join(directory, layout["weights"]), metadata={"format": "pt"})
-    for name, text in files.items():
-        with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
-            f.write(text)
-    return layout["call"].format(directory)
+    save_file(tensors, os.path.join(directory, weights), metadata={"format": "pt"})
+    for name, content in files.items():
+        if not isinstance(content, str):
+            content = json.dumps(content, indent=1)
+        with open(os.path.join(directory, name), "w", encoding="utf-8") as file:
+            file.write(content)
+    return call
+
+
+def export_open_clip(model, directory):
+    """(tensors, {file name: content})."""
+    config = model.config
+    siglip = config.family == "siglip"
+    acts = {config.vision_act, config.text_act}
+    if "quick_gelu" in acts and (siglip or len(acts) == 2):
+        raise ValueError("open_clip knows quick_gelu only in both towers of a clip: "
+                         "this model can go to transformers")
+    files = write_tokenizer_config(model) | {"tokenizer.json": config.tokenizer}
+    tower = None
+    if siglip:
+        tower = find_tower(config)
+    if siglip and tower is None:  # timm has no name for it, and reads the folder, too
+        tower = f"local-dir:{os.path.abspath(directory)}"
+        files |= write_timm(config)
+    files |= write_open_clip(config, tower)
+    return renamed(model, f"open_clip {config.family}"), files
+
+
+def find_tower(config):
+    """timm's name of a SigLIP's image tower, or None."""
+    for name, known in TOWERS.items():
+        fields = ("vision", "vision_act", "patch_size", "image_size")
+        if all(getattr(known, field) == getattr(config, field) for field in fields):
+            return name
+    return None
+
+
+def export_transformers(model):
+    """(tensors, {file name: content})."""
+    config = model.config
+    siglip = config.family == "siglip"
+    if not siglip and config.logit_bias is not None:
+        raise ValueError("transformers' CLIPModel has no logit_bias, which this model was trained "
+                         "with: use open_clip")
+    files = write_tokenizer_config(model) | write_transformers(config)
+    tokenizer = json.loads(config.tokenizer)
+    normalizers = list(CLEAN_TEXT[config.text_clean])  # transformers has no other place for it
+    if tokenizer["normalizer"]:
+        normalizers.append(tokenizer["normalizer"])
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
+    files["tokenizer.json"] = json.dumps(tokenizer)
+    tensors = renamed(model, f"transformers {config.family}")
+    if siglip and config.logit_bias is None:  # trained with the softmax loss
+        tensors["logit_bias"] = torch.zeros(1)
+    return tensors, files
+
+
+def export_timm(model):
+    """(tensors, {file name: content}) of the image tower."""
+    tensors = dict(model.visual.state_dict())
+    if model.config.family == "clip":
+        tensors["head.bias"] = torch.zeros(model.config.embed_dim)  # timm's head has one
+    return tensors, write_timm(model.config)
+
+
+def write_tokenizer_config(model):
+    """{"tokenizer_config.json": content}, which both want beside a tokenizer.json.
+
+    A CLIP's pad does not matter; it is the end-of-text token, as OpenAI's is.
+    """
+    config = model.config
+    end_token = model.tokenize.encode([""])[0].tokens[-1]
+    pad_token = end_token
+    if config.family == "siglip":
+        pad_token = model.tokenize.backend.id_to_token(config.pad_id)
+    content = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.context_length,
+        "eos_token": end_token,
+        "pad_token": pad_token,
+        "model_input_names": ["input_ids"],
+    }
+    return {"tokenizer_config.json": without_none(content)}
+
+
+# clean_text, as the steps of a tokenizer.json
+SINGLE_SPACES = [
+    {"type": "Lowercase"},
+    {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
+    {"type": "Strip", "strip_left": True, "strip_right": True},
+]
+NO_PUNCTUATION = [
+    {"type": "Replace", "pattern": {"String": "_"}, "content": " "},
+    {"type": "Replace", "pattern": {"Regex": r"[!-/:-@\[-`{-~]"}, "content": ""},
+]
+CLEAN_TEXT = {"lower": SINGLE_SPACES, "canonicalize": NO_PUNCTUATION + SINGLE_SPACES}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=export.__doc__.split(";")[0])
+    parser = argparse.ArgumentParser(
+        description="Writes a new folder that open_clip, transformers or timm loads by itself.")
     parser.add_argument("command", choices=["export"])
-    parser.add_argument("--checkpoint", required=True, help="of train.py; or any SOURCE that train.py --init takes")
+    parser.add_argument("--checkpoint", required=True,
+                        help="a checkpoint of train.py, or any source that train.py --init takes")
     parser.add_argument("--model", help="its architecture, where --checkpoint does not say it")
-    parser.add_argument("--format", required=True, choices=["open_clip", "transformers", "timm"])
+    parser.add_argument("--format", required=True, choices=["open_clip", "transformers", "timm"],
+                        help="who is to load it; timm loads the image tower")
     parser.add_argument("--output", required=True, help="a new folder")
     args = parser.parse_args()
     try:
-        call = export(CLIP.from_pretrained(args.checkpoint, args.model), args.format, args.output)
+        model = CLIP.from_pretrained(args.checkpoint, args.model)
+        call = export(model, args.format, args.output)
     except (ValueError, OSError) as error:
         raise SystemExit(f"model.py: {error}")
     print(f"wrote {args.output}; load it with\n    {call}")

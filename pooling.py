@@ -1,18 +1,31 @@
-"""Cross-modal attention pooling without parameters: an image seen through the eyes of a concept (C2LIP).
+"""Cross-modal attention pooling without parameters: an image as a concept sees it (C2LIP).
 
 A concept p of unit length attends over an image's value tokens V at temperature 1 and pools them:
-    s = V p,   a = softmax_t(s),   c = sum_t a_t V_t,   similarity = c.p / |c|, the cosine of c and p.
-concept_pool is this definition; concept_similarity is the same number, fast and in little memory, for training.
+    s = V p,   a = softmax_t(s),   c = sum_t a_t V_t,   similarity = c.p / |c|
+The similarity is the cosine of c and p. concept_pool is this definition. concept_similarity is the
+same number, fast and in little memory, for training.
 """
+from contextlib import contextmanager
+
 import torch
 
 EPS = 1e-12  # the smallest |c| that is divided by, as in torch.nn.functional.normalize
 
 
 def concept_pool(patch_tokens, concepts, mask=None):
-    """The pooled vectors themselves, not normalised: (B, T, D), (N, D) -> (B, N, D).
+    """Pool the tokens of each image by each concept, for inference and for tests.
 
-    mask (B, T) bool, true for the tokens that count; an image without any pools to zero. For inference and tests.
+    Parameters
+    ----------
+    patch_tokens : Tensor (B, T, D)
+    concepts : Tensor (N, D)
+    mask : Tensor (B, T) bool, optional
+        True for the tokens that count. An image without any pools to zero.
+
+    Returns
+    -------
+    Tensor (B, N, D)
+        The pooled vectors, not normalised.
     """
     attention = (patch_tokens @ concepts.T).transpose(1, 2)  # (B, N, T)
     if mask is None:
@@ -23,16 +36,33 @@ def concept_pool(patch_tokens, concepts, mask=None):
 
 
 def concept_similarity(patch_tokens, concepts, mask=None, memory_budget=None):
-    """normalize(concept_pool(patch_tokens, concepts)) . concepts: (B, T, D), (N, D) -> (B, N).
+    """normalize(concept_pool(patch_tokens, concepts)) . concepts, without the pooled vectors.
 
-    patch_tokens, concepts: any float dtype; C2LIP normalises both. mask (B, T) bool, true for the tokens that count.
-    memory_budget: bytes beyond inputs, result and gradients, None for 20 MiB on a CPU and 512 MiB elsewhere, at least
-    one image and one concept; it changes speed only. Returns float32, or float64 for float64. Differentiable once.
+    It is exact, in memory that grows with N only by the result. With G = V V^T (T, T),
+        c.p = sum_t a_t s_t   and   |c|^2 = a^T G a,
+    so no pooled vector is made. Images go in chunks, and the backward repeats what the memory
+    budget cannot keep. It can be differentiated once.
 
-    Exact, in memory that grows with N only by the result: with G = V V^T (T, T), c.p = sum_t a_t s_t and
-    |c|^2 = a^T G a, so no pooled vector is made. Images go in chunks; the backward repeats what the budget cannot keep.
-    With bfloat16 inputs, or under autocast, products with V and P are in that dtype, but G, the softmax and all sums
-    are float32. Images without tokens that count, or whose tokens are all zero, have similarity 0.
+    With bfloat16 inputs, or under autocast, the products with V and P are in that dtype, but G, the
+    softmax and all sums are float32. Float32 is true float32, also where TF32 is allowed.
+
+    Parameters
+    ----------
+    patch_tokens : Tensor (B, T, D)
+        Of any float dtype. C2LIP normalises them.
+    concepts : Tensor (N, D)
+        Of any float dtype. C2LIP normalises them.
+    mask : Tensor (B, T) bool, optional
+        True for the tokens that count.
+    memory_budget : int, optional
+        Bytes beyond inputs, result and gradients, by default 20 MiB on a CPU and 512 MiB elsewhere.
+        It changes speed only. One image and one concept are always taken.
+
+    Returns
+    -------
+    Tensor (B, N)
+        In float32, or float64 for float64. An image has similarity 0 where no token counts, or
+        where all its tokens are zero.
     """
     device = patch_tokens.device.type
     if memory_budget is None:
@@ -41,8 +71,26 @@ def concept_similarity(patch_tokens, concepts, mask=None, memory_budget=None):
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     v, q = patch_tokens.to(dtype), concepts.to(dtype)
-    keep = torch.is_grad_enabled() and (v.requires_grad or q.requires_grad)  # something for the backward
+    # whether there will be a backward to keep something for
+    keep = torch.is_grad_enabled() and (v.requires_grad or q.requires_grad)
     return _Similarity.apply(v, q, mask, memory_budget // 2, keep)
+
+
+@contextmanager
+def _full_precision(device):
+    """Neither autocast nor TF32 in what is computed here."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        name, exact = "fp32_precision", "ieee"
+    else:  # before torch 2.9
+        name, exact = "allow_tf32", False
+    allowed = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        setattr(matmul, name, allowed)
 
 
 def _wide(x):
@@ -50,18 +98,21 @@ def _wide(x):
 
 
 def _chunks(v, q, mask, budget):
-    """Yields slices of images, their tokens and mask (b, T, 1), and slices of concepts."""
-    T = v.shape[1]  # an image takes up to six (T, n) arrays and two (T, T)
-    numbers = budget // max(T * (8 if v.dtype == torch.float64 else 4), 1)
-    concepts = max(1, min(len(q), (numbers - 2 * T) // 6))
-    images = max(1, numbers // (6 * concepts + 2 * T))
-    for i in range(0, len(v), images):
-        i = slice(i, i + images)
+    """Yield slices of images, their tokens and mask (b, T, 1), and all slices of concepts."""
+    T = v.shape[1]
+    number_of_bytes = 8 if v.dtype == torch.float64 else 4
+    columns = budget // max(T * number_of_bytes, 1)  # how many columns of T numbers
+    # an image takes up to six (T, n) arrays and two (T, T)
+    concepts = max(1, min(len(q), (columns - 2 * T) // 6))
+    images = max(1, columns // (6 * concepts + 2 * T))
+    concept_slices = [slice(start, start + concepts) for start in range(0, len(q), concepts)]
+    for start in range(0, len(v), images):
+        i = slice(start, start + images)
         v_i, mask_i = v[i], None
         if mask is not None:  # tokens that do not count are zero, whatever was there
             mask_i = mask[i, :, None]
             v_i = v_i.masked_fill(~mask_i, 0)
-        yield i, v_i, mask_i, [slice(n, n + concepts) for n in range(0, len(q), concepts)]
+        yield i, v_i, mask_i, concept_slices
 
 
 def _scores(v, q, mask):
@@ -80,58 +131,82 @@ def _attend(s, gram, mask):
 
 
 def _outputs(v, q, mask, budget, keep):
-    """The similarity, and S and G of as many images as half the budget holds: these are kept for the backward."""
-    (B, T, _), N, dtype = v.shape, q.shape[0], torch.promote_types(v.dtype, torch.float32)
-    size = (8 if dtype == torch.float64 else 4) * T * (T + N)
-    kept = torch.sym_min(B, budget // torch.sym_max(size, 1)) if keep else 0
-    return tuple(v.new_empty(shape, dtype=dtype) for shape in [(B, N), (kept, T, N), (kept, T, T)])
+    """Make room for the similarity, and for the S and G that are kept for the backward.
+
+    These are of as many images as half the budget holds.
+    """
+    B, T, _ = v.shape
+    N = q.shape[0]
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    number_of_bytes = 8 if dtype == torch.float64 else 4
+    kept = 0
+    if keep:
+        size = number_of_bytes * T * (T + N)
+        kept = torch.sym_min(B, budget // torch.sym_max(size, 1))
+    similarity = v.new_empty((B, N), dtype=dtype)
+    kept_s = v.new_empty((kept, T, N), dtype=dtype)
+    kept_gram = v.new_empty((kept, T, T), dtype=dtype)
+    return similarity, kept_s, kept_gram
 
 
 def _forward(v, q, mask, budget, keep):
     similarity, kept_s, kept_gram = _outputs(v, q, mask, budget, keep)
-    with torch.autocast(v.device.type, enabled=False):
+    with _full_precision(v.device):
         for i, v_i, mask_i, concepts in _chunks(v, q, mask, budget):
             gram = _wide(v_i) @ _wide(v_i).mT  # (b, T, T)
-            kept_gram[i] = gram[:len(kept_gram[i])]
+            kept = len(kept_gram[i])  # b, or less where the budget ends
+            kept_gram[i] = gram[:kept]
             for n in concepts:
                 s = _scores(v_i, q[n], mask_i)
-                kept_s[i, :, n] = s[:len(kept_gram[i])]
+                kept_s[i, :, n] = s[:kept]
                 _, _, dot, square = _attend(s, gram, mask_i)
                 similarity[i, n] = (dot / square.clamp_min(EPS**2).sqrt()).squeeze(1)
     return similarity, kept_s, kept_gram
 
 
 def _backward(grad, v, q, mask, kept_s, kept_gram, budget):
-    dv, dq = v.new_zeros(v.shape), q.new_zeros(q.shape, dtype=kept_s.dtype)  # contiguous, unlike zeros_like
-    with torch.autocast(v.device.type, enabled=False):
+    dv = v.new_zeros(v.shape)  # contiguous, unlike zeros_like
+    dq = q.new_zeros(q.shape, dtype=kept_s.dtype)
+    with _full_precision(v.device):
         for i, v_i, mask_i, concepts in _chunks(v, q, mask, budget):
-            gram, kept = kept_gram[i], len(kept_gram[i]) == len(v_i)
-            gram = gram if kept else _wide(v_i) @ _wide(v_i).mT
+            kept = len(kept_gram[i]) == len(v_i)
+            gram = kept_gram[i] if kept else _wide(v_i) @ _wide(v_i).mT
             for n in concepts:
                 s = kept_s[i, :, n] if kept else _scores(v_i, q[n], mask_i)
                 a, u, dot, square = _attend(s, gram, mask_i)
-                # With g = dL/dsimilarity / |c| and r = c.p / |c|^2: dS = g a (1 + s - r u). The centring term
-                # of the softmax is absent, as sum_t a_t (s_t - r u_t) = c.p - r |c|^2 = 0: a's scale cancels.
+                # With g = dL/dsimilarity / |c| and r = c.p / |c|^2: dS = g a (1 + s - r u). The
+                # centring term of the softmax is absent, because the scale of a cancels:
+                # sum_t a_t (s_t - r u_t) = c.p - r |c|^2 = 0.
                 g = grad[i, None, n] / square.clamp_min(EPS**2).sqrt()  # (b, 1, n)
                 r = torch.where(square > EPS**2, dot / square, 0)  # a clamped |c| is a constant
-                ds = torch.addcmul(s, u, r, value=-1, out=u).add_(1).mul_(a).mul_(g).to(v.dtype)  # (b, T, n)
+                ds = torch.addcmul(s, u, r, value=-1, out=u)  # in place, to stay in the budget
+                ds = ds.add_(1).mul_(a).mul_(g).to(v.dtype)  # (b, T, n)
                 dq[n] += ds.flatten(0, 1).T @ v_i.flatten(0, 1)
                 dv[i].flatten(0, 1).addmm_(ds.flatten(0, 1), q[n])
-                dv[i].baddbmm_(((a * (g * r)) @ a.mT).to(v.dtype), v_i, alpha=-1)  # through |c|: (b, T, T) V
+                through_length = ((a * (g * r)) @ a.mT).to(v.dtype)  # (b, T, T), through |c|
+                dv[i].baddbmm_(through_length, v_i, alpha=-1)
     return dv, dq.to(q.dtype)
 
 
-# As custom operators torch.compile takes them whole: no graph break, any N. Only for it, as the first call of
-# an operator imports the whole compiler.
+# As custom operators torch.compile takes them whole: no graph break, and any N. They are for the
+# compiler only, because the first call of an operator imports all of it.
 _forward_op = torch.library.custom_op(
     "c2lip::concept_similarity", _forward, mutates_args=(),
-    schema="(Tensor v, Tensor q, Tensor? mask, SymInt budget, bool keep) -> (Tensor, Tensor, Tensor)")
+    schema="(Tensor v, Tensor q, Tensor? mask, SymInt budget, bool keep)"
+           " -> (Tensor, Tensor, Tensor)")
 _backward_op = torch.library.custom_op(
     "c2lip::concept_similarity_backward", _backward, mutates_args=(),
-    schema="(Tensor grad, Tensor v, Tensor q, Tensor? mask, Tensor kept_s, Tensor kept_gram, SymInt budget)"
-           " -> (Tensor, Tensor)")
+    schema="(Tensor grad, Tensor v, Tensor q, Tensor? mask, Tensor kept_s, Tensor kept_gram,"
+           " SymInt budget) -> (Tensor, Tensor)")
+
+
+def _gradients(grad, v, q, *_):
+    """Make room for what _backward returns."""
+    return v.new_empty(v.shape), q.new_empty(q.shape)
+
+
 _forward_op.register_fake(_outputs)
-_backward_op.register_fake(lambda grad, v, q, *_: (v.new_empty(v.shape), q.new_empty(q.shape)))
+_backward_op.register_fake(_gradients)
 
 
 class _Similarity(torch.autograd.Function):

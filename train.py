@@ -1,550 +1,1615 @@
-"""Train or fine-tune CLIP and SigLIP with C2LIP's concept losses: one script, to be read from top to bottom.
+"""Train or fine-tune CLIP and SigLIP with C2LIP's concept losses. One script, to be read downwards.
 
-    python train.py                                     a nano model from scratch on built-in scenes, minutes on a CPU
-    python train.py --method siglip                     the same without concepts: the plain contrastive baseline
-    torchrun --nproc_per_node=8 train.py --model ViT-B-16-SigLIP --data pairs.csv --image-root DIR    the paper's recipe
+    python train.py                      a nano model from scratch on built-in scenes, in minutes
+    python train.py --method siglip      the same without concepts: the plain contrastive baseline
+    torchrun --nproc_per_node=8 train.py --model ViT-B-16-SigLIP --data pairs.csv --image-root DIR
+                                         the paper's recipe
 
-The number of processes changes nothing but the time: --batch-size is global, every loss and gradient is that of the
-whole batch, and the order of the data is a function of the seed alone.
+The number of processes changes nothing but the time: --batch-size is global, every loss and every
+gradient is that of the whole batch, and the order of the data is a function of the seed alone.
 """
 import argparse
+import ast
 import contextlib
 import copy
 import glob
-import importlib
+import hashlib
 import json
 import math
 import os
 import re
 import resource
+import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import zipfile
 from dataclasses import asdict, replace
+from datetime import timedelta
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # threads that spin while they wait starve other processes
+# ---- arguments -------------------------------------------------------------
+# They are parsed before torch and timm are imported, which takes seconds: --help and a flag that
+# does not exist answer at once.
+PRESETS = {
+    # from scratch on the scenes
+    "nano": {
+        "model": "nano", "steps": 900, "batch_size": 128, "lr": 2e-3, "weight_decay": 0.1,
+        "beta2": 0.95, "warmup": 50, "dtype": "float32", "workers": 0, "eval_every": 150,
+    },
+    # the paper's recipe for SigLIP ViT-B/16 on CC3M, on 8 GPUs of 96 images
+    "c2lip": {
+        "model": "ViT-B-16-SigLIP", "epochs": 5, "batch_size": 768, "lr": 1e-5, "weight_decay": 0.1,
+        "beta2": 0.98, "warmup": 50, "dtype": "bfloat16", "eval_every": 1000,
+    },
+}
+
+
+def read_table(file, name):
+    """The keys, and the values that are plain texts, of the table `name` in one of our files.
+
+    The file is read and not imported, since it imports torch. So a method that is added to
+    losses.py is known here.
+    """
+    folder = os.path.dirname(os.path.abspath(__file__))
+    with open(os.path.join(folder, file), encoding="utf-8") as f:
+        statements = ast.parse(f.read()).body
+    for statement in statements:
+        if isinstance(statement, ast.Assign) and statement.targets[0].id == name:
+            table = statement.value
+            return {key.value: getattr(value, "value", None)
+                    for key, value in zip(table.keys, table.values)}
+    raise ValueError(f"{file} has no table {name}")
+
+
+TERMS = read_table("losses.py", "TERMS")    # {term: what it does}
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    usage="python train.py [--method NAME] [--model NAME] [--data FILE] [more: see --help]")
+
+group = parser.add_argument_group("what to train")
+group.add_argument("--method", choices=read_table("losses.py", "METHODS"), default="c2lip",
+                   help="The losses, with the weights that their paper gives. Default: c2lip.")
+group.add_argument("--preset", choices=PRESETS,
+                   help="Where the defaults of steps, batch size, rates and so on come from: nano "
+                        "is for small models on the built-in scenes, c2lip is the paper's recipe "
+                        "for fine-tuning. Default: nano for the nano model from scratch, else "
+                        "c2lip.")
+group.add_argument("--model", metavar="NAME",
+                   help="The architecture, a name in MODELS of model.py, such as ViT-B-16-SigLIP. "
+                        "Default: that of --init; nano without any.")
+group.add_argument("--init", metavar="SOURCE",
+                   help="The initial weights: a hub id, a folder, a file, or the word scratch for "
+                        "random ones. Default: the model's public weights; random ones for nano.")
+group.add_argument("--tokenizer", metavar="FILE",
+                   help="A tokenizer.json. Default: the one that comes with the weights; from "
+                        "scratch, one is trained on the captions.")
+group.add_argument("--freeze", choices=("none", "visual", "text"),
+                   help="A tower whose weights stay as they are. Default: none (visual for "
+                        "con_clip).")
+
+group = parser.add_argument_group("data")
+group.add_argument("--data", metavar="FILES",
+                   help="Image-caption pairs: .csv, .tsv or .jsonl tables, or tar shards such as "
+                        "'cc3m/{00000..00331}.tar', several joined by '::'. Default: the built-in "
+                        "scenes.")
+group.add_argument("--image-root", default="", metavar="DIR",
+                   help="The folder that the image paths of --data are relative to.")
+group.add_argument("--image-key", metavar="COLUMN",
+                   help="The column of image paths. Default: image, image_path, filepath, and "
+                        "other usual names.")
+group.add_argument("--caption-key", metavar="COLUMN",
+                   help="The column or json key of captions; of several, joined by commas, each "
+                        "epoch draws one. Default: caption, title, text, and other usual names.")
+group.add_argument("--captions", metavar="TABLE",
+                   help="A table of other captions for the images of tar shards, joined by key or "
+                        "url.")
+group.add_argument("--index-dir", metavar="DIR",
+                   help="The folder of the indices of --data, which are made once. Default: beside "
+                        "each file, or your cache folder where that cannot be written.")
+group.add_argument("--world", choices=("small", "large"), default="small",
+                   help="Scenes only: small shows two objects of 8 colours and 6 shapes, large "
+                        "three of 12 and 12, so that near misses are rare. Default: small.")
+group.add_argument("--relations", type=float, default=0.0, metavar="SHARE",
+                   help="Scenes only: the share of captions that say where the objects are. "
+                        "Default: 0.")
+group.add_argument("--max-bad", type=float, default=0.01, metavar="SHARE",
+                   help="Training stops when more than this share of the rows cannot be read. "
+                        "Default: 0.01.")
+group.add_argument("--max-pixels", type=int, metavar="N",
+                   help="Images with more pixels are bad rows, and are not decoded. Default: 89 "
+                        "million, at which pillow warns.")
+group.add_argument("--exact-decode", action="store_true",
+                   help="Decode JPEGs with pillow, as evaluation does. Default: with torchvision, "
+                        "about twice as fast, and off by a few levels in 255 at most.")
+group.add_argument("--workers", type=int, metavar="N",
+                   help="Processes that read and prepare data, for each process that trains. "
+                        "Default: one for each core that it has; 0 for the nano preset.")
+
+group = parser.add_argument_group("losses")
+group.add_argument("--loss", choices=("siglip", "clip"),
+                   help="Sigmoid (siglip) or softmax (clip). Default: the one that the weights "
+                        "were trained with.")
+for term, text in TERMS.items():
+    group.add_argument(f"--{term}-weight", type=float, metavar="W",
+                       help=f"{text} Default: what --method gives it, and 0 for other methods.")
+group.add_argument("--no-dedupe", dest="dedupe", action="store_false",
+                   help="A phrase is a positive only for the caption it was found in, and a "
+                        "negative for others that hold the same phrase, as in the code that the "
+                        "paper's authors released.")
+group.add_argument("--concept-count", choices=("different", "all"), default="different",
+                   help="What the sigmoid form of the concept losses is divided by: the number of "
+                        "different phrases in the batch, or of all (image, phrase) pairs. A large "
+                        "batch repeats more phrases, so that with the first each pair weighs more. "
+                        "Default: different.")
+group.add_argument("--concept-features", choices=("phrase", "span"), default="phrase",
+                   help="phrase: each phrase is encoded by itself. span: its feature is the mean "
+                        "over its tokens within the caption. Default: phrase.")
+group.add_argument("--ema", type=float, metavar="DECAY",
+                   help="Keep an average of the weights over the steps, evaluate it as well, and "
+                        "take it as the teacher of degla and --distill-weight. Default: no "
+                        "average; 0.9996 for degla.")
+
+group = parser.add_argument_group("optimization")
+group.add_argument("--steps", type=int, metavar="N", help="Train for so many batches ...")
+group.add_argument("--epochs", type=float, metavar="N",
+                   help="... or for so many passes over the data.")
+group.add_argument("--batch-size", type=int, metavar="N",
+                   help="Images in a batch, summed over all processes.")
+group.add_argument("--accum", type=int, default=1, metavar="N",
+                   help="Compute a batch in so many parts, one after the other, to save memory. "
+                        "The result is the same; it costs a second forward pass. Default: 1.")
+group.add_argument("--lr", type=float, metavar="RATE",
+                   help="The highest learning rate, after the warm-up; from there it decays to 0 "
+                        "as a cosine.")
+group.add_argument("--warmup", type=int, metavar="N",
+                   help="Steps in which the learning rate rises from 0.")
+group.add_argument("--weight-decay", type=float, metavar="W",
+                   help="Of all matrices and position embeddings; biases, norms, scalars and the "
+                        "class token have none.")
+group.add_argument("--beta2", type=float, metavar="B",
+                   help="Decay of AdamW's second moments. Its first decay is 0.9, its epsilon "
+                        "1e-6.")
+group.add_argument("--grad-clip", type=float, default=math.inf, metavar="NORM",
+                   help="Scale the gradient down to this norm where it is larger. Default: never.")
+group.add_argument("--max-skips", type=int, default=3, metavar="N",
+                   help="A step whose loss or gradient is not finite is left out; training stops "
+                        "after more than so many in a row. Default: 3.")
+group.add_argument("--seed", type=int, default=0, metavar="N",
+                   help="Of the initial weights, the order of the data and its augmentation. "
+                        "Default: 0.")
+
+group = parser.add_argument_group("evaluation")
+group.add_argument("--val-data", metavar="FILES",
+                   help="Held-out pairs, in the formats of --data: retrieval is evaluated on them.")
+group.add_argument("--val-image-root", metavar="DIR",
+                   help="The folder that its image paths are relative to. Default: --image-root.")
+group.add_argument("--val-image-key", metavar="COLUMN",
+                   help="Its column of image paths. Default: --image-key.")
+group.add_argument("--val-caption-key", metavar="COLUMN",
+                   help="Its column of captions. Default: --caption-key.")
+group.add_argument("--bench", metavar="NAMES",
+                   help="Benchmarks of evaluate.py to run, joined by commas, or the word none. "
+                        "Default: scenes, where those are the training data.")
+group.add_argument("--data-dir", default="data", metavar="DIR",
+                   help="The folder of the benchmarks' files. Default: data.")
+group.add_argument("--eval-every", type=int, metavar="N",
+                   help="Steps between evaluations, the best of which is kept in best.pt; 0: only "
+                        "at the end.")
+
+group = parser.add_argument_group("checkpoints and the log")
+group.add_argument("--out-dir", metavar="DIR",
+                   help="The folder of last.pt, best.pt and log.jsonl. Default: out/MODEL-METHOD, "
+                        "for c2lip out/MODEL.")
+group.add_argument("--resume", metavar="FILE",
+                   help="Go on from this checkpoint. The word auto: from the newest in --out-dir "
+                        "that is whole, if there is one.")
+group.add_argument("--overwrite", action="store_true",
+                   help="Discard the run that --out-dir holds; without this flag, training does "
+                        "not begin in the folder of another run.")
+group.add_argument("--save-every", type=int, default=1000, metavar="N",
+                   help="Steps between checkpoints. Default: 1000.")
+group.add_argument("--keep", type=int, default=1, metavar="N",
+                   help="How many of the newest checkpoints stay as step_*.pt; 1: only last.pt. "
+                        "Default: 1.")
+group.add_argument("--log-every", type=int, default=10, metavar="N",
+                   help="Steps between lines of log.jsonl. Default: 10.")
+group.add_argument("--tensorboard", action="store_true",
+                   help="Write the numbers of log.jsonl for TensorBoard, too (pip install "
+                        "tensorboard).")
+
+group = parser.add_argument_group("the machine")
+group.add_argument("--device", metavar="NAME",
+                   help="cpu, cuda or cuda:1. Default: cuda, if there is one.")
+group.add_argument("--timeout", type=float, default=5, metavar="MINUTES",
+                   help="How long a process waits for the others in a step. Then one of them hangs "
+                        "or has died: process 0 saves, and all end. Default: 5.")
+group.add_argument("--dtype", choices=("float32", "bfloat16", "float64"),
+                   help="What the towers compute in; the weights stay float32 under bfloat16. "
+                        "Default: float32 on a CPU, the preset's on a GPU.")
+group.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                   help="torch.compile the towers. Default: on GPUs.")
+group.add_argument("--grad-checkpointing", action="store_true",
+                   help="Compute the activations of each block again in the backward pass instead "
+                        "of keeping them: a third slower, in less memory.")
+group.add_argument("--dry-run", action="store_true",
+                   help="Check files, weights and one batch, print the plan, and train nothing.")
+args = parser.parse_args()
+if args.steps is not None and args.epochs is not None:
+    parser.error("--steps and --epochs are two ways to say how long: give one of them")
+
+# ---- what takes long to import ---------------------------------------------
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning threads starve other processes
 
 import timm
 import tokenizers
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import evaluate
-from data import CaptionFile, Collate, Epochs, Scenes, Seeded, train_tokenizer, train_transform
-from losses import (ce_clip_loss, clip_loss, con_clip_loss, concept_columns, degla_loss, first_row, gather_features,
-                    negclip_loss, npc_loss, share_concepts, siglip_loss, triplet_clip_loss, xac_loss)
-from model import CLIP, MODELS, read_tokenizer, set_tokenizer
+from data import (CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers, normalize_images,
+                  train_tokenizer, train_transform)
+from losses import (METHODS, Features, extra_terms, gather_features, gather_together,
+                    plan_batch)
+from model import CLIP, MODELS, no_decay, read_tokenizer, set_tokenizer
 from pooling import concept_similarity
 
-# ---- arguments -------------------------------------------------------------
-PRESETS = {
-    # from scratch on the scenes; a batch of 128 holds a few that differ in their binding alone, for either method
-    "nano": dict(model="nano", steps=900, batch_size=128, lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=50,
-                 dtype="float32", workers=0, eval_every=150),
-    # the paper's recipe for SigLIP ViT-B/16 on CC3M, on 8 GPUs of 96 images
-    "c2lip": dict(model="ViT-B-16-SigLIP", epochs=5, batch_size=768, lr=1e-5, weight_decay=0.1, beta2=0.98, warmup=50,
-                  dtype="bfloat16", workers=min(8, os.cpu_count() or 1), eval_every=1000),
-}
-# C2LIP and what it argues against, with their published weights; the optimizer's settings are the preset's for all
-METHODS = {
-    "c2lip": dict(npc_weight=1.0, xac_weight=0.01),
-    "siglip": dict(loss="siglip"),
-    "clip": dict(loss="clip"),
-    "negclip": dict(negatives="swap"),
-    "ce_clip": dict(negatives="typed", cmr_weight=0.2, imc_weight=0.3),
-    "degla": dict(negatives="typed", tgc_weight=0.1, igc_weight=0.1, distill_weight=0.005, ema=0.9996),
-    "con_clip": dict(negatives="negate", negative_images=True, freeze="visual"),
-    "triplet_clip": dict(negatives="swap", negative_images=True),
-}
-PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "4090": 165}    # TFLOP/s, dense bfloat16
-TERMS = ("npc", "xac", "cmr", "imc", "tgc", "igc", "distill")     # flags --NAME-weight; losses.py says what they are
+# ---- what was not given ----------------------------------------------------
+if args.device is None:
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
 
-shown = [f"{name}: {', '.join(f'{k} {x}' for k, x in d.items())}" for d in (PRESETS, METHODS) for name, d in d.items()]
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                 epilog="\n  ".join(["defaults of presets and methods:", *shown]))
-flag = parser.add_argument
-flag("--preset", choices=PRESETS, help="defaults of the flags below; nano for the nano model, else c2lip")
-flag("--method", choices=METHODS, default="c2lip", help="which losses, with their published weights (c2lip)")
-# model
-flag("--model", choices=MODELS, metavar="NAME", help=f"architecture: {', '.join(MODELS)}")
-flag("--init", help="initial weights: hub id, folder, file or scratch; default: the model's public ones")
-flag("--tokenizer", help="a tokenizer.json; default: that of the weights; from scratch, one trained on the captions")
-# data
-flag("--data", help=".csv, .tsv, .jsonl files or tar shards 'cc3m/{00000..00331}.tar', joined by ::; default: scenes")
-flag("--image-root", default="", help="folder that the image paths of --data are relative to")
-flag("--image-key", help="column of image paths; default: image, image_path, filepath, ...")
-flag("--caption-key", help="column or json key of captions, several joined by commas; default: caption, title, text")
-flag("--captions", metavar="TABLE", help="captions for the images of tar shards, joined by key or url, as DreamLIP's")
-flag("--relations", type=float, default=0.0, help="scenes: share of the captions that say where the objects are (0)")
-flag("--max-bad", type=float, default=0.01, help="stop when more than this share of the rows cannot be read (0.01)")
-flag("--workers", type=int, help="processes that read data, on each rank")
-# losses
-flag("--loss", choices=("siglip", "clip"), help="sigmoid or softmax; default: what the weights were trained with")
-for name in TERMS:
-    flag(f"--{name}-weight", type=float, default=0.0, help="weight of this term, 0: off; default: the method's")
-flag("--no-dedupe", dest="dedupe", action="store_false", help="a concept is no positive of other captions that hold it")
-flag("--concept-features", choices=("phrase", "span"), default="phrase", help="span: of the caption's tokens (phrase)")
-flag("--ema", type=float, metavar="DECAY", help="average the weights; evaluated too; degla's and distill's teacher")
-# optimization
-flag("--steps", type=int, help="train for so many batches ...")
-flag("--epochs", type=float, help="... or for so many passes over the data")
-flag("--batch-size", type=int, help="global: the sum over all processes")
-flag("--accum", type=int, default=1, help="parts of a batch, to save memory; exact, at a second forward pass (1)")
-flag("--lr", type=float, help="peak learning rate; cosine decay to 0")
-flag("--warmup", type=int, help="steps of linear warm-up")
-flag("--weight-decay", type=float, help="of parameters with 2 or more dimensions; the others have none")
-flag("--beta2", type=float, help="of AdamW; beta1 is 0.9, eps is 1e-6")
-flag("--grad-clip", type=float, default=math.inf, help="largest norm of the gradient (no limit)")
-flag("--max-skips", type=int, default=3, help="stop after more steps in a row without a finite loss and gradient (3)")
-flag("--freeze", choices=("none", "visual", "text"), help="a tower that is not trained (none)")
-flag("--freeze-blocks", type=int, default=0, help="embeddings and first blocks of both towers, not trained (0)")
-flag("--layer-decay", type=float, default=1.0, help="factor of the learning rate for each block below the last (1)")
-flag("--seed", type=int, default=0, help="of weights, data order and augmentation (0)")
-# running
-flag("--out-dir", help="where last.pt and log.jsonl go; default: out/MODEL-METHOD, for c2lip out/MODEL")
-flag("--resume", metavar="FILE", help="continue from it; auto: from the newest whole checkpoint in --out-dir, if any")
-flag("--save-every", type=int, default=1000, help="steps between checkpoints (1000)")
-flag("--keep", type=int, default=1, help="how many of the newest checkpoints to keep as step_*.pt; 1: only last.pt (1)")
-flag("--val-data", help="held-out pairs, as --data: retrieval is evaluated on them every --eval-every steps")
-flag("--bench", help="benches of evaluate.py to run as well, joined by commas (scenes, where those are the data)")
-flag("--data-dir", default="data", help="where the benches' files are (data)")
-flag("--eval-every", type=int, help="steps between evaluations, of which best.pt keeps the best; 0: only at the end")
-flag("--log-every", type=int, default=10, help="steps between lines of log.jsonl (10)")
-flag("--tensorboard", action="store_true", help="write these numbers for TensorBoard, too (pip install tensorboard)")
-flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-flag("--dtype", choices=("float32", "bfloat16", "float64"), help="of the towers; bfloat16 is autocast")
-flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the towers; default: on GPUs")
-flag("--grad-checkpointing", action="store_true", help="keep no activations of the blocks: a third slower, less memory")
-flag("--dry-run", action="store_true", help="check files, weights and one batch, print the plan and exit")
-given = parser.parse_args()
-scratch = given.init == "scratch" or given.init is None and given.model in (None, "nano")
-defaults = dict(PRESETS[given.preset or ("nano" if scratch and given.model in (None, "nano") else "c2lip")])
-if given.init and not scratch:
-    defaults["model"] = None                                # the source says what it is
-if given.steps is not None or given.epochs is not None:     # either replaces the preset's choice of the two
-    defaults.pop("steps", None), defaults.pop("epochs", None)
-parser.set_defaults(**{"negatives": None, "negative_images": False} | defaults | METHODS[given.method])
-args = parser.parse_args()
 
-for name in ("steps", "epochs", "batch_size", "accum", "lr", "save_every", "log_every", "keep", "layer_decay"):
-    if getattr(args, name) is not None and getattr(args, name) <= 0:
-        parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected more than 0")
-weights = {"contrastive": 1.0, **{name: getattr(args, f"{name}_weight") for name in TERMS}}
+def choose_device(name):
+    """Its torch.device. A GPU becomes the current one: under torchrun each process has its own."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        own = int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(own if device.index is None else device.index)
+    torch.empty(1, device=device)
+    return device
+
+
+try:
+    gpu = choose_device(args.device).type == "cuda"
+except (RuntimeError, AssertionError) as error:
+    reason = str(error).splitlines()[0]
+    parser.exit(1, f"train.py: --device {args.device} cannot be used here ({reason}): give cpu\n")
+
+from_scratch = args.init == "scratch" or (args.init is None and args.model in (None, "nano"))
+if args.preset is None:
+    args.preset = "nano" if from_scratch and args.model in (None, "nano") else "c2lip"
+preset = dict(PRESETS[args.preset])
+if args.init and not from_scratch:
+    del preset["model"]     # the weights say what they are
+if args.steps is not None or args.epochs is not None:
+    preset.pop("steps", None)   # either of them replaces the preset's choice of the two
+    preset.pop("epochs", None)
+if not gpu:
+    preset["dtype"] = "float32"     # several times as fast as bfloat16 on most CPUs
+
+method = METHODS[args.method]
+for name, value in {"freeze": "none", **preset, **method.defaults}.items():
+    if getattr(args, name) is None:
+        setattr(args, name, value)
+weights = {"contrastive": 1.0, **dict.fromkeys(TERMS, 0.0), **method.weights}
+for term in TERMS:
+    if getattr(args, f"{term}_weight") is None:
+        setattr(args, f"{term}_weight", weights[term])
+    weights[term] = getattr(args, f"{term}_weight")
+args.negatives = method.negatives       # for the log
+
 with_concepts = weights["npc"] > 0 or weights["xac"] > 0
-if weights["distill"] and args.ema is None:
+with_teacher = method.teacher or weights["distill"] > 0
+if with_teacher and args.ema is None:
     args.ema = 1.0      # an average that never moves: the initial weights
-args.out_dir = args.out_dir or os.path.join("out", (args.model or re.sub(r"\W+", "-", args.init).strip("-")) + (
-    f"-{args.method}" if args.method != "c2lip" else "" if with_concepts else "-baseline"))
+averages = args.ema is not None and args.ema < 1
+if args.compile is None:
+    args.compile = gpu
+if args.workers is None:
+    args.workers = default_workers()
 
-# ---- setup: processes, device, randomness ----------------------------------
-rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+if args.init in MODELS and not os.path.exists(args.init):
+    parser.error(f"--init {args.init} is the name of a model: give --model {args.init}, whose "
+                 "public weights are the default")
+if args.model is not None and args.model not in MODELS:
+    parser.error(f"argument --model: invalid choice: {args.model!r} (choose from "
+                 f"{', '.join(MODELS)})")
+POSITIVE = ("steps", "epochs", "batch_size", "accum", "lr", "save_every", "log_every", "keep",
+            "timeout")
+for name in POSITIVE:
+    value = getattr(args, name)
+    if value is not None and not 0 < value < math.inf:
+        parser.error(f"--{name.replace('_', '-')} {value}: expected a number above 0")
+for name, value in vars(args).items():
+    if isinstance(value, float) and math.isnan(value):
+        parser.error(f"--{name.replace('_', '-')} nan: expected a number")
+
+if args.out_dir is None:
+    folder = args.model or re.sub(r"\W+", "-", args.init).strip("-")
+    if args.method != "c2lip":
+        folder += f"-{args.method}"
+    elif not with_concepts:
+        folder += "-baseline"
+    args.out_dir = os.path.join("out", folder)
+last_path = os.path.join(args.out_dir, "last.pt")
+log_path = os.path.join(args.out_dir, "log.jsonl")
+
+# ---- processes, randomness, signals ----------------------------------------
+missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+           if name not in os.environ]
+if int(os.environ.get("WORLD_SIZE", 1)) > 1 and missing:
+    parser.exit(1, f"train.py: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} "
+                "is not set: start processes with torchrun, or unset WORLD_SIZE for one\n")
+PATIENT = 120       # minutes that a process waits for others that index data, compile or evaluate
+rank = int(os.environ.get("RANK", 0))
+world_size = int(os.environ.get("WORLD_SIZE", 1))
 if world_size > 1:
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # torchrun's store keeps dead workers' addresses over --max-restarts: own keys for each attempt; nodes count apart
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if os.environ.get("GROUP_WORLD_SIZE") == "1" else ""
-    store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://"))[0])
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
+    # torchrun's store keeps the addresses of dead workers over --max-restarts, so each attempt gets
+    # keys of its own. Several nodes count their attempts apart, and cannot.
+    attempt = ""
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    store, _, _ = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world_size,
+        timeout=timedelta(minutes=PATIENT))
 torch.manual_seed(args.seed)
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-gpu = args.device == "cuda"
-use_compile = gpu if args.compile is None else args.compile
-print0 = tqdm.write if rank == 0 else lambda text: None
-sys.stdout.reconfigure(line_buffering=True)     # a log file has each line at once, also if os._exit follows
+sys.stdout.reconfigure(line_buffering=True)     # a log file has each line at once
+
+
+def print0(text):
+    if rank == 0:
+        tqdm.write(text)
+
+
+bar = None      # of progress, once training has begun
+
+
+def torchrun_set_threads():
+    """Whether torchrun set OMP_NUM_THREADS to 1, as it does where the user has not set it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("OMP_NUM_THREADS") != "1":
+        return False
+    try:
+        with open(f"/proc/{os.getppid()}/environ", "rb") as f:      # what torchrun itself was given
+            given = f.read().split(b"\0")
+    except OSError:
+        return True
+    return not any(variable.startswith(b"OMP_NUM_THREADS=") for variable in given)
+
+
+if torchrun_set_threads():
+    cores = default_workers()
+    torch.set_num_threads(cores)
+    if cores > 1:
+        print0(f"{cores} threads a process, as many as it has cores, instead of the one that "
+               "torchrun sets; OMP_NUM_THREADS in the environment is kept")
+
 
 def stop(message, status=1):
     """End at once, with one line for the user; torchrun ends the other processes with this one."""
+    if bar is not None:
+        bar.close()     # else the message would be glued to it
     print(f"train.py: {message}", file=sys.stderr, flush=True)
     os._exit(status)
 
+
+def stop_all(message, status=1):
+    """The same, where all processes know it; one of them says it."""
+    if rank == 0:
+        stop(message, status)
+    time.sleep(3)
+    os._exit(status)
+
+
 def guard(function, *arguments, **keywords):
-    """Call it; a ValueError is a mistake that the user can mend, and its text says how (an OSError, which file)."""
+    """Call it; an error that the user can mend, which its text says, becomes that one line."""
     try:
         return function(*arguments, **keywords)
     except (ValueError, OSError, ImportError) as error:
         stop(error)
 
-interrupted = []    # the second signal ends at once
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, frame: os._exit(130) if interrupted else interrupted.append(number))
+
+def wait_for_others(minutes):
+    """How long this process waits for the others from now on, before it takes one as hung."""
+    if world_size > 1:
+        # PyTorch before 2.9 has it under the second name alone
+        set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+        set_timeout(timedelta(minutes=minutes))
+
+
+first_step = 0          # of this run: that of the checkpoint it goes on from
+done = 0                # the last whole step
+interrupted = []        # signals that came
+noticed = threading.Event()     # set when the loop has reached the end of a step, and saves
+DEADLINE = 30           # seconds
+
+
+def interrupt(number, frame):
+    # print() could meet itself here
+    if done == first_step:
+        os.write(2, b"\ntrain.py: ended before its first step: there is nothing to save\n")
+    elif rank == 0 and not interrupted:
+        os.write(2, b"\nsaving after this step; again to quit now\n")
+    if interrupted or done == first_step:
+        os._exit(128 + number)
+    interrupted.append(number)
+
+
+def watch_for_signals(reader):
+    """Ends this process if a signal came, and the step does not end: it waits for one that hangs.
+
+    A process that waits for others runs no Python, hence no handler; but this thread runs.
+    """
+    while reader.recv(1)[0] not in (signal.SIGTERM, signal.SIGINT):
+        pass
+    if not noticed.wait(DEADLINE):
+        print(f"\ntrain.py: process {rank} was told to end, but its step did not end within "
+              f"{DEADLINE} s; last checkpoint: {last_good()}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def last_good():
+    return last_path if os.path.exists(last_path) else "none was written yet"
+
+
+signal.signal(signal.SIGTERM, interrupt)
+signal.signal(signal.SIGINT, interrupt)
+if world_size > 1:
+    signal_reader, signal_writer = socket.socketpair()
+    signal_writer.setblocking(False)
+    signal.set_wakeup_fd(signal_writer.fileno())
+    threading.Thread(target=watch_for_signals, args=(signal_reader,), daemon=True).start()
+
+
+def summed(x):
+    """The sum of a tensor over all processes."""
+    if world_size > 1:
+        dist.all_reduce(x)
+    return x
+
 
 # ---- data ------------------------------------------------------------------
 if args.data:
-    dataset = guard(CaptionFile, args.data, args.image_root, args.image_key, args.caption_key, args.captions)
+    dataset = guard(CaptionFile, args.data, args.image_root, args.image_key, args.caption_key,
+                    args.captions, max_pixels=args.max_pixels,
+                    fast_decode=not args.exact_decode, index_dir=args.index_dir)
+    rows = len(dataset) + dataset.lost_rows
+    if dataset.lost_rows > args.max_bad * rows:
+        name, why = dataset.skipped[0]
+        stop(f"{dataset.lost_rows:,} of {rows:,} rows could not be read, more than --max-bad "
+             f"{args.max_bad:g}; the first is {name}: {why}. Mend the file, or raise --max-bad")
 else:
-    dataset = Scenes(args.steps * args.batch_size if args.steps else 100_000, "train", args.seed,
-                     relations=args.relations, negative_images=args.negative_images)
+    scenes = args.steps * args.batch_size if args.steps else 100_000
+    dataset = Scenes(scenes, "train", args.seed, relations=args.relations,
+                     negative_images=method.negative_images, world=args.world)
+
+sampler = guard(Epochs, len(dataset), args.batch_size, args.seed, rank, world_size)
+if args.batch_size < world_size * args.accum:
+    stop(f"--batch-size {args.batch_size} is less than {world_size} processes x --accum "
+         f"{args.accum}", 2)
+if args.steps is None:
+    args.steps = max(1, round(args.epochs * sampler.steps_per_epoch))
+
+# ---- which checkpoint to resume --------------------------------------------
+def kept_checkpoints():
+    """The step_*.pt in the folder, oldest first."""
+    return sorted(glob.glob(os.path.join(glob.escape(args.out_dir), "step_*.pt")))
+
+
+def checkpoints():
+    """All that a run can go on from, the newest last."""
+    found = kept_checkpoints()
+    if os.path.exists(last_path):
+        found.append(last_path)
+    return found
+
+
+def damage(path):
+    """What is wrong with a checkpoint, or None. Each part of the file has a checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()
+    except Exception as error:      # damaged headers raise nearly anything
+        return f"{type(error).__name__}: {error}"
+    return f"its part {changed} has changed" if changed else None
+
+
+def choose_checkpoint():
+    """The path of the checkpoint to go on from; None: a new run. ValueError for neither."""
+    found = checkpoints()
+    if args.resume is None:
+        if found and not args.overwrite:
+            raise ValueError(
+                f"{args.out_dir} holds a run already, the newest checkpoint is {found[-1]}: go on "
+                "with it (--resume auto), choose another --out-dir, or discard it (--overwrite)")
+        return None
+    if args.resume != "auto":
+        check_choice(args.resume, found)
+        return args.resume
+    for path in reversed(found):
+        problem = damage(path)
+        if problem is None:
+            return path
+        print0(f"--resume auto passes over {path}, which is damaged ({problem})")
+    if found and not args.overwrite:
+        raise ValueError(f"--resume auto: no checkpoint in {args.out_dir} is whole; to begin anew "
+                         "there, discard them (--overwrite)")
+    return None
+
+
+def check_choice(path, found):
+    """Of a checkpoint that the user named; ValueError if going on from it would lose another."""
+    if not os.path.isfile(path):
+        raise ValueError(f"no checkpoint at {path}")
+    problem = damage(path)
+    if problem is not None and zipfile.is_zipfile(path):
+        raise ValueError(f"--resume {path}: the file is damaged ({problem})")
+    if not found or args.overwrite or os.path.samefile(path, found[-1]):
+        return
+    raise ValueError(
+        f"--resume {path} is not the newest checkpoint in {args.out_dir}, which is {found[-1]}: "
+        "choose another --out-dir, or discard what is newer (--overwrite)")
+
+
+def from_process_0(function):
+    """What the function returns there, on all processes; its error ends all, with one line."""
+    answer, error = None, None
+    if rank == 0:
+        try:
+            answer = function()
+        except (ValueError, OSError) as problem:
+            error = str(problem)
+    if world_size > 1:
+        shared = [answer, error]
+        dist.broadcast_object_list(shared)
+        answer, error = shared
+    if error is not None:
+        stop_all(error)
+    return answer
+
+
+# A run that goes on with other arguments would be neither the old run nor a new one.
+MAY_CHANGE = {      # these may differ,
+    "lr", "warmup", "steps", "epochs", "grad_clip", "max_skips", "max_bad", "eval_every",
+    "save_every", "log_every", "keep", "bench", "val_data", "data_dir", "tensorboard",
+    "image_root", "workers", "accum", "device", "dtype", "compile", "grad_checkpointing", "timeout",
+    "max_pixels", "index_dir", "val_image_root", "val_image_key", "val_caption_key"}
+SILENT = {          # and these say where weights came from, or what else this command does
+    "init", "preset", "tokenizer", "resume", "out_dir", "overwrite", "dry_run"}
+
+
+def read_header(path):
+    """Step, arguments and config of a checkpoint, without its tensors."""
+    try:
+        header = torch.load(path, mmap=True, weights_only=True)
+        name, step, saved_args = header["config"]["name"], header["step"], header["args"]
+    except Exception:       # of torch, nearly any
+        stop_all(f"no checkpoint at {path} that train.py wrote (--init reads weights of others)")
+    if "optimizer" not in header:
+        stop_all(f"--resume {path} holds weights but no optimizer: to start from them, give "
+                 f"--init {path}")
+    return name, step, saved_args
+
+
+def compare_arguments(saved_args):
+    """Stops where an argument is not the checkpoint's. Returns those that may differ, and do."""
+    allowed = []
+    for name, value in vars(args).items():
+        was = saved_args.get(name, value)       # an older checkpoint knows fewer
+        if was == value or name in SILENT:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if name not in MAY_CHANGE:
+            stop_all(f"--resume {args.resume} was trained with {flag} {was}, now it is {value}: go "
+                     "on with what it had, or begin a new run from its weights, --init "
+                     f"{args.resume}")
+        allowed.append(f"{flag} {value} instead of {was}")
+    return allowed
+
+
+def digest(path):
+    """Of a checkpoint, by the checksums of its parts; of a new run None."""
+    if path is None:
+        return None
+    if not os.path.exists(path):
+        return f"no file {path}"
+    with zipfile.ZipFile(path) as archive:
+        parts = [(part.filename, part.CRC) for part in archive.infolist()]
+    return f"{path} with digest {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+
+# what each process or node may have of its own
+OWN = {"device", "workers", "out_dir", "data_dir", "image_root", "index_dir"}
+
+
+def check_agreement():
+    """Each node has its own command line and disk: stops where one differs from process 0."""
+    mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
+            if name not in OWN}
+    mine["data of so many rows:"] = len(dataset)
+    mine["--resume"] = digest(args.resume)
+    theirs = [None] * world_size
+    dist.all_gather_object(theirs, mine)
+    for name, value in theirs[0].items():
+        if mine[name] != value:
+            print(f"train.py: process {rank} has {name} {mine[name]}, process 0 has {value}: they "
+                  "must be the same", file=sys.stderr, flush=True)
+            break
+    if any(other != theirs[0] for other in theirs):
+        time.sleep(1)       # for the others to say theirs
+        os._exit(1)
+
+
+args.resume = from_process_0(choose_checkpoint)
+if world_size > 1:
+    check_agreement()
+if args.resume:
+    saved_name, first_step, saved_args = read_header(args.resume)
+    done = first_step
+    if args.model and args.model != saved_name:
+        stop_all(f"--resume {args.resume} holds a {saved_name}, but --model is {args.model}: give "
+                 "that model")
+    changed = compare_arguments(saved_args)
+    if args.steps < first_step:
+        stop_all(f"--steps {args.steps}: {args.resume} is at step {first_step:,} already")
+    print0(f"resuming {args.resume} at step {first_step:,} of {args.steps:,}")
+    for difference in changed:
+        print0(f"with {difference}")
+sampler.start = first_step
+sampler.stop = args.steps
 
 # ---- model -----------------------------------------------------------------
-last, log_path = os.path.join(args.out_dir, "last.pt"), os.path.join(args.out_dir, "log.jsonl")
-if args.resume == "auto":       # the newest checkpoint that is whole
-    args.resume = None
-    for path in sorted(glob.glob(os.path.join(args.out_dir, "step_*.pt"))) + [last] * os.path.exists(last):
-        try:
-            torch.load(path, mmap=True, weights_only=True)
-            args.resume = path
-        except Exception as error:
-            print0(f"--resume auto passes over {path}, which is damaged ({type(error).__name__})")
-if args.resume:
-    model = guard(CLIP.load, args.resume)
-    if args.model and model.config.name != args.model:
-        stop(f"--resume {args.resume} holds a {model.config.name}, but --model is {args.model}: give that model")
-elif scratch:
+
+
+def model_from_scratch():
     config = replace(MODELS[args.model])
     if args.tokenizer:
-        config.tokenizer = guard(read_tokenizer, args.tokenizer)
-    else:   # trained on every rank alike; the captions set the context length, since SigLIP attends to its padding
-        captions = dataset.captions if args.data else [dataset[i]["caption"] for i in range(2000)]
-        config.tokenizer, config.vocab_size, longest = train_tokenizer(captions)
-        config.context_length = min(config.context_length, -(-longest // 4) * 4)
-        config.text_clean, config.pad_id = "canonicalize", 0
-    model = guard(CLIP, config)
+        config.tokenizer = read_tokenizer(args.tokenizer)
+        return CLIP(config)
+    # Every process trains the same tokenizer. The captions set the context length, since SigLIP
+    # attends to its padding.
+    if args.data:
+        captions = dataset.captions
+    else:
+        captions = [dataset[i]["caption"] for i in range(2000)]
+    config.tokenizer, config.vocab_size, longest = train_tokenizer(captions)
+    config.context_length = min(config.context_length, 4 * math.ceil(longest / 4))
+    config.text_clean = "canonicalize"
+    config.pad_id = 0
+    return CLIP(config)
+
+
+if args.resume:
+    model = guard(CLIP.load, args.resume)
+elif from_scratch:
+    model = guard(model_from_scratch)
 else:
     model = guard(CLIP.from_pretrained, args.init, args.model)
     if args.tokenizer:
         model = guard(set_tokenizer, model, args.tokenizer)
 if args.loss == "clip":
-    model.logit_bias = model.config.logit_bias = None       # an unused parameter would be an error under DDP
+    model.logit_bias = model.config.logit_bias = None   # unused, it would be an error under DDP
 elif args.loss == "siglip" and model.logit_bias is None:
     model.config.logit_bias = -10.0
     model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
 model.to(args.device, torch.float64 if args.dtype == "float64" else torch.float32).train()
 initial_scale = model.logit_scale.item()
-teacher = copy.deepcopy(model).requires_grad_(False).eval() if args.ema is not None else None
+
+teacher = None      # an average of the weights
+if args.ema is not None:
+    teacher = copy.deepcopy(model).requires_grad_(False).eval()
+
 model.visual.set_grad_checkpointing(args.grad_checkpointing)
 model.text.grad_checkpointing = args.grad_checkpointing
+model.visual.requires_grad_(args.freeze != "visual")
+model.text.requires_grad_(args.freeze != "text")
 
-for tower, frozen in ((model.visual, args.freeze == "visual"), (model.text, args.freeze == "text")):
-    for name, p in tower.named_parameters():    # layer 0: embeddings, then the blocks, then what follows them
-        block, after = re.match(r"blocks\.(\d+)", name), 1 + len(tower.blocks)
-        early = re.match("patch_embed|pos_embed|cls_token|norm_pre|token_embedding", name)
-        layer = 1 + int(block[1]) if block else 0 if early else after
-        p.requires_grad = not frozen and layer > (args.freeze_blocks or -1)
-        p.learning_rate = args.layer_decay ** (after - layer)
-
-network = copy.copy(model)      # shares the parameters; the model itself stays uncompiled, for evaluation and saving
-if use_compile:
-    network.encode_image = torch.compile(model.encode_image)
-    network.encode_text = torch.compile(model.encode_text, dynamic=True)    # captions and concepts, of varying number
+# `network` is what trains: compiled, and with gradients averaged over processes. It shares its
+# parameters with `model`, which stays as it is, for evaluation and saving.
+network = copy.copy(model)
+if args.compile:
+    # For any number of rows at once: captions and concepts come in varying numbers, and images do
+    # where a row cannot be read. Compiled for a number, the towers would be compiled again at the
+    # next one, at another step on each process.
+    network.encode_image = torch.compile(model.encode_image, dynamic=True)
+    network.encode_text = torch.compile(model.encode_text, dynamic=True)
+    # Under DDP dynamo would cut the towers at the buckets of gradients, each part for one size.
+    torch._dynamo.config.optimize_ddp = False
 if world_size > 1:
-    network = DistributedDataParallel(network)      # on the device that set_device chose
+    # on the device that choose_device chose; gradients live in the buffers that are exchanged
+    network = DistributedDataParallel(network, gradient_as_bucket_view=True)
 
 # ---- optimizer -------------------------------------------------------------
 trained = [p for p in model.parameters() if p.requires_grad]
-groups = {}     # no weight decay for biases, norms, logit_scale, logit_bias
-for p in trained:
-    groups.setdefault((args.weight_decay * (p.ndim >= 2), getattr(p, "learning_rate", 1.0)), []).append(p)
-optimizer = torch.optim.AdamW([{"params": ps, "weight_decay": decay, "scale": scale}
-                               for (decay, scale), ps in groups.items()],
-                              lr=args.lr, betas=(0.9, args.beta2), eps=1e-6, fused=gpu)
+undecayed = [p for name, p in model.named_parameters() if p.requires_grad and no_decay(name, p)]
+decayed = [p for name, p in model.named_parameters() if p.requires_grad and not no_decay(name, p)]
+optimizer = torch.optim.AdamW(
+    [{"params": decayed, "weight_decay": args.weight_decay},
+     {"params": undecayed, "weight_decay": 0.0}],
+    lr=args.lr, betas=(0.9, args.beta2), eps=1e-6, fused=gpu)
 
-# ---- resume, and the stream of batches from there --------------------------
-first_step, best, thresholds = 0, 0.0, torch.zeros(4, device=args.device)     # thresholds: of ce_clip
+
+def learning_rate(step):
+    """Linear warm-up, then a cosine down to 0."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ---- the rest of the checkpoint --------------------------------------------
+def best_before():
+    """The mean in best.pt, which an evaluation after the last checkpoint may have raised."""
+    path = os.path.join(args.out_dir, "best.pt")
+    if args.overwrite or not os.path.exists(path) or damage(path) is not None:
+        return 0.0
+    found = torch.load(path, mmap=True, weights_only=True)
+    return found.get("mean", 0.0) if found["step"] <= first_step else 0.0
+
+
+best = 0.0      # the best mean of all figures so far
+thresholds = torch.zeros(4, device=args.device)     # of ce_clip, from one step to the next
 if args.resume:
     saved = torch.load(args.resume, map_location=args.device, weights_only=True)
-    if "optimizer" not in saved:
-        stop(f"--resume {args.resume} holds weights but no optimizer: to start from them, give --init {args.resume}")
     model.load_state_dict(saved["model"])       # once more, in this run's dtype
-    optimizer.load_state_dict(saved["optimizer"])
-    first_step, best, thresholds, initial_scale = (saved[k] for k in ("step", "best", "thresholds", "initial_scale"))
+    guard(optimizer.load_state_dict, saved["optimizer"])
     if teacher is not None:
         teacher.load_state_dict(saved["teacher"])
+    best = max(saved["best"], best_before())
+    thresholds = saved["thresholds"]
+    initial_scale = saved["initial_scale"]
+    del saved       # as large as the model and the optimizer
 
-stream = guard(Epochs, len(dataset), args.batch_size, args.seed, rank, world_size)
-if args.batch_size < world_size * args.accum:
-    stop(f"--batch-size {args.batch_size} is less than {world_size} processes x --accum {args.accum}", 2)
-args.steps = stream.stop = args.steps or max(1, round(args.epochs * stream.steps_per_epoch))
-stream.start = min(first_step, args.steps)
-collate = Collate(train_transform(model.config) if args.data else model.transform, model.tokenize, with_concepts,
-                  pad_concepts=64 if use_compile else 1, negatives=args.negatives,
-                  negative_images=args.negative_images, spans=args.concept_features == "span")
+# ---- the loader ------------------------------------------------------------
+def ignore_signals(worker):
+    """Signals often reach the whole process group; the main process decides what to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# Phrases are filled up to a multiple of this, because code that is compiled for any number of rows
+# is compiled again for 0 and for 1. So each part of a batch has more.
+rows_multiple = 8 * args.accum if args.compile else 1
+collate = Collate(
+    train_transform(model.config) if args.data else model.transform,
+    model.tokenize,
+    with_concepts,
+    pad_concepts=rows_multiple,
+    negatives=method.negatives,
+    negative_images=method.negative_images,
+    spans=args.concept_features == "span")
 loader = DataLoader(
-    Seeded(dataset, args.seed, args.method == "negclip"), batch_sampler=stream, collate_fn=collate,
-    num_workers=args.workers, persistent_workers=args.workers > 0, pin_memory=gpu,
-    multiprocessing_context="fork" if args.workers else None,       # Ctrl-C reaches them too; the main process decides:
-    worker_init_fn=lambda worker: signal.signal(signal.SIGINT, signal.SIG_IGN))
-batches = ({k: x.to(args.device, non_blocking=True) if torch.is_tensor(x) else x for k, x in batch.items()}
-           for batch in loader)
+    Seeded(dataset, args.seed, method.neighbours),
+    batch_sampler=sampler,
+    collate_fn=collate,
+    num_workers=args.workers,
+    persistent_workers=args.workers > 0,
+    pin_memory=gpu,
+    multiprocessing_context="fork" if args.workers else None,
+    worker_init_fn=ignore_signals)
 
-# ---- the loss of a batch, and its gradient ---------------------------------
-HARD_LOSSES = {"negclip": negclip_loss, "con_clip": con_clip_loss, "triplet_clip": triplet_clip_loss}
+
+seen = 0        # rows of this process that were read, and that could not be
+bad = 0
+fallback = 0    # captions that are their own concept, for want of a noun phrase in them
+left_out = 0    # steps in a row that were not finite
+
+def check_rows(rows, step):
+    """Rows that could not be read are reported; training stops when they are too many."""
+    global seen, bad, fallback
+    seen += len(rows["keys"])
+    bad += len(rows["bad"])
+    fallback += rows["fallback"]
+    for key, why in rows["bad"]:
+        tqdm.write(f"skipped {key}: {why}")
+        log({"step": step, "skipped": key, "error": why})
+    allowed = args.max_bad * max(seen + bad, min(len(dataset), 1000))
+    if rows["bad"] and (bad > allowed or not rows["keys"]):
+        key, why = rows["bad"][-1]
+        stop(f"{bad} of {seen + bad} rows could not be read, more than --max-bad "
+             f"{args.max_bad:g}; the last is {key}: {why}. Check --image-root, or raise --max-bad")
+
+
 INPUTS = ("images", "tokens", "concept_tokens", "spans", "negative_tokens", "negative_images")
 
-def losses(out, batch, taught):
-    """This process's share of each loss term: its own images against the captions and concepts of all processes."""
-    global thresholds
-    image_features, scale, bias = (out[name] for name in ("image_features", "logit_scale", "logit_bias"))
-    texts, offset = gather_features(out["text_features"]), first_row(len(image_features), image_features.device)
-    if args.negatives:
-        hard = [image_features, texts, gather_features(out["negative_features"]),       # negatives (global B, K, D)
-                gather_features(batch["negative_mask"])]                                # mask (global B, K) bool
-    if args.negative_images:
-        hard += [out["negative_image_features"], batch["negative_image_mask"]]          # of this process
-    if args.method in HARD_LOSSES:
-        terms = {"contrastive": HARD_LOSSES[args.method](*hard, scale, bias, offset)}
-    elif args.method == "ce_clip":
-        terms = ce_clip_loss(*hard, thresholds, scale, bias, offset)
-        thresholds = terms.pop("thresholds")
-    elif args.method == "degla":
-        with torch.no_grad():
-            known = {k: x if k == "image_features" else gather_features(x) for k, x in taught.items()}
-        terms = degla_loss(*hard, known, scale, bias, offset)
-    else:
-        terms = {"contrastive": clip_loss(image_features, texts, scale, offset) if bias is None
-                 else siglip_loss(image_features, texts, scale, bias, offset)}
-    if weights["distill"] and args.method != "degla":
-        terms["distill"] = sum((out[name] - x).square().sum() for name, x in taught.items())
-    if with_concepts:
-        concepts, labels = concept_columns(
-            out["concept_features"], batch["concept_ids"], batch["pairs"], len(image_features), args.dedupe,
-            merge=args.concept_features == "phrase", feature_ids=batch.get("feature_ids"))
-        if weights["npc"]:
-            terms["npc"] = npc_loss(image_features, concepts, labels, scale, bias)
-        if weights["xac"]:
-            terms["xac"] = xac_loss(concept_similarity(out["patch_tokens"], concepts), labels, scale, bias)
-    terms = {name: term for name, term in terms.items() if weights[name]}
-    return {**terms, "loss": sum(weights[name] * term for name, term in terms.items())}
+
+def batches():
+    """Yields this process's rows of each batch, what the network reads of them, and the plan.
+
+    The loader's rows stay on the CPU, where the processes agree on the plan (see losses.Plan):
+    which of them encodes which phrase, and which phrase belongs to which image. No GPU is waited
+    for.
+    """
+    iterator = iter(loader)
+    # The loader's own handler would raise an error as soon as a worker dies, also in the midst of a
+    # step. Without it the death is noticed here, when the next batch is due.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for step in range(first_step + 1, args.steps + 1):
+        try:
+            rows = next(iterator)
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            saved_words = save_what_is_done()
+            stop("a process that reads data was killed, most often for want of memory: give fewer "
+                 f"--workers. {saved_words}")
+        if not rows["keys"]:
+            check_rows(rows, step)      # which ends training
+        plan = agree(rows).to(args.device)
+        inputs = {name: rows[name] for name in INPUTS if name in rows}
+        if plan.tokens is not None:
+            inputs["concept_tokens"] = plan.tokens      # of phrases that it encodes for all
+        for name, value in inputs.items():
+            # Always a copy: a view of another tensor would be compiled apart.
+            inputs[name] = value.to(args.device, non_blocking=True, copy=True)
+        yield rows, inputs, plan
+
+
+def agree(rows):
+    """The plan of a batch, after an exchange with the other processes."""
+    try:
+        return plan_batch(
+            len(rows["tokens"]),
+            rows.get("concept_ids"),
+            rows.get("pairs"),
+            rows.get("concept_tokens") if args.dedupe else None,
+            dedupe=args.dedupe,
+            merge=args.concept_features == "phrase",
+            negative_mask=rows.get("negative_mask"),
+            pad_id=model.config.pad_id,
+            multiple=rows_multiple)
+    except RuntimeError as error:
+        end_if_others_died(error)
+        raise
+
+
+# ---- one training step -----------------------------------------------------
+def train_step(rows, inputs, plan):
+    """Leaves the gradient of the whole batch in the parameters; returns this process's terms."""
+    taught = teach([inputs])
+    out = forward(network, inputs)
+    terms = loss_terms(out, rows, plan, taught)
+    backward(terms["loss"])
+    return terms
+
 
 def forward(network, inputs):
-    with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+    inputs = dict(inputs)
+    for name in ("images", "negative_images"):      # which come as bytes
+        if name in inputs:
+            pixels = normalize_images(inputs[name], model.config)
+            inputs[name] = pixels.to(model.logit_scale.dtype)       # float64 in float64 runs
+    device = torch.device(args.device).type
+    with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         return network(**inputs, return_tokens=weights["xac"] > 0)
+
 
 @torch.no_grad()
 def teach(parts):
-    """{name: the teacher's features of a whole batch}, if a loss asks for them."""
-    known = ("image_features", "text_features", "negative_features") if weights["distill"] or weights["tgc"] else ()
-    outs = [forward(teacher, part) for part in parts if known]
-    return {name: torch.cat([out[name] for out in outs]) for name in known if name in outs[0]}
+    """The teacher's features of a batch that comes in parts, if a loss asks for them."""
+    if not with_teacher:
+        return None
+    outs = [forward(teacher, part) for part in parts]
+    taught = {}
+    for name in ("image_features", "text_features", "negative_features"):
+        if name in outs[0]:
+            taught[name] = torch.cat([out[name] for out in outs])
+    return taught
 
-def backward(batch):
-    """Leaves the gradient of the whole batch in the parameters and returns this process's loss terms.
 
-    DDP averages gradients over processes, the losses are shares of a sum: hence world_size. --accum is GradCache (Gao
-    et al. 2021), exact: the features of all parts without a graph, the loss of the whole batch and its gradient with
-    respect to them, then each part once more with its piece of that gradient.
+def loss_terms(out, rows, plan, taught):
+    """This process's share of each loss term, and of their weighted sum, "loss".
+
+    Its own images are compared with the captions and concepts of all processes. Summed over the
+    processes, the shares are the loss of the whole batch.
     """
-    if "concept_tokens" in batch and args.dedupe and world_size > 1:    # each phrase is encoded by one process
-        batch["concept_tokens"], batch["feature_ids"] = share_concepts(batch["concept_tokens"], batch["concept_ids"],
-                                                                       model.config.pad_id)
-    inputs = {name: batch[name].to(model.logit_scale.dtype) if "images" in name else batch[name]
-              for name in INPUTS if name in batch}
-    pieces = {name: x.tensor_split(args.accum) for name, x in inputs.items()}
-    parts = [{name: piece[i] for name, piece in pieces.items()} for i in range(args.accum)]
-    taught = teach(parts)
-    if args.accum == 1:
-        terms = losses(forward(network, inputs), batch, taught)
-        (terms["loss"] * world_size).backward()
-        return terms
-    with torch.no_grad():
-        outs = [forward(network, part) for part in parts]
-    shared = {"logit_scale", "logit_bias"}      # scalars, the same in every part
-    leaves = {name: x if name in shared else torch.cat([out[name] for out in outs]) for name, x in outs[0].items()}
-    leaves = {name: x if x is None else x.detach().requires_grad_() for name, x in leaves.items()}
-    sizes = {name: [len(out[name]) for out in outs] for name in leaves.keys() - shared}
-    del outs
-    terms = losses(leaves, batch, taught)
-    (terms["loss"] * world_size).backward()
-    grads = {name: x.grad if name in shared else x.grad.split(sizes[name])
-             for name, x in leaves.items() if x is not None}
-    for i, part in enumerate(parts):
-        is_last = i == args.accum - 1
-        with contextlib.nullcontext() if is_last or world_size == 1 else network.no_sync():
-            out = forward(network, part)
-            sum((out[name] * (grad if name in shared else grad[i])).sum() for name, grad in grads.items()
-                if is_last or name not in shared).backward()
+    global thresholds
+    gathered = gather_texts(out, plan)
+    features = Features(
+        image_features=out["image_features"],                       # (b, D), of this process
+        text_features=gathered["text_features"],                    # (B, D), of all
+        concept_features=gathered.get("concept_features"),          # (N, D)
+        concept_labels=plan.labels,                                 # (b, N)
+        negative_features=gathered.get("negative_features"),        # (B, K, D)
+        negative_mask=plan.negative_mask,                           # (B, K)
+        offset=plan.offset,
+        logit_scale=out["logit_scale"],
+        logit_bias=out["logit_bias"],
+        thresholds=thresholds)
+    if method.negative_images:
+        features.negative_image_features = out["negative_image_features"]       # (b, D)
+        features.negative_image_mask = rows["negative_image_mask"]              # (b,)
+    if with_teacher:
+        features.teacher = gather_taught(taught, plan)
+    if weights["xac"]:
+        features.concept_similarity = concept_similarity(                       # (b, N)
+            out["patch_tokens"], features.concept_features)
+    if args.concept_count == "all":
+        features.concept_count = plan.pairs
+
+    terms = method.loss(features)
+    thresholds = terms.pop("thresholds", thresholds)
+    added = {name: weight for name, weight in weights.items() if name not in terms}
+    terms = {**terms, **extra_terms(features, added)}
+    terms = {name: term for name, term in terms.items() if weights[name]}
+    terms["loss"] = sum(weights[name] * term for name, term in terms.items())
     return terms
 
-def peak_mib():     # of this process
-    kib = torch.cuda.max_memory_allocated() / 2**10 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib / 2**10
 
-def summed(x):
-    if world_size > 1:
-        dist.all_reduce(x)
-    return x
+def gather_texts(out, plan):
+    """Captions, concepts and negatives of all processes, in one exchange: {name: features}."""
+    texts = {"text_features": out["text_features"]}
+    counts = [plan.rows]
+    if with_concepts:
+        texts["concept_features"] = out["concept_features"].index_select(0, plan.given)
+        counts.append(plan.given_counts)
+    if method.negatives:
+        texts["negative_features"] = out["negative_features"]
+        counts.append(plan.rows)
+    return dict(zip(texts, gather_together(list(texts.values()), counts)))
 
-# ---- evaluation, checkpoints, log ------------------------------------------
-benches = args.bench.split(",") if args.bench else [] if args.data else ["scenes"]
-benches += ["retrieval"] if args.val_data and "retrieval" not in benches else []
-if unknown := set(benches) - set(evaluate.BENCHES):
-    stop(f"--bench {','.join(unknown)}: expected some of {', '.join(evaluate.BENCHES)}, joined by commas", 2)
-eval_args = evaluate.parser().parse_args([])
-eval_args.__dict__.update(device=args.device, data=args.val_data, data_dir=args.data_dir, image_root=args.image_root,
-                          image_key=args.image_key, caption_key=args.caption_key, allow_missing=True)
+
+@torch.no_grad()
+def gather_taught(taught, plan):
+    """The teacher's captions and negatives of all processes, and its images of this one."""
+    gathered = {"image_features": taught["image_features"]}
+    for name in ("text_features", "negative_features"):
+        if name in taught:
+            gathered[name] = gather_features(taught[name], plan.rows)
+    return gathered
+
+
+def backward(loss):
+    """DDP averages gradients over the processes, but the losses are shares of a sum."""
+    (loss * world_size).backward()
+
+
+# ---- one training step in parts, to save memory: --accum above 1 ------------
+SCALARS = ("logit_scale", "logit_bias")     # of the outputs: the same in every part
+
+
+def train_step_in_parts(rows, inputs, plan):
+    """As train_step, but with the activations of one part of the batch at a time.
+
+    This is GradCache (Gao et al. 2021). It is exact: the features of all parts come first, without
+    a graph, then the loss of the whole batch and its gradient with respect to the features, then
+    each part again, with its piece of that gradient.
+    """
+    pieces = {name: x.tensor_split(args.accum) for name, x in inputs.items()}
+    parts = [{name: pieces[name][i] for name in pieces} for i in range(args.accum)]
+    taught = teach(parts)
+    with torch.no_grad():
+        outs = [forward(network, part) for part in parts]
+    leaves = join_parts(outs)
+    sizes = {name: [len(out[name]) for out in outs] for name in leaves if name not in SCALARS}
+    del outs
+
+    terms = loss_terms(leaves, rows, plan, taught)
+    backward(terms["loss"])
+
+    gradients = {name: leaves[name].grad.split(sizes[name]) for name in sizes}
+    for i, part in enumerate(parts):
+        is_last = i == args.accum - 1
+        exchange = contextlib.nullcontext()
+        if world_size > 1 and not is_last:
+            exchange = network.no_sync()    # processes exchange gradients once, after the last part
+        with exchange:
+            out = forward(network, part)
+            # the scalar whose gradient is, for every parameter, what backward() would have sent on
+            total = sum((out[name] * gradients[name][i]).sum() for name in sizes)
+            if is_last:
+                for name in SCALARS:
+                    if out[name] is not None:
+                        total = total + out[name] * leaves[name].grad
+            total.backward()
+    return terms
+
+
+def join_parts(outs):
+    """The outputs of all parts as one, each a leaf that takes a gradient."""
+    leaves = {}
+    for name, value in outs[0].items():
+        if name not in SCALARS:
+            value = torch.cat([out[name] for out in outs])
+        if value is not None:
+            value = value.detach().requires_grad_()
+        leaves[name] = value
+    return leaves
+
+
+# ---- evaluation ------------------------------------------------------------
+benches = []
+if args.bench is None and not args.data:
+    benches = ["scenes" if args.world == "small" else "scenes_large"]
+elif args.bench and args.bench != "none":
+    benches = args.bench.split(",")
+if args.val_data and "retrieval" not in benches:
+    benches.append("retrieval")
+unknown = [name for name in benches if name not in evaluate.BENCHES]
+if unknown:
+    stop(f"--bench {','.join(unknown)}: expected some of {', '.join(evaluate.BENCHES)}, joined by "
+         "commas", 2)
+
+
+def is_evaluated(step):
+    """Whether an evaluation follows this step."""
+    if step == args.steps:
+        return True
+    return bool(benches) and args.eval_every > 0 and step % args.eval_every == 0
+
+
+def evaluation_options():
+    """Where the data of the benchmarks is, for evaluate.py."""
+    options = {"data_dir": args.data_dir, "data": args.val_data, "allow_missing": True,
+               "workers": args.workers}
+    for name in ("image_root", "image_key", "caption_key"):
+        own = getattr(args, f"val_{name}")
+        options[name] = getattr(args, name) if own is None else own
+    return options
+
+
+def score(network):
+    return guard(evaluate.run, network.eval(), benches, quiet=True, **evaluation_options())
+
 
 def evaluation(step):
-    """One line now, the table at the end; best.pt if the mean of all figures is the best so far."""
+    """One line for each benchmark; best.pt, if the mean of all figures is the best so far."""
     global best
-    results = {}
-    for kind, network in (("", model), ("ema ", teacher)):
-        if not kind or args.ema not in (None, 1.0):
-            found = guard(evaluate.run, benches, network.eval(), eval_args, quiet=True)
-            results |= {kind + bench: subsets for bench, subsets in found.items()}
+    if not benches:
+        return {}
+    wait_for_others(PATIENT)
+    results = score(model)
     model.train()
-    for bench, subsets in results.items():
-        print0(f"step {step}: {bench} " + "  ".join(f"{name} {100 * r['accuracy']:.1f}" for name, r in subsets.items()))
-    log({"step": step, "eval": {bench: {name: {k: r[k] for k in ("accuracy", "low", "high", "n", "chance")}
-                                        for name, r in subsets.items()} for bench, subsets in results.items()}})
-    figures = [r["accuracy"] for bench in benches for r in results[bench].values()]
-    mean = sum(figures) / len(figures)
+    mean = mean_figure(results)
+    if averages:
+        for bench, subsets in score(teacher).items():
+            results[f"ema {bench}"] = subsets
     if mean > best and rank == 0:
-        write({**model.checkpoint(), "step": step, "args": vars(args)}, "best.pt")
+        best_model = {**model.checkpoint(), "step": step, "mean": mean, "args": vars(args)}
+        write(best_model, "best.pt")
     best = max(best, mean)
+    for bench, subsets in results.items():
+        shown = "  ".join(f"{name} {100 * r['accuracy']:.1f}" for name, r in subsets.items())
+        print0(f"step {step}: {bench} {shown}")
+    log({"step": step, "eval": results_for_log(results)})
+    wait_for_others(args.timeout)
     return results
 
-def write(state, name):
-    """Under another name first, and through to the disk: what has the name is a whole checkpoint, always."""
+
+def mean_figure(results):
+    """Of the figures of all benchmarks, without those that are means of others."""
+    figures = []
+    for subsets in results.values():
+        figures += [r["accuracy"] for r in subsets.values() if "parts" not in r]
+    return sum(figures) / len(figures)
+
+
+def results_for_log(results):
+    """Without the long lists of single items."""
+    short = {}
+    for bench, subsets in results.items():
+        short[bench] = {}
+        for name, r in subsets.items():
+            short[bench][name] = {key: r[key] for key in ("accuracy", "low", "high", "n", "chance")}
+    return short
+
+
+# ---- checkpoints -----------------------------------------------------------
+def remove(path):
+    if os.path.exists(path):
+        os.remove(path)
+
+
+def write(checkpoint, name):
+    """What has this name is a whole checkpoint, always.
+
+    It is written under another name, through to the disk, and then renamed. A kill may leave that
+    other name behind, and it may even be a second name of a checkpoint: it is removed, never
+    written into.
+    """
     path = os.path.join(args.out_dir, name)
+    unfinished = path + ".tmp"
     try:
-        with open(path + ".tmp", "wb") as f:
-            torch.save(state, f)
+        remove(unfinished)
+        with open(unfinished, "xb") as f:
+            torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
+        os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:
-        stop(f"cannot write {path}: {error}. What was there is untouched: make room, and give --resume auto")
+        remove(unfinished)      # a full disk has better uses for the space
+        stop(f"cannot write {path}: {error}. What was there is untouched: make room, and give "
+             "--resume auto")
+
 
 def save(step):
-    state = {**model.checkpoint(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
-             "thresholds": thresholds, "initial_scale": initial_scale, "args": vars(args)}
-    if rank == 0:
-        write(state | ({"teacher": teacher.state_dict()} if teacher else {}), "last.pt")
-        if args.keep > 1:
-            os.link(last, last + ".tmp")    # a second name, which stays when the next takes the first
-            os.replace(last + ".tmp", os.path.join(args.out_dir, f"step_{step:08d}.pt"))
-            for old in sorted(glob.glob(os.path.join(args.out_dir, "step_*.pt")))[:-args.keep]:
-                os.remove(old)
+    """last.pt, and with --keep the newest ones as step_*.pt."""
+    if rank != 0:
+        return
+    checkpoint = {
+        **model.checkpoint(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
+        "thresholds": thresholds, "initial_scale": initial_scale, "args": vars(args)}
+    if teacher is not None:
+        checkpoint["teacher"] = teacher.state_dict()
+    write(checkpoint, "last.pt")
+    if args.keep > 1:
+        keep_copy(os.path.join(args.out_dir, f"step_{step:08d}.pt"))
+        for old in kept_checkpoints()[:-args.keep]:
+            os.remove(old)
+
+
+def save_what_is_done():
+    """Before an end that nobody wanted: saves the last whole step, and says so."""
+    if rank == 0 and done > first_step:
+        save(done)
+        return f"Saved step {done:,}: go on with --resume auto"
+    return f"Last checkpoint: {last_good()}"
+
+
+def keep_copy(path):
+    """A second name of last.pt, which stays when the next checkpoint takes the first."""
+    try:
+        remove(path)
+        os.link(last_path, path)
+        return
+    except OSError:
+        pass    # not every file system has second names
+    try:
+        shutil.copyfile(last_path, path + ".tmp")
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        remove(path + ".tmp")
+        print0(f"cannot keep {path} ({error.strerror}); {last_path} is whole")
+
+
+# ---- the log ---------------------------------------------------------------
+# TFLOP/s in bfloat16, without sparsity
+PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "4090": 165}
+
+
+torn_line = ""      # a line break, after a line of the log that was not written to its end
+
 
 def log(row):
-    if rank == 0:
-        with open(log_path, "a") as f:
-            f.write(json.dumps(row) + "\n")
-        subsets = [(f"{bench}/{name}", r["accuracy"]) for bench, results in row.get("eval", {}).items()
-                   for name, r in results.items()]
-        for name, x in (*row.items(), *subsets) if board and "step" in row else ():
-            board.add_scalar(name, x, row["step"]) if isinstance(x, float) else None
+    """A line of log.jsonl, and for TensorBoard its numbers."""
+    if rank != 0:
+        return
+    add_line(json.dumps(row) + "\n")
+    if board is None or "step" not in row:
+        return
+    numbers = {name: x for name, x in row.items() if isinstance(x, float)}
+    for bench, subsets in row.get("eval", {}).items():
+        for name, r in subsets.items():
+            numbers[f"{bench}/{name}"] = r["accuracy"]
+    for name, x in numbers.items():
+        board.add_scalar(name, x, row["step"])
 
-guard(os.makedirs, args.out_dir, exist_ok=True)
-board = args.tensorboard and rank == 0 and not args.dry_run and guard(
-    importlib.import_module, "torch.utils.tensorboard").SummaryWriter(
-        args.out_dir, purge_step=first_step + 1, flush_secs=5)
-if rank == 0 and not args.dry_run:
-    lines = open(log_path).readlines() if args.resume and os.path.exists(log_path) else []
-    with guard(open, log_path, "w") as f:       # without what is younger than the checkpoint, or was torn by a kill
-        f.writelines(x for x in lines if x.endswith("\n") and json.loads(x).get("step", 0) <= first_step)
+
+def add_line(text):
+    """A disk may be full. That is said once and training goes on, as the log is not what counts."""
+    global torn_line
+    try:
+        with open(log_path, "a") as f:
+            f.write(torn_line + text)
+        torn_line = ""
+    except OSError as error:
+        if not torn_line:
+            print0(f"cannot write {log_path} ({error.strerror}): training goes on without it")
+        torn_line = "\n"
+
+
+def remove_unfinished():
+    """What an earlier kill left."""
+    for path in glob.glob(os.path.join(glob.escape(args.out_dir), "*.pt.tmp")):
+        os.remove(path)
+
+
+def discard_former_run():
+    """What --overwrite allows to lose: all that is younger than the checkpoint to go on from."""
+    found = checkpoints()
+    for name in ("best.pt", "ema.pt"):
+        found.append(os.path.join(args.out_dir, name))
+    for path in found:
+        if args.resume and os.path.exists(path):
+            if os.path.samefile(path, args.resume) or step_in(path) <= first_step:
+                continue
+        remove(path)
+
+
+def step_in(path):
+    """The step of a checkpoint; a damaged one is younger than any."""
+    if damage(path) is not None:
+        return math.inf
+    return torch.load(path, mmap=True, weights_only=True)["step"]
+
+
+def open_log():
+    """Begins log.jsonl. At a resume it keeps the lines that are no younger than the checkpoint.
+
+    Returns whether the evaluation of the checkpoint's step is among them.
+    """
+    kept = []
+    evaluated = False
+    unreadable = 0
+    if args.resume and os.path.exists(log_path):
+        with open(log_path, encoding="utf-8", errors="replace") as f:
+            for line in f:
+                step = step_of(line)
+                if step is None:
+                    unreadable += 1
+                elif step <= first_step:
+                    kept.append(line)
+                    evaluated = evaluated or (step == first_step and '"eval"' in line)
+    if unreadable:      # such as the last one, torn by a kill
+        print0(f"{log_path}: {unreadable} lines cannot be read and are left out")
+    with open(log_path + ".tmp", "w") as f:
+        f.writelines(kept)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(log_path + ".tmp", log_path)     # a kill leaves the old log or the new one
+    return evaluated
+
+
+def step_of(line):
+    """The step of a line of the log, 0 for the first lines, None for one that is not whole."""
+    try:
+        step = json.loads(line).get("step", 0)
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return step if line.endswith("\n") and isinstance(step, int) else None
+
+
+def open_board():
+    from torch.utils.tensorboard import SummaryWriter   # a package of its own
+    return SummaryWriter(args.out_dir, purge_step=first_step + 1, flush_secs=5)
+
+
+def peak_mib():
+    """The most memory that this process has held, in MiB: of the GPU, if it has one."""
+    if gpu:
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def operations_for_each_number(model):
+    """Floating-point operations, forward and backward, for each number of the input: {kind: count}.
+
+    A pixel or token meets the weights of all blocks, and each weight costs 6. Attention's own
+    products, embeddings and heads are left out.
+    """
+    text = sum(p.numel() for p in model.text.blocks.parameters())
+    image = sum(p.numel() for p in model.visual.blocks.parameters())
+    numbers_in_a_patch = 3 * model.config.patch_size ** 2
+    return {"tokens": 6 * text, "images": 6 * image / numbers_in_a_patch, "spans": 0}
+
+
+def operations_in(inputs):
+    """Of one step of this process."""
+    return sum(x.numel() * operations[name.split("_")[-1]] for name, x in inputs.items())
+
+
+class Window:
+    """What happened since the last line of the log, on this process."""
+    def __init__(self):
+        self.images = 0
+        self.operations = 0
+        self.seconds = 0.0      # of all
+        self.waiting = 0.0      # of these, for data
+
+
+def log_row(step, values, grad_norm, window):
+    """Losses of the whole batch at this step, and speed since the last row."""
+    row = {"step": step, **values}
+    row["grad_norm"] = grad_norm
+    row["lr"] = learning_rate(step - 1)
+    scalars = [model.logit_scale.detach().exp()]
+    if model.logit_bias is not None:
+        scalars.append(model.logit_bias.detach())
+    row["logit_scale"], *bias = torch.stack(scalars).tolist()       # a GPU is waited for once
+    row["logit_bias"] = bias[0] if bias else None
+    row["images_per_second"] = window.images * world_size / window.seconds
+    row["waiting"] = window.waiting / window.seconds
+    row["peak_mib"] = peak_mib()
+    row["tflops"] = window.operations / window.seconds / 1e12
+    row["skipped"] = bad
+    row["own_concept"] = fallback
+    for name, peak in PEAKS.items():
+        if gpu and name in torch.cuda.get_device_name():
+            row["mfu"] = row["tflops"] / peak
+    return row
+
+
+# ---- is there all that this run will need? ---------------------------------
+def check_folder():
+    """That --out-dir can be written, and has room for two checkpoints, the old and the new one."""
+    try:
+        os.makedirs(args.out_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out_dir) as f:
+            f.write(b"x")
+    except OSError as error:
+        raise ValueError(f"--out-dir {args.out_dir} cannot be written ({error.strerror}): give a "
+                         "folder of yours") from None
+    size = 0
+    for p in model.parameters():
+        moments = 2 if p.requires_grad else 0
+        averaged = 1 if teacher is not None else 0
+        size += p.numel() * p.element_size() * (1 + moments + averaged)
+    free = shutil.disk_usage(args.out_dir).free
+    if free < 2 * size:
+        raise ValueError(f"--out-dir {args.out_dir} has {free / 2**30:.2f} GiB free; two "
+                         f"checkpoints need {2 * size / 2**30:.2f} GiB")
+
+
+def check_evaluation():
+    """That benchmarks and --val-data can be read, which are needed only later."""
+    if not benches:
+        return
+    try:
+        evaluate.check(benches, **evaluation_options())
+    except (ValueError, OSError) as error:
+        flag = "--val-data" if benches == ["retrieval"] and args.val_data else "--bench"
+        raise ValueError(f"{flag}: {error}") from None
+
+
+from_process_0(check_folder)
+from_process_0(check_evaluation)
+
+# ---- the plan --------------------------------------------------------------
+def prepare_folder():
+    """Makes room in --out-dir; returns whether the step to go on from was evaluated."""
+    if args.overwrite:
+        discard_former_run()
+    remove_unfinished()
+    return open_log()
+
+
+board = None
+was_evaluated = False
+if not args.dry_run:
+    was_evaluated = from_process_0(prepare_folder)
+    if args.tensorboard and rank == 0:
+        board = guard(open_board)
+operations = operations_for_each_number(model)
 millions = sum(p.numel() for p in model.parameters()) / 1e6
-shown = ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight)
-print0(f"{model.config.name}, {millions:.1f} M parameters; {args.method}: {shown}, "
-       f"{'sigmoid' if model.logit_bias is not None else 'softmax'}; {len(dataset):,} rows, {args.steps:,} steps of "
-       f"{args.batch_size}, {world_size} x {args.device} in {args.dtype}{', compiled' if use_compile else ''}")
-slow_gpu = gpu and not (use_compile and args.dtype == "bfloat16")
-for slow, applies in ((f"a {model.config.name} on a CPU takes seconds an image", not gpu and millions > 10),
-                      ("--dtype float32 or --no-compile on a GPU", slow_gpu),
-                      ("--workers 0 reads data in turn with training", gpu and args.data and not args.workers)):
-    print0(f"SLOW: {slow}") if applies else None
-skipped = getattr(dataset, "skipped", [])
-for name, why in skipped[:5]:
-    print0(f"skipped {name}: {why} ({len(skipped):,} in all)")
+shown_weights = ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight)
+print0(f"{model.config.name}, {millions:.1f} M parameters; {args.method}: {shown_weights}, "
+       f"{'softmax' if model.logit_bias is None else 'sigmoid'}; {len(dataset):,} rows, "
+       f"{args.steps:,} steps of {args.batch_size}, {world_size} x {args.device} in {args.dtype}"
+       f"{', compiled' if args.compile else ''}")
+if not gpu and millions > 10:
+    print0(f"SLOW: a {model.config.name} on a CPU takes seconds an image")
+if gpu and not (args.compile and args.dtype == "bfloat16"):
+    print0("SLOW: --dtype float32 or --no-compile on a GPU")
+if gpu and args.data and not args.workers:
+    print0("SLOW: --workers 0 reads data in turn with training")
+skipped_rows = getattr(dataset, "skipped", [])
+for name, why in skipped_rows[:5]:
+    print0(f"skipped {name}: {why} ({len(skipped_rows):,} in all)")
+for name, what in getattr(dataset, "remarks", []):
+    print0(f"{name}: {what}")
+
+step_function = train_step if args.accum == 1 else train_step_in_parts
 if args.dry_run:
-    batch, began = next(batches), time.time()
-    loss, seconds = summed(backward(batch)["loss"].detach()).item(), time.time() - began
-    images = args.steps * len(dataset) // stream.steps_per_epoch
-    print0(f"dry run: {len(batch['keys'])} rows read, {len(batch['bad'])} bad; loss {loss:.3f}; {images:,} images, "
-           f"{images / len(dataset):.2f} epochs; {seconds:.2f} s for the first step, at most "
-           f"{args.steps * seconds / 3600:.2f} hours; peak memory {peak_mib():.0f} MiB. Nothing was trained")
+    stream = batches()
+    rows, inputs, plan = next(stream)
+    step_function(rows, inputs, plan)   # which compiles, so that the second is timed
+    began = time.time()
+    loss = summed(step_function(rows, inputs, plan)["loss"].detach()).item()
+    seconds = time.time() - began
+    images = args.steps * len(dataset) // sampler.steps_per_epoch
+    print0(f"dry run: {len(rows['keys'])} rows read, {len(rows['bad'])} bad; loss {loss:.3f}; "
+           f"{images:,} images, {images / len(dataset):.2f} epochs; {seconds:.2f} s a step, "
+           f"{args.steps * seconds / 3600:.2f} hours and the time to read data; peak memory "
+           f"{peak_mib():.0f} MiB. Nothing was trained")
     sys.exit()
-commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=sys.path[0], capture_output=True, text=True).stdout.strip()
-log({"args": vars(args), "config": {**asdict(model.config), "tokenizer": len(model.config.tokenizer)}, "commit": commit,
-     "world_size": world_size, "versions": {m.__name__: m.__version__ for m in (torch, timm, tokenizers)}})
+
+def commit():
+    """Of the code, "" without git or a repository."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, cwd=sys.path[0], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return git.stdout.strip()
+
+
+log({"args": vars(args),
+     "config": {**asdict(model.config), "tokenizer": len(model.config.tokenizer)},
+     "commit": commit(),
+     "world_size": world_size,
+     "versions": {module.__name__: module.__version__ for module in (torch, timm, tokenizers)}})
 
 # ---- the loop --------------------------------------------------------------
-seen, bad, fallback, skips, waited, worked, computed, results = 0, 0, 0, 0, 0.0, 0.0, 0.0, {}
-# weights of the blocks that each number of the input meets, 6 operations each; attention's own products are left out
-dense = {"spans": 0, "tokens": sum(p.numel() for p in model.text.blocks.parameters()),
-         "images": sum(p.numel() for p in model.visual.blocks.parameters()) / (3 * model.config.patch_size ** 2)}
-bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=rank != 0, dynamic_ncols=True)
-started = idle = time.time()
-for step, batch in enumerate(batches, first_step):
-    waited += time.time() - idle
-    # rows that could not be read are reported, and few enough or the end
-    seen, bad, fallback = seen + len(batch["keys"]), bad + len(batch["bad"]), fallback + batch["fallback"]
-    for key, why in batch["bad"]:
-        tqdm.write(f"skipped {key}: {why}")
-        log({"step": step + 1, "skipped": key, "error": why})
-    if batch["bad"] and (bad > args.max_bad * max(seen + bad, min(len(dataset), 1000)) or not batch["keys"]):
-        stop(f"{bad} of {seen + bad} rows could not be read, more than --max-bad {args.max_bad:g}; the last is "
-             f"{batch['bad'][-1][0]}: {batch['bad'][-1][1]}. Check --image-root, or raise --max-bad")
-    progress = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
-    lr = args.lr * ((step + 1) / args.warmup if step < args.warmup else 0.5 * (1 + math.cos(math.pi * progress)))
+def leave_out(step, rows, loss, grad_norm):
+    """A step whose loss or gradient is not finite is left out; too many in a row end training."""
+    global left_out
+    left_out += 1
+    why = f"loss {loss:.4g}, gradient norm {grad_norm:.4g} at step {step}: left out"
+    log({"step": step, "left_out": left_out, "why": why})
+    tqdm.write(f"{why}; its first rows: {', '.join(rows['keys'][:4])}")
+    if left_out > args.max_skips:
+        stop(f"{why}, as {left_out} steps in a row (--max-skips {args.max_skips}). Try a smaller "
+             f"--lr, or --grad-clip 1; last good checkpoint: {last_good()}")
+
+
+def ask_all(terms, grad_norm):
+    """All numbers of a step, in one exchange: the CPU waits for the GPU here, and only here.
+
+    Returns the terms of the whole batch as floats, the gradient's norm, whether a loss or gradient
+    of any process is not finite, and whether any process is to end.
+    """
+    loss = terms["loss"].detach()
+    is_bad = ~(loss.isfinite() & grad_norm.isfinite())
+    to_end = torch.full_like(loss, len(interrupted))
+    shares = torch.stack([*terms.values(), is_bad.to(loss.dtype), to_end]).detach()
+    numbers = torch.cat([summed(shares), grad_norm.view(1)])
+    *values, any_bad, any_interrupted, norm = numbers.tolist()
+    return dict(zip(terms, values)), norm, any_bad, any_interrupted
+
+
+def end_if_others_died(error):
+    """The exchange with a process that hangs or has died is an error, and this step is lost."""
+    if isinstance(error, dist.DistError) or (world_size > 1 and "gloo" in str(error)):
+        reason = " ".join(str(error).split())[-100:]
+        saved_words = save_what_is_done()
+        stop(f"process {rank} waited in vain for another one, which has died or did not answer "
+             f"within --timeout {args.timeout:g} minutes ({reason}). {saved_words}")
+
+
+@torch.no_grad()
+def after_step():
+    """What follows the optimizer: a limit for the scale, and the average of the weights."""
+    highest = math.log(100 if model.logit_bias is None else 1000)   # CLIP's own limit is 100
+    model.logit_scale.clamp_(0, max(highest, initial_scale))        # SigLIP's weights come with 117
+    if averages:
+        torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - args.ema)
+
+
+results = {}    # of the last evaluation
+if args.resume and is_evaluated(first_step) and not was_evaluated:
+    results = evaluation(first_step)    # what a kill between the two prevented
+window = Window()
+was_interrupted = False
+on_terminal = sys.stderr.isatty()       # elsewhere a line for each row of the log, and no bar
+bar = tqdm(total=args.steps, initial=first_step, unit="step", dynamic_ncols=True,
+           disable=rank != 0 or not on_terminal)
+stream = batches()
+started = before = time.time()
+upcoming = next(stream, None)
+for step in range(first_step + 1, args.steps + 1):
+    rows, inputs, plan = upcoming
+    check_rows(rows, step)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
-    if step % stream.steps_per_epoch == 0:
+        group["lr"] = learning_rate(step - 1)
+    if (step - 1) % sampler.steps_per_epoch == 0:
         thresholds = torch.zeros_like(thresholds)
-    terms = backward(batch)
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip).item()
-    state = summed(torch.tensor([float(not terms["loss"].isfinite()), len(interrupted)], device=args.device))
-    if state[0] or not math.isfinite(grad_norm):    # all processes see the same
-        skips += 1
-        why = f"loss {terms['loss'].item():.4g}, gradient norm {grad_norm:.4g} at step {step + 1}: left out"
-        log({"step": step + 1, "left_out": skips, "why": why})
-        tqdm.write(f"{why}; its first rows: {', '.join(batch['keys'][:4])}")
-        if skips > args.max_skips:
-            stop(f"{why}, as {skips} steps in a row (--max-skips {args.max_skips}). Try a smaller --lr, or "
-                 f"--grad-clip 1; last good checkpoint: {last if os.path.exists(last) else 'none was written yet'}")
+
+    try:
+        terms = step_function(rows, inputs, plan)
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
+        asked = time.time()
+        upcoming = next(stream, None)   # while a GPU is still at work
+        window.waiting += time.time() - asked
+        values, grad_norm, any_bad, any_interrupted = ask_all(terms, norm)
+    except RuntimeError as error:
+        end_if_others_died(error)
+        raise
+    if any_bad:
+        leave_out(step, rows, values["loss"], grad_norm)
     else:
-        skips = 0
+        left_out = 0
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():   # CLIP stops at 100; SigLIP ships 117, so its ceiling must not move it
-        ceiling = max(math.log(100 if model.logit_bias is None else 1000), initial_scale)
-        model.logit_scale.clamp_(0, ceiling)
-        if args.ema not in (None, 1.0):
-            torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - args.ema)
-    done, worked = step + 1, worked + time.time() - idle
-    computed += 6 * sum(batch[name].numel() * dense[name.split("_")[-1]] for name in INPUTS if name in batch)
-    if done % args.log_every == 0 or done == args.steps:
-        values = dict(zip(terms, summed(torch.stack([t.detach() for t in terms.values()])).tolist()))
-        rate = seen * world_size / worked
-        bar.set_postfix_str(" ".join(f"{k} {v:.2f}" for k, v in values.items()) + f" {rate:.0f} img/s", refresh=False)
-        row = {"step": done, **values, "grad_norm": grad_norm, "lr": lr,
-               "logit_scale": model.logit_scale.exp().item(),
-               "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
-               "images_per_second": rate, "waiting": waited / worked, "peak_mib": peak_mib(),
-               "tflops": computed / worked / 1e12, "skipped": bad, "own_concept": fallback}
-        row |= {"mfu": row["tflops"] / x for name, x in PEAKS.items() if gpu and name in torch.cuda.get_device_name()}
-        if use_compile:
-            compiled = torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", [])
-            row.update(compiles=len(compiled), compile_seconds=round(sum(compiled), 1))
+    after_step()
+    done = step
+
+    window.images += len(rows["keys"])
+    window.operations += operations_in(inputs)
+    window.seconds += time.time() - before
+    if step % args.log_every == 0 or step == args.steps:
+        row = log_row(step, values, grad_norm, window)
         log(row)
+        shown = " ".join(f"{name} {row[name]:.2f}" for name in values)
+        shown += f" {row['images_per_second']:.0f} img/s"
+        bar.set_postfix_str(shown, refresh=False)
+        if not on_terminal:
+            print0(f"step {step:,}/{args.steps:,}: {shown}")
+        window = Window()
+    if args.compile and step <= first_step + 2:
+        window = Window()       # of compilation, not of training
     bar.update()
-    if state[1]:
-        save(done)
+
+    if step == first_step + 1:      # which compiles
+        wait_for_others(args.timeout)
+    if any_interrupted:
+        noticed.set()
+        was_interrupted = True
+        save(step)
         bar.close()
-        print0(f"interrupted: saved step {done} to {last}; continue with --resume {last}")
+        print0(f"interrupted: saved step {step} to {last_path}; continue with --resume {last_path}")
         break
-    if benches and (done == args.steps or args.eval_every and done % args.eval_every == 0):
-        results = evaluation(done)
-    if done % args.save_every == 0 or done == args.steps:
-        save(done)
-    idle = time.time()
-else:
-    bar.close()
-    if rank == 0 and args.ema not in (None, 1.0):
+    if step % args.save_every == 0 or is_evaluated(step):
+        save(step)      # before the evaluation, which may fail
+    if is_evaluated(step):
+        results = evaluation(step)
+    before = time.time()
+bar.close()
+
+# ---- the end ---------------------------------------------------------------
+def own_arguments(without):
+    """The user's own command line, without these flags and their values."""
+    kept = []
+    is_kept = True
+    for word in sys.argv[1:]:
+        if word.startswith("--"):
+            is_kept = word.split("=")[0] not in without
+        if is_kept:
+            kept.append(word)
+    return kept
+
+
+def baseline_command():
+    """The same run with the plain contrastive loss alone."""
+    launcher = ["python"]
+    if world_size > 1:
+        here = os.environ.get("LOCAL_WORLD_SIZE", world_size)
+        launcher = ["torchrun", f"--nproc_per_node={here}"]
+    command = [*launcher, "train.py", "--method", "siglip" if args.loss != "clip" else "clip"]
+    command += own_arguments(without=(
+        "--method", "--out-dir", "--resume", "--overwrite", "--npc-weight", "--xac-weight"))
+    if "--out-dir" in " ".join(sys.argv):
+        command += ["--out-dir", f"{args.out_dir}-plain"]
+    return shlex.join(command)
+
+
+def next_commands():
+    """What to do with what was made."""
+    checkpoint = shlex.quote(last_path)
+    names = ",".join(benches) or "scenes"
+    score_it = f"python evaluate.py --checkpoint {checkpoint} --bench {names}"
+    for name in ("data_dir", "image_root", "image_key", "caption_key", "data"):
+        value = evaluation_options()[name]
+        if benches and value not in (None, "", parser.get_default(name)):
+            score_it += f" --{name.replace('_', '-')} {shlex.quote(value)}"
+    lines = [
+        f"{score_it}     # its figures, with intervals",
+        f"python evaluate.py plot {shlex.quote(log_path)}     # its curves",
+        f"python evaluate.py show --checkpoint {checkpoint}     # where it sees a phrase",
+        f"python model.py export --checkpoint {checkpoint} --format open_clip --output "
+        f"{shlex.quote(os.path.join(args.out_dir, 'open_clip'))}"]
+    if with_concepts:
+        lines.insert(0, f"{baseline_command()}     # the baseline, to compare")
+    return "next: " + "\n      ".join(lines)
+
+
+if not was_interrupted:
+    if rank == 0 and averages:
         write({**teacher.checkpoint(), "step": args.steps, "args": vars(args)}, "ema.pt")
-    for bench in results if rank == 0 else ():
-        evaluate.print_table(bench, results[bench])
+    if rank == 0:
+        for bench, subsets in results.items():
+            evaluate.print_table(bench, subsets)
     bad, fallback = summed(torch.tensor([bad, fallback], device=args.device)).tolist()
     minutes = (time.time() - started) / 60
-    print0(f"\n{args.steps - first_step:,} steps in {minutes:.1f} minutes; wrote {last} and log.jsonl" +
-           (f"; {bad} rows were skipped" if bad else "") +
-           (f"; {fallback} captions, without another noun phrase in them, were their own concept" if fallback else ""))
-    print0("next: python train.py --method siglip     # the baseline, to compare" if with_concepts else
-           f"next: python evaluate.py --checkpoint {last} --bench {','.join(benches) or 'scenes'}")
-board and board.close()
+    print0(f"\n{args.steps - first_step:,} steps in {minutes:.1f} minutes; wrote {last_path} and "
+           "log.jsonl")
+    bad += getattr(dataset, "lost_rows", 0)
+    if bad:
+        print0(f"{bad} rows were skipped")
+    if fallback:
+        print0(f"{fallback} captions, without another noun phrase in them, were their own concept")
+    print0(next_commands())
+if board is not None:
+    board.close()
 if world_size > 1:
     dist.destroy_process_group()
     os._exit(0)     # the interpreter's own end aborts now and then, with gloo's threads

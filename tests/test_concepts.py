@@ -10,8 +10,8 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -213,6 +213,40 @@ def test_long_captions(fast, readable):
         assert fast.extract(caption) == readable.extract(caption)
 
 
+# ------------------------------------------------------------------------------------- concepts of a batch
+def test_index_phrases():
+    lists = [["A cat", "a mat"], [], ["a mat", "a cat", "a mat"], ["ein Mädchen"]]
+    strings, ids, pairs = concepts.index_phrases(lists)
+    assert strings == ["A cat", "a mat", "a cat", "ein Mädchen"]
+    assert pairs.tolist() == [[0, 0], [0, 1], [2, 1], [2, 2], [3, 3]]
+    assert ids.tolist() == [concepts.string_id(string) for string in strings]
+    assert ids[0] == ids[2] and len(set(ids.tolist())) == 3  # one concept whatever its case
+    assert str(ids.dtype) == str(pairs.dtype) == "torch.int64"
+    for empty in ([], [[]], [[], []]):
+        strings, ids, pairs = concepts.index_phrases(empty)
+        assert strings == [] and ids.shape == (0,) and pairs.shape == (0, 2)
+        assert str(ids.dtype) == str(pairs.dtype) == "torch.int64"
+    with pytest.raises(TypeError, match="list of phrases for each caption"):
+        concepts.index_phrases(["a cat", "a mat"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(["a", "A", "b", "B", "ß", "ẞ", "İ", "", " "]), max_size=6), max_size=6))
+def test_index_phrases_of_anything(lists):
+    strings, ids, pairs = concepts.index_phrases(lists)
+    assert strings == list(dict.fromkeys(phrase for phrases in lists for phrase in phrases))
+    assert [(row, strings[column]) for row, column in pairs.tolist()] == [
+        (row, phrase) for row, phrases in enumerate(lists) for phrase in dict.fromkeys(phrases)]
+    for a, i in zip(strings, ids.tolist()):
+        assert 0 <= i < 2**63
+        assert all((i == j) == (a.lower() == b.lower()) for b, j in zip(strings, ids.tolist()))
+
+
+def test_string_id_is_the_same_everywhere():
+    assert concepts.string_id("a cat") == concepts.string_id("A CAT") == 3745569759787347665
+    assert concepts.string_id("\ud800") != concepts.string_id("\udfff")
+
+
 # ------------------------------------------------------------------------------------------- hard negatives
 def test_swaps():
     rng = random.Random(0)
@@ -271,15 +305,17 @@ def test_assets_must_be_there(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
 def test_progress(tmp_path):
+    import termios
     (tmp_path / "a.txt").write_text("a dog\n" * 600)
     (tmp_path / "b.txt").write_text("a cat\n" * 600)
     command = ("extract", tmp_path / "a.txt", tmp_path / "b.txt", "--output", tmp_path / "o")
     terminal, end = os.openpty()
+    termios.tcsetwinsize(end, (24, 100))
     p = subprocess.run([sys.executable, str(ROOT / "concepts.py"), *map(str, command)], stdout=subprocess.PIPE,
                        stderr=end, text=True)
     assert p.returncode == 0 and "a dog 600, a cat 600" in p.stdout
     shown = os.read(terminal, 10_000).decode()
-    assert re.search(r"\[#+\.*\] \d+% \d[\d,]*\r", shown), shown
+    assert re.search(r"extracting: .*\d+%.*1,200 captions", shown), shown
     (tmp_path / "o").unlink()
     p = run(*command)  # no terminal, no bar
     assert p.returncode == 0 and p.stderr == "" and "1,200 captions" in p.stdout
@@ -294,11 +330,12 @@ def test_help_and_mistakes(tmp_path):
     assert "extract" in run("--help").stdout
     for command in ("extract", "eval", "train"):
         assert run(command, "--help").returncode == 0
-    (tmp_path / "c.csv").write_text("picture,text\n1.jpg,a dog\n")
+    (tmp_path / "c.csv").write_text("picture,words\n1.jpg,a dog\n")
     (tmp_path / "gold").write_text("[A dog on [the mat].\n")
     (tmp_path / "t.txt").write_text("no tags\n")
     (tmp_path / "fine").write_text("[A dog].\n")
     (tmp_path / "fine.txt").write_text("A dog.\n")
+    (tmp_path / "folder.txt").mkdir()
     out = tmp_path / "o"
     for args in ((), ("extract",), ("extract", "a.txt", "--output", out, "--workers", "two")):
         p = run(*args)  # argparse's own errors, below the usage
@@ -310,11 +347,36 @@ def test_help_and_mistakes(tmp_path):
                          (1, ("eval", tmp_path / "t.txt")),
                          (1, ("extract", tmp_path / "c.csv", "--output", out)),
                          (1, ("extract", tmp_path / "missing.tar", "--output", out)),
+                         (1, ("extract", tmp_path / "missing.csv", "--output", out)),
+                         (1, ("extract", tmp_path / "folder.txt", "--output", out)),
+                         (1, ("extract", tmp_path / "fine.txt", "--output", tmp_path / "no" / "o")),
+                         (1, ("extract", tmp_path / "fine.txt", "--output", tmp_path / "fine.txt")),
+                         (1, ("extract", tmp_path / "fine.txt", "--output", tmp_path / "fine")),
+                         (1, ("train", "--corpus", tmp_path / "missing", "--output", out)),
                          (1, ("train", "--corpus", tmp_path / "t.txt", "--output", out)),
                          (1, ("eval", tmp_path / "fine", "--weights", tmp_path / "gold"))):
         p = run(*args)
         assert p.returncode == status, args
         assert p.stderr.startswith("error: ") and p.stderr.count("\n") == 1, (args, p.stderr)
+    assert not out.exists()
+    assert (tmp_path / "fine").read_text() == "[A dog].\n"  # no output of ours: left as it is
+
+
+def test_help_of_each_command():
+    """Each command explains itself: what it makes, and how that goes on."""
+    whole = run("--help").stdout
+    for command, words in (("extract", ("train.py --data", "--captions", "interrupted", "caption_text")),
+                           ("eval", ("brackets", "braces", "precision")), ("train", ("NLTK", "word_TAG"))):
+        assert command in whole
+        shown = run(command, "--help").stdout
+        assert len(shown.splitlines()) > 10
+        assert all(word in shown for word in words), shown
+
+
+def test_tar_goes_to_train(tmp_path):
+    for args in (("extract", "00.tar"), ("00.tar",)):
+        p = run(*args, cwd=tmp_path)
+        assert p.returncode == 1 and "train.py --data 00.tar" in p.stderr and p.stderr.count("\n") == 1
 
 
 def test_eval(tmp_path):
@@ -332,37 +394,149 @@ def test_extract_formats(tmp_path):
         csv.writer(f).writerows([("image", "caption")] + [(f"{i}.jpg", c) for i, c in enumerate(captions)])
     lines = [json.dumps({"image": f"{i}.jpg", "text": c}) for i, c in enumerate(captions)]
     (tmp_path / "c.jsonl").write_text("\n".join(lines + ['{"text": 5}', "[]", "broken", "[" * 100_000, ""]))
-    with tarfile.open(tmp_path / "00.tar", "w") as tar:
-        def add(name, data):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-        for i, c in enumerate(captions):
-            add(f"{i:03}.jpg", b"jpg")
-            add(f"{i:03}.txt", c.encode())
-            add(f"{i:03}.json", json.dumps({"long": c + "!"}).encode())
     expected = [concepts.extract(c) for c in captions if c]
-    for name, extra, bad in (("a.txt", (), 1), ("b.csv", (), 1), ("c.jsonl", ("--caption-key", "text"), 5),
-                             ("00.tar", (), 1)):
+    for name, extra, bad in (("a.txt", (), 1), ("b.csv", (), 1), ("c.jsonl", ("--caption-key", "text"), 5)):
         out = tmp_path / (name + ".out")
         p = run("extract", tmp_path / name, "--output", out, *extra)
         assert p.returncode == 0, p.stderr
         assert f"{bad} bad rows" in p.stdout and "most frequent" in p.stdout
         assert [row["concepts"] for row in rows_of(out)][:3] == expected[:3]
-    assert [row["key"] for row in rows_of(tmp_path / "b.csv.out")] == ["0.jpg", "2.jpg", "3.jpg", "4.jpg"]
-    assert [row["key"] for row in rows_of(tmp_path / "00.tar.out")] == ["000", "002", "003", "004"]
-    p = run("extract", tmp_path / "00.tar", "--caption-key", "long", "--output", tmp_path / "l")
-    assert p.returncode == 0, p.stderr
-    assert rows_of(tmp_path / "l")[0]["caption"].endswith("!")
+    assert [row["key"] for row in rows_of(tmp_path / "a.txt.out")] == [1, 3, 4, 5]
+    assert [row["image"] for row in rows_of(tmp_path / "b.csv.out")] == ["0.jpg", "2.jpg", "3.jpg", "4.jpg"]
+    assert [row["text"] for row in rows_of(tmp_path / "c.jsonl.out")] == [c for c in captions if c]
 
 
-def test_shorthand_and_damaged_tar(tmp_path):
+def test_shorthand(tmp_path):
     (tmp_path / "caps.txt").write_text("a dog\na cat\n")
     assert run(tmp_path / "caps.txt").returncode == 0
     assert len(rows_of(tmp_path / "caps.concepts.jsonl")) == 2
-    (tmp_path / "x.tar").write_bytes(b"this is no tar" * 100)
-    p = run("extract", tmp_path / "x.tar", "--output", tmp_path / "o")
-    assert "damaged" in p.stderr and "Traceback" not in p.stderr and "1 bad rows" in p.stdout
+
+
+@pytest.mark.parametrize("column", concepts.CAPTION_KEYS)
+def test_usual_columns(tmp_path, column):
+    (tmp_path / "own.CSV").write_text(f"path,{column},likes\n1.jpg,a dog on a mat,3\n2.jpg,a cat,4\n")
+    p = run(tmp_path / "own.CSV")
+    assert p.returncode == 0, p.stderr
+    assert rows_of(tmp_path / "own.concepts.jsonl") == [
+        {"path": "1.jpg", column: "a dog on a mat", "likes": "3", "concepts": ["a dog", "a mat"]},
+        {"path": "2.jpg", column: "a cat", "likes": "4", "concepts": ["a cat"]}]
+
+
+def test_caption_keys_are_those_of_data():
+    import data
+    assert concepts.CAPTION_KEYS == data.CAPTION_KEYS
+
+
+@pytest.mark.parametrize("name, text", [("t.csv", "path,words\n1.jpg,a dog\n"), ("t.tsv", "path\twords\n1.jpg\ta dog\n"),
+                                        ("t.jsonl", '{"path": "1.jpg", "words": "a dog"}\n')])
+def test_columns_are_listed_where_none_is_found(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    p = run(tmp_path / name)
+    assert p.returncode == 1 and p.stderr.count("\n") == 1
+    assert "path, words" in p.stderr and "--caption-key" in p.stderr
+    assert os.listdir(tmp_path) == [name]  # no empty output
+    assert run(tmp_path / name, "--caption-key", "words").returncode == 2  # the short form has no options
+    assert run("extract", tmp_path / name, "--caption-key", "words").returncode == 0
+
+
+def test_output_goes_to_train(tmp_path):
+    """The command that is printed finds the images, their captions and the concepts, and so does --captions."""
+    import data
+    from PIL import Image
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "own.csv").write_text("image,words\n0.png,a dog on a mat\n1.png,a cat\n")
+    p = run("extract", tmp_path / "own.csv", "--caption-key", "words")
+    assert p.returncode == 0, p.stderr
+    out = tmp_path / "own.concepts.jsonl"
+    last = p.stdout.splitlines()[-1]
+    assert last.startswith(f"next: python train.py --data {out} --image-root FOLDER --caption-key words")
+    for args in ({"sources": str(out)}, {"sources": str(tmp_path / "own.csv"), "captions": str(out)}):
+        dataset = data.CaptionFile(image_root=str(tmp_path / "images"), caption_key="words", **args)
+        assert [dataset[i]["caption"] for i in range(2)] == ["a dog on a mat", "a cat"]
+        assert [dataset[i]["concepts"] for i in range(2)] == [["a dog", "a mat"], ["a cat"]]
+
+
+def test_concepts_of_the_input_are_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"concepts": ["old"], "caption": "a dog", "key": "1"}\n')
+    for source in ("a.jsonl", "a.concepts.jsonl"):
+        assert run(tmp_path / source).returncode == 0
+    for name in ("a.concepts.jsonl", "a.concepts.concepts.jsonl"):
+        assert rows_of(tmp_path / name) == [{"caption": "a dog", "key": "1", "concepts": ["a dog"]}]
+
+
+# Tables as they come: what is lost is counted and named, and nothing else is lost.
+DAMAGED = {
+    "quote_to_the_end.csv": ('image,caption\n1.jpg,"a dog\n2.jpg,a cat\n3.jpg,a bird\n',
+                             ["a dog", "a cat", "a bird"], "kept 1: a quote that is not closed"),
+    "quote_to_the_next.csv": ('image,caption\n1.jpg,"a dog\n2.jpg,a cat\n3.jpg,"a bird, a fish"\n4.jpg,a cow\n',
+                              ["a dog", "a cat", "a bird, a fish", "a cow"], "kept 1: a quote that is not closed"),
+    "quotes_inside.csv": ('image,caption\n1.jpg,"a "red" dog"\n2.jpg,a 5" pipe\n3.jpg,"a ""red"" cat"\n',
+                          ['a red" dog"', 'a 5" pipe', 'a "red" cat'], "kept 1: a quote that is not closed"),
+    "lines.csv": ('image,caption\n1.jpg,"a dog\nand a cat"\n2.jpg,a bird\n',
+                  ["a dog\nand a cat", "a bird"], "kept 1: a field that holds line breaks"),
+    "crlf.csv": ('image,caption\r\n1.jpg,a dog\r\n\r\n2.jpg,a cat\r\n', ["a dog", "a cat"], None),
+    "too_many.csv": ("image,caption\n1.jpg,a dog, a cat\n2.jpg,a cat\n",
+                     ["a cat"], "skipped 1: more fields than columns"),
+    "too_few.csv": ("image,caption\n1.jpg\n2.jpg,a cat\n", ["a cat"], "skipped 1: no caption"),
+    "quotes.tsv": ('image\tcaption\n1.jpg\t"a dog\n2.jpg\ta "red" cat\n3.jpg\t"a bird"\n',
+                   ['"a dog', 'a "red" cat', '"a bird"'], None),
+    "bad_line.jsonl": ('{"caption": "a dog"}\n{"caption": "a c\n[1]\n\n{"caption": ["a"]}\n{"caption": "a cat"}\n',
+                       ["a dog", "a cat"], "skipped 3: no JSON object"),
+    "brackets.jsonl": ("[" * 100_000 + '\n{"caption": "' + "[" * 100_000 + '"}\n',
+                       ["[" * 100_000], "skipped 1: no JSON object"),
+    "surrogate.jsonl": ('{"caption": "a \\ud800 dog", "\\udfff": "\\udfff"}\n', ["a \ud800 dog"], None),
+    "nul.csv": ("image,caption\n1.jpg,a\0dog\n2.jpg,\0\n", ["a\0dog", "\0"], None),
+    "nul.txt": ("a\0dog\n\0\na cat\n", ["a\0dog", "\0", "a cat"], None),
+    "long.txt": ("x" * 200_000 + "\n" + "[" * 100_000 + "\na dog\n",
+                 ["x" * 200_000, "[" * 100_000, "a dog"], None),
+    "long.csv": ("caption\n" + "x" * 200_000 + "\n", ["x" * 200_000], None),
+    "latin1.csv": (b"image,caption\n1.jpg,a caf\xe9\n2.jpg,a cat\n", ["a caf\ufffd", "a cat"],
+                   "kept 1: a caption with bytes that are not UTF-8"),
+    "bom.csv": (b"\xef\xbb\xbfcaption\na cat\n", ["a cat"], None),
+}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="csv has no NUL before")
+@pytest.mark.parametrize("name", DAMAGED)
+def test_nothing_is_lost_silently(tmp_path, name):
+    content, captions, message = DAMAGED[name]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    p = run("extract", tmp_path / name, "--output", tmp_path / "o")
+    assert p.returncode == 0 and p.stderr == "", p.stderr
+    rows = rows_of(tmp_path / "o")
+    assert [row["caption"].strip() for row in rows] == captions
+    assert [row["concepts"] for row in rows] == concepts.extract_batch(captions)
+    if message:
+        assert re.search(f"{re.escape(message)}.*, first in .*{name}, row \\d", p.stdout), p.stdout
+    else:
+        assert "skipped 1" not in p.stdout and "kept" not in p.stdout
+
+
+def test_many_unclosed_quotes_take_no_longer(tmp_path):
+    lines = ["image,caption"] + [f'{i}.jpg,"a dog' if i % 3 else f"{i}.jpg,a cat" for i in range(20_000)]
+    with open(tmp_path / "a.csv", "w") as f:
+        f.write("\n".join(lines))
+    began = time.process_time()
+    with open(tmp_path / "a.csv", newline="") as f:
+        rows = [row for row, _ in concepts.read_table(f, ",")]
+    assert len(rows) == 20_000 and time.process_time() - began < 20
+    assert Counter(row["caption"].strip() for row in rows) == {"a dog": 13_333, "a cat": 6_667}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.text(max_size=20), st.text(max_size=20)), min_size=1, max_size=8))
+def test_tables_are_read_as_they_were_written(rows):
+    """What csv.writer writes comes back whole, with any line break and quote in it."""
+    rows = [(a, b) for a, b in rows if a or b] or [("a", "b")]
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows([("one", "two"), *rows])
+    file.seek(0)
+    found = list(concepts.read_table(file, ","))
+    assert [tuple(row.values()) for row, _ in found] == rows
+    assert all(problem == ("" if "\n" not in a + b and "\r" not in a + b else "a field that holds line breaks")
+               for (_, problem), (a, b) in zip(found, rows))
 
 
 def worker_processes(output):

@@ -4,7 +4,10 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import random
+import re
+import shutil
 import tarfile
 import tracemalloc
 from collections import Counter
@@ -16,10 +19,12 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision import transforms
 
+import data as data_module
 from concepts import negate, swap_negatives
-from data import (COLOURS, SHAPES, CaptionFile, Collate, Epochs, Scenes, Seeded, load_image, string_id,
-                  train_tokenizer, train_transform)
+from data import (COLOURS, SHAPES, WORLDS, CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers, load_fast,
+                  load_image, normalize_images, permute, string_id, train_tokenizer, train_transform)
 from model import MODELS, Tokenizer, image_transform
 
 
@@ -145,8 +150,8 @@ def test_formats_give_the_same_rows(folder, name, text):
     ("tab.csv", "image\tcaption\na.png\ta wall\n", "split at commas in .csv, tabs in .tsv"),
     ("columns.csv", "image,words\na.png,a wall\n", "columns or keys image, words .*--caption-key"),
     ("empty.csv", "image,caption\n", "no rows"),
-    ("t.jsonl", '{"image": "a.png"\n', "row 1 is not an object in json"),
-    ("list.jsonl", '[1, 2]\n', "row 1 is not an object in json"),
+    ("t.jsonl", '{"image": "a.png"\n', "row 1: not an object in json"),
+    ("list.jsonl", '[1, 2]\n', "row 1: not an object in json"),
 ])
 def test_unusable_tables_say_what_to_do(folder, name, text, says):
     path = str(folder / name) if text is None else write(folder, name, text)
@@ -168,6 +173,33 @@ def test_missing_column_by_name(folder):
     path = write(folder, "t.csv", "image,caption\na.png,a wall\n")
     with pytest.raises(ValueError, match="columns or keys caption, image .*--caption-key"):
         CaptionFile(path, str(folder), caption_key="text")
+
+
+def test_annotations_of_coco_and_karpathy(folder):
+    coco = {"info": {}, "images": [{"id": 7, "file_name": "a.png"}, {"id": 3, "file_name": "b.jpg"},
+                                   {"id": 5, "file_name": "c.png"}],
+            "annotations": [{"image_id": i, "id": n, "caption": f" caption {n}\n"} for n, i in enumerate((3, 7, 3, 7, 7))]}
+    data = CaptionFile(write(folder, "captions_val.json", json.dumps(coco)), str(folder))
+    assert [data.sample(i)["captions"] for i in range(2)] == [["caption 1", "caption 3", "caption 4"],
+                                                              ["caption 0", "caption 2"]]
+    assert data[1]["image"].getpixel((5, 5))[2] > 200 and data.lost_rows == 1 and data.skipped[0][0] == "c.png (row 3)"
+    karpathy = {"dataset": "x", "images": [
+        {"filename": name, "split": split, "sentences": [{"raw": f"{name} {k}", "tokens": []} for k in range(2)], **more}
+        for name, split, more in (("a.png", "train", {}), ("b.jpg", "test", {}), ("c.png", "restval", {"filepath": "."}),
+                                  ("d.png", "val", {}))]}
+    path = write(folder, "dataset_x.json", json.dumps(karpathy))
+    for name, captions in (("", ["a.png 0", "a.png 1", "c.png 0", "c.png 1"]), ("#test", ["b.jpg 0", "b.jpg 1"]),
+                           ("#val", ["d.png 0", "d.png 1"])):
+        assert CaptionFile(path + name, str(folder)).captions == captions
+    assert CaptionFile(path, str(folder))[1]["image"].size == (40, 30)
+    for text in ("[1]", "{", '{"images": 3}', '{"images": [{"id": 1}]}', "[" * 100_000, '{"annotations": [1]}', "{}"):
+        with pytest.raises(ValueError, match="expected captions_.*json of COCO") as error:
+            CaptionFile(write(folder, "x.json", text))
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    with pytest.raises(ValueError, match="no images of this split"):
+        CaptionFile(f"{path}#dev")
+    with pytest.raises(ValueError, match="no file .*y.json#val"):
+        CaptionFile(str(folder / "y.json#val"))
 
 
 def test_bad_rows_are_named_not_lost(folder):
@@ -213,6 +245,99 @@ def test_sixteen_bits_are_scaled_and_colours_stay(tmp_path):
     Image.new("RGB", (16, 16), (200, 30, 40)).quantize(8).save(tmp_path / "p.png")
     for name in ("c.jpg", "p.png"):
         assert np.abs(np.asarray(load_image(tmp_path / name)).astype(int) - (200, 30, 40)).max() <= 6
+
+
+# ------------------------------------------------------------------------------------------------------- pixels
+
+def photographs(folder, count=6):
+    """Smooth noise of the sizes of photographs, as JPEGs."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
+        small.resize((500, 375) if i % 2 else (333, 500), Image.BICUBIC).save(folder / f"{i}.jpg", quality=90)
+    return [folder / f"{i}.jpg" for i in range(count)]
+
+
+def test_bytes_become_the_numbers_of_to_tensor_and_normalize(tmp_path):
+    """Pixels travel as uint8: the same numbers, bit by bit, as by RandomResizedCrop, ToTensor and Normalize."""
+    for config in (MODELS["nano"], MODELS["ViT-B-32"]):
+        usual = transforms.Compose([
+            transforms.RandomResizedCrop(config.image_size, (0.9, 1), (3 / 4, 4 / 3), Image.BICUBIC),
+            transforms.ToTensor(), transforms.Normalize(config.mean, config.std)])
+        for seed, path in enumerate(photographs(tmp_path)):
+            image = load_image(path)
+            torch.manual_seed(seed)
+            expected = usual(image)
+            torch.manual_seed(seed)
+            pixels = train_transform(config)(image)
+            assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
+            found = normalize_images(pixels, config)
+            assert found.dtype == torch.float32 and torch.equal(found, expected)
+            assert torch.equal(normalize_images(pixels[None], config)[0], expected)
+            assert normalize_images(expected, config) is expected
+
+
+def test_fast_decoding_differs_by_less_than_an_eye_sees(tmp_path):
+    transform = train_transform(MODELS["ViT-B-32"])
+    for seed, path in enumerate(photographs(tmp_path)):
+        exact, fast = load_image(path), load_fast(str(path))
+        assert isinstance(fast, torch.Tensor) and fast.shape == (3, *exact.size[::-1])
+        torch.manual_seed(seed)
+        a = transform(exact).float()
+        torch.manual_seed(seed)
+        b = transform(fast).float()
+        assert a.shape == b.shape and (a - b).abs().max() <= 8 and ((a - b) ** 2).mean() < 255 ** 2 / 10 ** 5.5
+
+
+def test_what_torchvision_cannot_decode_is_left_to_pillow(tmp_path):
+    source = Image.effect_noise((40, 30), 90).convert("RGB")
+    source.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    source.convert("L").save(tmp_path / "grey.jpg")
+    source.save(tmp_path / "png.jpg", "PNG")
+    source.save(tmp_path / "x.webp")
+    source.save(tmp_path / "progressive.jpg", progressive=True)
+    for name, kind in (("cmyk.jpg", Image.Image), ("png.jpg", Image.Image), ("x.webp", Image.Image),
+                       ("grey.jpg", torch.Tensor), ("progressive.jpg", torch.Tensor)):
+        image, expected = load_fast(str(tmp_path / name)), np.asarray(load_image(tmp_path / name))
+        assert isinstance(image, kind)
+        array = image.permute(1, 2, 0).numpy() if kind is torch.Tensor else np.asarray(image)
+        assert np.abs(array.astype(int) - expected).max() <= 1
+    content = (tmp_path / "progressive.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[:len(content) // 2])
+    for name, says in (("cut.jpg", "truncated"), ("none.jpg", "No such file")):
+        with pytest.raises(OSError, match=says):
+            load_fast(str(tmp_path / name))
+    with pytest.raises(ValueError, match="40 x 30 pixels are more than --max-pixels 100"):
+        load_fast(str(tmp_path / "grey.jpg"), 100)
+    path = shard(tmp_path / "a.tar", samples(0, 8))
+    exact, fast = CaptionFile(path), CaptionFile(path, fast_decode=True)
+    config = nano()
+    collate = Collate(train_transform(config), Tokenizer(config))
+    a, b = (collate([Seeded(data, 0)[(0, i)] for i in range(8)]) for data in (exact, fast))
+    assert a["keys"] == b["keys"] and len(a["keys"]) == 8 and not b["bad"]
+    assert a["images"].dtype == b["images"].dtype == torch.uint8 and a["images"].shape == b["images"].shape
+    assert (a["images"].float() - b["images"].float()).abs().max() <= 8
+
+
+def test_workers_by_default_are_the_cores_that_are_ours(tmp_path, monkeypatch):
+    def group(files):
+        for name, text in files.items():
+            os.makedirs(os.path.dirname(tmp_path / name), exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return data_module.cgroup_cores(str(tmp_path), str(tmp_path / "own"))
+    assert group({}) is None
+    assert group({"cpu.max": "max 100000\n", "own": "0::/a/b\n"}) is None
+    assert group({"a/cpu.max": "250000 100000\n", "a/b/cpu.max": "max 100000\n"}) == 2.5
+    assert group({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}) == 2.5
+    assert group({"cpu/cpu.cfs_quota_us": "50000\n"}) == 0.5
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(12))
+    for quota, ranks, expected in ((None, 1, 12), (None, 8, 1), (None, 4, 3), (6.5, 1, 6), (6.5, 2, 3), (0.5, 1, 1)):
+        monkeypatch.setattr(data_module, "cgroup_cores", lambda: quota)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert default_workers() == expected
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(500))
+    monkeypatch.setattr(data_module, "cgroup_cores", lambda: None)
+    assert default_workers() * 2 == 32
 
 
 # ------------------------------------------------------------------------------------------------------- tar shards
@@ -261,7 +386,8 @@ def test_shards_and_tables_are_one_data_set(shards, folder):
         assert data[i]["key"].endswith(f".tar {i:09d}")
     assert data[42]["image"].size == (40, 30) and "(row 2)" in data[42]["key"]
     assert CaptionFile(shards, caption_key="caption").captions[3] == "json 3"
-    assert isinstance(data.lines, bytes) and isinstance(data.ends, np.ndarray)      # no object for each sample
+    for part in data.parts:     # no object for each sample
+        assert isinstance(part.index.content, np.ndarray) and isinstance(part.index.ends, np.ndarray)
 
 
 def test_one_of_several_captions_by_seed_epoch_and_index(shards):
@@ -301,27 +427,22 @@ def test_no_sample_is_lost_or_doubled(shards, workers):
 
 def test_index_is_cached_and_follows_the_shard(tmp_path, monkeypatch):
     path = shard(tmp_path / "a.tar", samples(0, 3))
-    scans, scan = [], tarfile.open
-    monkeypatch.setattr(tarfile, "open", lambda *args, **options: scans.append(args) or scan(*args, **options))
+    scans, scan = [], data_module.tar_members
+    monkeypatch.setattr(data_module, "tar_members", lambda *args: scans.append(args) or scan(*args))
     assert len(CaptionFile(path)) == 3 == len(CaptionFile(path)) and len(scans) == 1
     assert len(os.listdir(tmp_path)) == 2
-    with monkeypatch.context() as patch:
-        patch.setattr(tarfile, "open", scan)
-        shard(path, samples(5, 10))
+    shard(path, samples(5, 10))
     assert CaptionFile(path).captions == [f"text {i}" for i in range(5, 10)] and len(scans) == 2
     stat = os.stat(path)        # same size, other time
-    with monkeypatch.context() as patch:
-        patch.setattr(tarfile, "open", scan)
-        shard(path, [(n, c.replace(b"text", b"TEXT")) for n, c in samples(5, 10)])
+    shard(path, [(n, c.replace(b"text", b"TEXT")) for n, c in samples(5, 10)])
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
     assert os.path.getsize(path) == stat.st_size and CaptionFile(path).captions[0] == "TEXT 5" and len(scans) == 3
-    for name in os.listdir(tmp_path):
-        if name.endswith(".jsonl"):
-            os.remove(tmp_path / name)
+    assert len(os.listdir(tmp_path)) == 2 and len(os.listdir(tmp_path / ".c2lip-index")) == 1     # old ones are removed
+    shutil.rmtree(tmp_path / ".c2lip-index")
 
-    def refuse(*args):
+    def refuse(*args, **options):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(os, "replace", refuse)      # a folder that cannot be written
+    monkeypatch.setattr(os, "makedirs", refuse)      # a folder that cannot be written
     with pytest.warns(UserWarning, match="kept in memory only"):
         assert len(CaptionFile(path)) == 5
     with pytest.warns(UserWarning):
@@ -453,6 +574,479 @@ def test_large_tables_are_read_row_by_row(tmp_path, kind):
     tracemalloc.stop()
     assert len(data) == n and data.sample(n - 1)["captions"][0].startswith("a wall 4999 ")
     assert peak < 8e6, peak     # all rows at once: 19e6
+
+
+# ------------------------------------------------------------------------------------------- indices of large files
+
+@pytest.fixture
+def large(monkeypatch):
+    """Tables of any size have an index."""
+    monkeypatch.setattr(data_module, "INDEX_FROM", 0)
+
+
+def index_of(folder):
+    """The one index in a folder."""
+    [name] = os.listdir(folder / ".c2lip-index")
+    return folder / ".c2lip-index" / name
+
+
+def table_of(folder, count=50, name="t.csv"):
+    return write(folder, name, "image,caption,neighbours\n" + "".join(
+        f"{'ab'[i % 2]}.{('png', 'jpg')[i % 2]},caption {i},{i - 1}\n" for i in range(count)))
+
+
+def rows_of(data):
+    return [data.sample(i) for i in range(len(data))]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_an_index_gives_the_rows_that_reading_gives(folder, kind, monkeypatch):
+    rows = [{"image": "a.png", "caption": f"a cät {i}" * (i % 7), "concepts": f"x{i}|y", "neighbours": f"{i - 1}|{i + 1}"}
+            for i in range(300)]
+    path = folder / f"t.{kind}"
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        if kind == "jsonl":
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            table = csv.DictWriter(f, rows[0], delimiter="\t" if kind == "tsv" else ",")
+            table.writeheader()
+            table.writerows(rows)
+    plain = CaptionFile(str(path), str(folder))
+    assert not os.path.exists(folder / ".c2lip-index")
+    monkeypatch.setattr(data_module, "INDEX_FROM", 0)
+    for _ in range(2):      # written, then found
+        indexed = CaptionFile(str(path), str(folder))
+        assert rows_of(indexed) == rows_of(plain) and len(plain) == 257
+        assert [indexed[i]["neighbours"] for i in range(9)] == [plain[i]["neighbours"] for i in range(9)]
+        assert indexed.skipped == plain.skipped and indexed.lost_rows == plain.lost_rows == 43
+        monkeypatch.setattr(data_module, "read_rows", None)
+    with pytest.raises(TypeError):      # another column: another index, so the table is read
+        CaptionFile(str(path), str(folder), caption_key="concepts")
+
+
+@pytest.mark.parametrize("harm", ["cut", "short", "zeroed", "zeros inside", "empty", "one bit", "other"])
+def test_a_damaged_index_is_made_anew_with_a_word(folder, large, harm):
+    path = table_of(folder)
+    before = rows_of(CaptionFile(path, str(folder)))
+    place = index_of(folder)
+    content = bytearray(place.read_bytes())
+    if harm == "cut":
+        del content[1000:]
+    elif harm == "short":
+        del content[500:508]
+    elif harm == "zeroed":
+        content[:] = bytes(len(content))
+    elif harm == "zeros inside":
+        content[100:300] = bytes(200)
+    elif harm == "empty":
+        content = b""
+    elif harm == "one bit":
+        content[700] ^= 1
+    else:
+        content = b"something else\n" * 40 + data_module.INDEX_MARK
+    os.remove(place)        # not in place: an open one stays as it was
+    place.write_bytes(content)
+    data = CaptionFile(path, str(folder))
+    assert rows_of(data) == before and index_of(folder) == place
+    assert len(data.remarks) == 1 and data.remarks[0][1].startswith("its index was damaged")
+    assert CaptionFile(path, str(folder)).remarks == []
+
+
+def test_what_a_kill_leaves_of_an_index_is_removed(folder, large):
+    path = table_of(folder)
+    CaptionFile(path, str(folder))
+    place = index_of(folder)
+    os.rename(place, f"{place}.0123456789abcdef.partial")
+    (folder / ".c2lip-index" / f"{place.name}.lock").write_text("")
+    assert len(CaptionFile(path, str(folder))) == 50 and index_of(folder) == place
+
+
+def killed(path, root, rows):
+    """Index a table, and be killed after some rows."""
+    data_module.INDEX_FROM = 0
+    number = data_module.IndexWriter.number
+
+    def kill(self, column, value):
+        if column == "numbers" and value == rows:
+            os.kill(os.getpid(), 9)
+        number(self, column, value)
+    data_module.IndexWriter.number = kill
+    CaptionFile(path, root)
+
+
+def test_killed_while_indexing(folder, large):
+    path = table_of(folder)
+    process = multiprocessing.get_context("fork").Process(target=killed, args=(path, str(folder), 30))
+    process.start()
+    process.join()
+    assert process.exitcode == -9 and len(os.listdir(folder / ".c2lip-index")) == 2     # partial and lock
+    assert len(CaptionFile(path, str(folder))) == 50 and index_of(folder).name.endswith(".index")
+
+
+def test_a_full_disk_while_indexing(folder, large, monkeypatch, tmp_path_factory):
+    path, text = table_of(folder), data_module.IndexWriter.text
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+    def full(self, value):
+        if self.path and self.path.startswith(str(folder)) and "40" in str(value):
+            raise data_module.CannotWrite("No space left on device")
+        text(self, value)
+    monkeypatch.setattr(data_module.IndexWriter, "text", full)
+    assert len(CaptionFile(path, str(folder))) == 50
+    assert os.listdir(folder / ".c2lip-index") == []        # nothing is left behind
+    assert len(os.listdir(cache / "c2lip" / "index")) == 1  # the next place
+    os.remove(cache / "c2lip" / "index" / os.listdir(cache / "c2lip" / "index")[0])
+    monkeypatch.setattr(data_module.IndexWriter, "finish", lambda self, about, finish=data_module.IndexWriter.finish: (
+        finish(self, about) if self.path is None else (_ for _ in ()).throw(data_module.CannotWrite("No space left"))))
+    with pytest.warns(UserWarning, match="No space left: indices of its files are kept in memory only.*--index-dir"):
+        assert len(CaptionFile(path, str(folder))) == 50
+    assert os.listdir(folder / ".c2lip-index") == os.listdir(cache / "c2lip" / "index") == []
+
+
+def test_a_source_that_cannot_be_read_on(folder, large, monkeypatch):
+    path, read = table_of(folder), data_module.read_rows
+
+    def broken(path):
+        yield from list(read(path))[:20]
+        raise OSError(5, "Input/output error")
+    monkeypatch.setattr(data_module, "read_rows", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        CaptionFile(path, str(folder))
+    assert os.listdir(folder / ".c2lip-index") == []
+
+
+def test_files_that_are_replaced(folder, large, monkeypatch):
+    path, read, times = table_of(folder), data_module.read_rows, []
+
+    def replaced(path):
+        times.append(1)
+        yield from read(path)
+        if len(times) == 1:
+            table_of(folder, 60)
+    monkeypatch.setattr(data_module, "read_rows", replaced)
+    assert len(CaptionFile(path, str(folder))) == 60 and len(times) == 2
+    tar = shard(folder / "a.tar", samples(0, 4))
+    data = CaptionFile(tar)
+    assert "error" not in data[1]
+    shard(folder / "a.tar", samples(4, 8))
+    assert "has changed since" in data[1]["error"]
+
+
+def test_another_folder_for_indices(folder, large, tmp_path_factory):
+    place = tmp_path_factory.mktemp("indices")
+    os.makedirs(folder / "other")
+    one, two = table_of(folder), table_of(folder, 20, "other/t.csv")
+    for _ in range(2):
+        assert len(CaptionFile(f"{one}::{two}", str(folder), index_dir=str(place))) == 70
+        assert len(os.listdir(place)) == 2 and not os.path.exists(folder / ".c2lip-index")
+    assert len(CaptionFile(two, str(folder), index_dir=str(place / "new/folder"))) == 20
+
+
+def test_an_index_moves_with_its_folder(tmp_path, monkeypatch):
+    os.makedirs(tmp_path / "old")
+    shard(tmp_path / "old" / "a.tar", samples(0, 4))
+    assert len(CaptionFile(str(tmp_path / "old" / "a.tar"))) == 4
+    os.rename(tmp_path / "old", tmp_path / "new")
+    monkeypatch.setattr(data_module, "tar_members", None)
+    monkeypatch.chdir(tmp_path)
+    data = CaptionFile("new/a.tar")
+    assert data[3]["key"] == "new/a.tar 000000003" and data.sample(0)["image"][0] == "new/a.tar"
+
+
+def test_a_row_of_ten_megabytes(folder, large):
+    path = write(folder, "t.jsonl", "".join(json.dumps({"image": "a.png", "caption": c * 10_000_000}) + "\n" for c in "ab"))
+    data = CaptionFile(path, str(folder))
+    assert [len(text) for text in data.captions] == [10_000_000] * 2
+
+
+def test_an_index_is_mapped_by_workers_that_are_spawned(folder, large):
+    data = CaptionFile(table_of(folder), str(folder))
+    copied = pickle.loads(pickle.dumps(data))
+    assert len(pickle.dumps(data)) < 3000 and rows_of(copied) == rows_of(data)
+    assert copied[0]["image"].size == (40, 30)
+
+
+def test_joined_captions_by_their_index(shards, tmp_path, large):
+    table = write(tmp_path, "c.csv", "key,caption\n" + "".join(f"{i:09d},new {i}\n" for i in range(50) if i != 7))
+    results = [CaptionFile(shards, captions=table) for _ in range(2)]
+    for data in results:
+        assert data.captions == [f"new {i}" for i in range(41) if i != 7] and data.lost_rows == 1
+        assert data.skipped[0] == (table, "9 key fit no image, the first is '000000041'")
+    write(tmp_path, "c.csv", "key,caption\n" + "".join(f"{i:09d},newer {i}\n" for i in range(41)))
+    data = CaptionFile(shards, captions=table)
+    assert data.captions == [f"newer {i}" for i in range(41)] and data.skipped == []
+
+
+# ----------------------------------------------------------------------------------- nothing lost, nothing silent
+
+def test_a_tsv_has_no_quotes(folder):
+    captions = [f'"caption {i}' if i == 3 else f"caption {i}" for i in range(1000)]
+    path = write(folder, "t.tsv", "image\tcaption\n" + "".join(f"a.png\t{text}\n" for text in captions))
+    data = CaptionFile(path, str(folder))
+    assert data.captions == captions and data.skipped == [] and data.lost_rows == 0
+
+
+@pytest.mark.parametrize("end", ["", '\nb.jpg,"a dog"', '\nb.jpg,a "dog" runs', "\nb.jpg,a dog" * 1500])
+def test_a_quote_that_is_not_closed_costs_one_row(folder, end):
+    rows = ["a.png,caption 0", 'a.png,"caption, 1"', 'a.png,"caption 2'] + [f"a.png,caption {i}" for i in range(3, 12)]
+    path = write(folder, "t.csv", "image,caption\n" + "\n".join(rows) + end + "\n")
+    data = CaptionFile(path, str(folder))
+    assert data.captions[:11] == ["caption 0", "caption, 1"] + [f"caption {i}" for i in range(3, 12)]
+    assert len(data) == 11 + end.count("\n") and data.lost_rows == 1
+    assert data.skipped == [(path, "row 3: a quote that is not closed")]
+
+
+def test_text_behind_a_quote_is_remarked(folder):
+    path = write(folder, "t.csv", 'image,caption\na.png,"STOP" on a sign\na.png,a "big" dog\na.png,"open')
+    data = CaptionFile(path, str(folder))
+    assert data.captions == ["STOP on a sign", 'a "big" dog', "open"] and data.lost_rows == 0
+    assert data.remarks == [(path, "2 rows, the first is row 1: a quote that is not closed, or is followed by text")]
+
+
+def test_line_breaks_in_a_csv_are_remarked(folder):
+    path = write(folder, "t.csv", 'image,caption\na.png,"a cat\non a ""mat"""\na.png,a dog\na.png,"a\n\ncow"\n')
+    data = CaptionFile(path, str(folder))
+    assert data.captions == ['a cat\non a "mat"', "a dog", "a\n\ncow"] and data.skipped == [] and data.lost_rows == 0
+    assert data.remarks == [(path, "2 rows, the first is row 1: a field that holds line breaks")]
+
+
+def test_a_comma_without_quotes_cuts_no_caption(folder):
+    path = write(folder, "t.csv", "image,caption\na.png,a cat, asleep\na.png,a dog\na.png\n")
+    data = CaptionFile(path, str(folder))
+    assert data.captions == ["a dog"] and data.lost_rows == 2
+    assert data.skipped == [(path, "row 1: more fields than columns"), ("a.png (row 3)", "no caption")]
+
+
+def test_one_bad_line_of_a_jsonl_is_skipped_and_counted(folder):
+    lines = [json.dumps({"image": "a.png", "caption": f"caption {i}", "neighbours": [i - 1]}) for i in range(1000)]
+    lines[10] = '{"image": "a.png", "capt'
+    data = CaptionFile(write(folder, "t.jsonl", "\n".join(lines)), str(folder))
+    assert len(data) == 999 and data.lost_rows == 1
+    assert data.skipped == [(str(folder / "t.jsonl"), "row 11: not an object in json")]
+    assert data[9]["neighbours"] == [8] and data[10]["neighbours"] == [] and data[11]["neighbours"] == [10]
+
+
+def test_other_encodings_are_remarked(folder):
+    (folder / "t.csv").write_bytes("image,caption\na.png,a wall\na.png,a café\na.png,Brötchen\n".encode("latin-1"))
+    data = CaptionFile(str(folder / "t.csv"), str(folder))
+    assert len(data) == 3 and data.lost_rows == 0 and len(data.remarks) == 1
+    assert data.remarks[0][1].startswith("2 lines, the first is line 3: bytes that are no UTF-8")
+
+
+def test_lost_rows_are_counted_wherever_they_are_lost(folder):
+    rows = ["a.png,", "b.jpg,a dog"] * 10 + ["b.jpg,a dog"] * 180
+    table = write(folder, "t.csv", "image,caption\n" + "\n".join(rows))
+    assert CaptionFile(table, str(folder)).lost_rows == 10
+    whole = open(shard(folder / "0.tar", samples(0, 40)), "rb").read()
+    shard(folder / "1.tar", samples(40, 80))
+    (folder / "2.tar").write_bytes(whole[:len(whole) // 2])
+    data = CaptionFile(str(folder / "{0,1,2}.tar"))
+    assert data.lost_rows == 40 - (len(data) - 80) > 15         # as many as the whole shards say
+    alone = CaptionFile(str(folder / "2.tar"))
+    assert alone.lost_rows >= len(alone)
+    damaged = bytearray(whole)
+    start = next(m.offset for m in tarfile.open(folder / "0.tar") if m.name.startswith("000000010."))
+    damaged[start:start + 512] = os.urandom(512)
+    (folder / "3.tar").write_bytes(damaged)
+    data = CaptionFile(str(folder / "3.tar"))
+    assert len(data) == 10 and 20 < data.lost_rows < 60         # by the bytes behind the damage
+    table = write(folder, "c.csv", "url,txt\n" + "".join(f"http://x/{i}.jpg,cat\n" for i in range(30)))
+    assert CaptionFile(str(folder / "0.tar"), captions=table).lost_rows == 10
+
+
+def test_tars_behind_one_another_are_both_read(tmp_path):
+    parts = [open(shard(tmp_path / f"{i}.tar", samples(5 * i, 5 * i + 5)), "rb").read() for i in range(3)]
+    (tmp_path / "all.tar").write_bytes(b"".join(parts))
+    data = CaptionFile(str(tmp_path / "all.tar"))
+    assert data.captions == [f"text {i}" for i in range(15)] and data.skipped == [] and data.lost_rows == 0
+    assert not any("error" in data[i] for i in range(15))
+    (tmp_path / "odd.tar").write_bytes(parts[0] + b"what is this" * 100)
+    data = CaptionFile(str(tmp_path / "odd.tar"))
+    assert len(data) == 5 and data.lost_rows > 0
+
+
+def test_tar_headers_of_all_sorts_are_read_as_tarfile_reads_them(tmp_path):
+    link = tarfile.TarInfo("link.jpg")
+    link.type, link.linkname, link.size = tarfile.SYMTYPE, "x" * 200, 0
+    for number, format in enumerate((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+        path = tmp_path / f"{number}.tar"
+        with tarfile.open(path, "w", format=format) as tar:
+            for name in ("a/", "plain.jpg", "d" * 90 + "/" + "n" * 90 + ".txt", "ünï/ço dé.jpg", "empty.txt"):
+                info = tarfile.TarInfo(name)
+                info.size = 0 if name in ("a/", "empty.txt") else 700
+                info.mtime = 1.5 if format == tarfile.PAX_FORMAT else 1
+                info.type = tarfile.DIRTYPE if name == "a/" else tarfile.REGTYPE
+                tar.addfile(info, io.BytesIO(bytes(700)))
+            if format != tarfile.USTAR_FORMAT:
+                tar.addfile(link)
+        with tarfile.open(path) as tar, open(path, "rb") as f:
+            expected = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
+            assert list(data_module.tar_members(f, os.path.getsize(path))) == expected and len(expected) == 4
+
+
+def with_size(path, field):
+    """Write another size into the fourth header of a tar, with its checksum."""
+    content = bytearray(open(path, "rb").read())
+    start = [m.offset for m in tarfile.open(path)][3]
+    content[start + 124:start + 136] = field
+    content[start + 148:start + 156] = b" " * 8
+    content[start + 148:start + 156] = b"%06o\0 " % sum(content[start:start + 512])
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("field", [b"-0000001000\0", b"\xff" * 10 + b"\xfc\0", b"\x80" + b"\xff" * 11,
+                                   b"77777777777\0", b"12 34 56 78\0"])
+def test_sizes_that_cannot_be_end_a_tar_with_a_report(tmp_path, field):
+    path = tmp_path / "a.tar"
+    shard(path, samples(0, 3))
+    with_size(path, field)
+    data = CaptionFile(str(path))
+    assert data.captions == ["text 0"] and data.lost_rows >= 2
+    assert data.skipped[0][0] == f"{path} is damaged or cut off from byte 3,584 on"
+
+
+@pytest.mark.parametrize("member", [{"path": "x.jpg", "size": "-1"}, {"size": "1e9"}, {"comment": "z" * 3000}])
+def test_pax_headers_that_cannot_be(tmp_path, member):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in samples(0, 3):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            info.pax_headers = member if name.startswith("000000002.") and name[-3:] == "txt" else {}
+            tar.addfile(info, io.BytesIO(content))
+    data = CaptionFile(str(tmp_path / "a.tar"))
+    assert data.captions[:2] == ["text 0", "text 1"] and len(data) == 3      # the third by its json
+    assert bool(data.lost_rows) == ("size" in member)
+
+
+def test_patterns_of_shells(folder):
+    for name in ("1.csv", "2.csv", "10.tsv", "[x].csv"):
+        write(folder, name, "image\tcaption\n".replace("\t", "\t" if name[-3:] == "tsv" else ",")
+              + "a.png\tX\n".replace("\t", "\t" if name[-3:] == "tsv" else ",").replace("X", name))
+    for pattern, names in (("*.csv", ["1.csv", "2.csv", "[x].csv"]), ("{1,2,10}.?sv", ["1.csv", "2.csv", "10.tsv"]),
+                           ("[x].csv", ["[x].csv"]), ("[0-9].csv", ["1.csv", "2.csv"])):
+        assert CaptionFile(str(folder / pattern), str(folder)).captions == names
+    with pytest.raises(ValueError, match="no file .*3.* in quotes"):
+        CaptionFile(str(folder / "3*.csv"))
+
+
+def test_only_formats_of_photographs_are_opened(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.eps")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.ppm")
+    for name in ("x.eps", "x.ppm"):
+        os.rename(tmp_path / name, tmp_path / "x.jpg")
+        with pytest.raises(OSError, match="cannot identify image file as one of JPEG, PNG"):
+            load_image(tmp_path / "x.jpg")
+    for kind in ("jpeg", "png", "webp", "gif", "bmp", "tiff"):
+        Image.new("RGB", (8, 8), (250, 250, 250)).save(tmp_path / f"x.{kind}")
+        assert min(load_image(tmp_path / f"x.{kind}").getpixel((4, 4))) > 240
+
+
+def test_images_of_too_many_pixels_are_not_decoded(tmp_path):
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "bomb.png")
+    path = write(tmp_path, "t.csv", "image,caption\nbomb.png,a cat\n")
+    tracemalloc.start()
+    with pytest.warns(Image.DecompressionBombWarning):
+        row = CaptionFile(path, str(tmp_path))[0]
+    assert tracemalloc.get_traced_memory()[1] < 2e6 and os.path.getsize(tmp_path / "bomb.png") < 30_000
+    tracemalloc.stop()
+    assert row["error"] == "13000 x 13000 pixels are more than --max-pixels 89478485"
+    Image.new("RGB", (100, 100)).save(tmp_path / "bomb.png")
+    assert "more than --max-pixels 9999" in CaptionFile(path, str(tmp_path), max_pixels=9999)[0]["error"]
+    assert CaptionFile(path, str(tmp_path), max_pixels=10_000)[0]["image"].size == (100, 100)
+
+
+def test_texts_that_no_person_wrote(folder):
+    """Brackets without end, lone surrogates, words of 200,000 letters: rows like others, in no more than their time."""
+    texts = ["[" * 100_000, "a \ud83d cat", "x" * 200_000, "a dog"]
+    rows = [{"image": "a.png", "caption": text, "negatives": ["a \udc80 hat"]} for text in texts]
+    rows += [{"image": "\udcff.png", "caption": "a cat", "\ud800": 1}, {"image": "a.png", "caption": "x",
+                                                                       "concepts": "[" * 100_000}]
+    path = write(folder, "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    data = CaptionFile(path, str(folder))
+    assert data.captions[:4] == [texts[0], "a ? cat", texts[2], "a dog"] and data.lost_rows == 0
+    read = [Seeded(data, 0)[(0, i)] for i in range(6)]
+    assert ["error" in row for row in read] == [False] * 4 + [True] * 2
+    text, size, longest = train_tokenizer(data.captions * 3)
+    assert size <= 1024
+    config = replace(MODELS["nano"], tokenizer=text, vocab_size=size, context_length=16)
+    batch = Collate(image_transform(config), Tokenizer(config), negatives="swap")(read[1:2] + read[3:])
+    assert batch["tokens"].shape == (2, 16) and len(batch["bad"]) == 2
+    json.dumps(batch["bad"], ensure_ascii=False).encode()       # can be printed
+    with pytest.raises(ValueError, match="no images") as error:
+        CaptionFile(path, caption_key="nothing")
+    str(error.value).encode()
+
+
+def damage(content, rng):
+    """Bytes with one to three accidents: cut, flipped, overwritten, repeated, left out, or with quotes thrown in."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 3)):
+        first = rng.randrange(len(content) + 1)
+        last = min(len(content), first + rng.choice((1, 7, 100, 512, 2000)))
+        kind = rng.choice(("cut", "flip", "zero", "noise", "repeat", "leave out", "quote", "odd"))
+        if kind == "cut":
+            del content[first:]
+        elif kind == "flip" and first < len(content):
+            content[first] ^= 1 << rng.randrange(8)
+        elif kind == "zero":
+            content[first:last] = bytes(last - first)
+        elif kind == "noise":
+            content[first:last] = rng.randbytes(last - first)
+        elif kind == "repeat":
+            content[first:first] = content[first:last]
+        elif kind == "leave out":
+            del content[first:last]
+        elif kind == "quote":
+            content[first:first] = rng.choice((b'"', b'""', b"\n", b"\r", b",", b"\t", b"{", b"["))
+        else:
+            content[first:first] = rng.choice((b"\\ud800", b"\xff", b"\0", b"\xc3", b"-1", b"1e999", b"null"))
+    return bytes(content)
+
+
+def physical_rows(path):
+    """Lines of a table that are not blank, without the header, counted by other means."""
+    lines = [line for line in re.split("\r\n|\r|\n", path.read_bytes().decode("utf-8-sig", "replace")) if line]
+    if path.suffix == ".jsonl":
+        return sum(line.strip() != "" for line in lines)
+    return len(lines) - 1
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "tar"])
+def test_damaged_files_end_in_rows_or_one_line(folder, kind):
+    """Seeded accidents: a data set whose rows can all be asked for, or a ValueError of one line; and no row of a table
+    is lost without being counted."""
+    rows = [{"image": "a.png", "caption": f"a cat, {i}", "concepts": '["a cat"]', "neighbours": "1|2"} for i in range(9)]
+    path = folder / f"t.{kind}"
+    if kind == "tar":
+        shard(path, samples(0, 6))
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with open(path, "w", newline="") as f:
+            table = csv.DictWriter(f, rows[0], delimiter="\t" if kind == "tsv" else ",", lineterminator="\n",
+                                   **{"quoting": csv.QUOTE_NONE, "quotechar": None} if kind == "tsv" else {})
+            table.writeheader()
+            table.writerows(rows)
+    content, rng, outcomes = path.read_bytes(), random.Random(kind), Counter()
+    for number in range(120):
+        damaged = folder / f"{number}.{kind}"
+        damaged.write_bytes(damage(content, rng))
+        try:
+            data = CaptionFile(str(damaged), str(folder))
+        except ValueError as error:
+            assert "\n" not in str(error).strip() and "\r" not in str(error)
+            outcomes["refused"] += 1
+            continue
+        for i in range(len(data)):
+            row = Seeded(data, 0)[(0, i)]
+            json.dumps({k: v for k, v in row.items() if k not in ("image", "neighbour")}, ensure_ascii=False).encode()
+        outcomes["read"] += 1
+        if kind in ("tsv", "jsonl"):
+            assert len(data) + data.lost_rows == physical_rows(damaged), number
+        if kind == "csv" and not data.remarks:
+            assert len(data) + data.lost_rows == physical_rows(damaged), number
+    assert outcomes["read"] > 50, outcomes
 
 
 # ------------------------------------------------------------------------------------------------- joined captions
@@ -662,6 +1256,49 @@ def test_every_row_once_an_epoch_at_any_world_size(length, batch, world):
     assert list(Epochs(length, batch, 5, start_step=1, stop_step=2 * steps)) == whole[1:]      # resumed
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 15, 16, 17, 255, 256, 257, 1000, 4095, 4097, 65_536, 65_537, 100_003])
+def test_the_order_is_a_permutation(length):
+    for key in ("0 0", "0 1"):
+        rows = permute(np.arange(length), length, key)
+        assert rows.dtype == np.int64 and sorted(rows.tolist()) == list(range(length))
+        some = np.arange(0, length, 3)
+        assert (permute(some, length, key) == rows[some]).all()     # each by itself
+    if length > 10:
+        assert (permute(np.arange(length), length, "0 0") != rows).any()
+
+
+def test_the_order_is_random_in_every_place():
+    """Over keys, each position takes each row equally often, and neighbours fall apart: chi-square, 5 sigma."""
+    length, keys = 23, 4000
+    orders = np.stack([permute(np.arange(length), length, f"{key} 0") for key in range(keys)])
+    for counts, cells in ((np.stack([np.bincount(column, minlength=length) for column in orders.T]), length - 1),
+                          (np.bincount(np.diff(orders) .ravel() % length, minlength=length)[1:][None], length - 2)):
+        expected = counts.sum(1, keepdims=True) / counts.shape[1]
+        chi = ((counts - expected) ** 2 / expected).sum(1)
+        assert (np.abs(chi - cells) < 5 * (2 * cells) ** 0.5).all()
+    counts = np.bincount((orders[:, :2] @ [length, 1]), minlength=length ** 2)      # pairs of first and second
+    counts = counts[counts > 0]
+    assert len(counts) == length * (length - 1)
+    cells = len(counts) - 1
+    assert abs(((counts - keys / len(counts)) ** 2 / (keys / len(counts))).sum() - cells) < 5 * (2 * cells) ** 0.5
+    rows = permute(np.arange(100_000), 100_000, "7 3")          # one long order: runs, halves, correlation
+    assert abs(np.corrcoef(np.arange(100_000), rows)[0, 1]) < 5 / 100_000 ** 0.5
+    assert abs((np.diff(rows) > 0).mean() - 0.5) < 5 * (1 / 12 / 100_000) ** 0.5
+    assert abs((rows[:50_000] < 50_000).sum() - 25_000) < 5 * (100_000 / 16) ** 0.5
+
+
+def test_the_order_of_huge_data_takes_no_array():
+    tracemalloc.start()
+    length, stream = 10 ** 12, Epochs(10 ** 12, 768, 1, 1, 2, start_step=10 ** 10, stop_step=10 ** 10 + 3)
+    batches = list(stream)
+    assert tracemalloc.get_traced_memory()[1] < 3e6
+    tracemalloc.stop()
+    assert [len(batch) for batch in batches] == [384] * 3
+    rows = [index for batch in batches for _, index in batch]
+    assert len(set(rows)) == len(rows) and 0 <= min(rows) < length / 100 and 0.99 * length < max(rows) < length
+    assert {epoch for batch in batches for epoch, _ in batch} == {10 ** 10 // stream.steps_per_epoch}
+
+
 def test_batch_larger_than_the_data():
     with pytest.raises(ValueError, match="--batch-size 9 is more than the 8 rows"):
         Epochs(8, 9)
@@ -676,3 +1313,24 @@ def test_tokenizer_of_a_small_corpus():
     assert (ids == size - 1).sum(1).tolist() == [1] * 8 and torch.equal(ids[4], Tokenizer(config)(["green cat!"])[0])
     assert train_tokenizer(captions)[0] == text and json.loads(text)["model"]["type"] == "BPE"
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_the_large_world_shows_three_objects_that_differ_in_colour_and_shape():
+    world = WORLDS["large"]
+    for i in range(20):
+        scene = Scenes(50, world="large", image_size=48)[i]
+        colours, shapes = zip(*scene["objects"])
+        assert len(scene["objects"]) == 3 == len(set(colours)) == len(set(shapes))
+        shown = {tuple(rgb) for rgb in np.asarray(scene["image"]).reshape(-1, 3)}
+        assert {name for name, rgb in world.colours.items() if rgb in shown} == set(colours)
+        assert scene["caption"] == " and ".join(scene["concepts"])
+        assert not set(scene["negatives"]) & {scene["caption"]}
+
+
+@pytest.mark.parametrize("world", sorted(WORLDS))
+def test_every_shape_is_drawn_in_its_own_way(world):
+    drawn = set()
+    for shape in WORLDS[world].shapes:
+        scenes = Scenes(1, world=world)
+        drawn.add(scenes.render([("red", shape)], [0], random.Random(0)).tobytes())
+    assert len(drawn) == len(WORLDS[world].shapes)

@@ -1,26 +1,28 @@
 """compare, plot, show and interpolate against plain computations, and what they say to wrong inputs."""
+import argparse
+import csv
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageOps
 
-from data import Scenes, train_tokenizer
+from data import Scenes, load_image, train_tokenizer
 import evaluate
-import pictures
-from evaluate import interpolate, paired
+from evaluate import interpolate_weights as interpolate, paired
 from model import CLIP, MODELS
 
 
 def command(argv):
-    module = pictures if argv[0] in ("plot", "show") else evaluate
-    args = module.parser().parse_args(argv)
-    module.COMMANDS[args.command](args)
+    evaluate.call(argv)
 
 
 def nano(seed, **changes):
@@ -130,6 +132,89 @@ def test_compare_of_something_else(tmp_path, text):
             command(["compare", good, str(other)])
 
 
+def test_compare_shows_the_means_with_their_intervals(tmp_path, capsys):
+    """Means over subsets, over items (micro) and over labels, against the plain bootstrap with the same draws."""
+    rng, files, summaries = random.Random(0), [], []
+    names = [f"image {rng.randrange(30)}" for _ in range(120)]
+    labels = [rng.choice("abc") for _ in names]
+    for number in range(2):
+        margins = [torch.tensor([float(rng.random() < 0.5 + 0.2 * number) - 0.5 for _ in names]) for _ in range(2)]
+        outcomes = [("x", margins[0], 0.5, names, names, labels), ("y", margins[1][:50], 0.5, names[:50], names[:50], None)]
+        summaries.append(evaluate.summarize(outcomes, {"both": ["x", "y"], "nested": ["both", "x"], "micro": ["x", "y"]}))
+        files.append(results(tmp_path / f"{number}.json", {"crepe": summaries[-1]}))
+    command(["compare", *files])
+    out = capsys.readouterr().out.splitlines()
+    a, b = summaries
+    images = {"x": a["x"]["image"], "y": a["y"]["image"]}
+    change = {name: np.subtract(b[name]["correct"], a[name]["correct"]) for name in "xy"}
+    columns = [(np.array(images[name]), change[name], np.ones(len(change[name]))) for name in "xy"]
+    columns += [(np.array(images["x"]), change["x"], np.array([1 / labels.count(label) for label in labels]))]
+    x, y, macro = 100 * evaluate.bootstrap(columns).T
+    draws = {"x_macro": macro, "both": (x + y) / 2, "nested": (3 * x + y) / 4, "micro": (120 * x + 50 * y) / 170}
+    for name, some in draws.items():
+        row = next(line for line in out if line.startswith(f"crepe {name} ")).split()[2:]
+        low, high = np.quantile(some[1:], (0.025, 0.975))
+        assert row[1:] == [f"{100 * a[name]['accuracy']:.1f}", f"{100 * b[name]['accuracy']:.1f}", f"{some[0]:+.1f}",
+                           f"{low:+.1f}", "..", f"{high:+.1f}", "mean"]
+        assert some[0] == pytest.approx(100 * (b[name]["accuracy"] - a[name]["accuracy"]))
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Files of three models: on swap, A is far ahead of B, and B not of C."""
+    rng, files = random.Random(0), []
+    rights = {"swap": [[1] * 90 + [0] * 10, [1] * 60 + [0] * 40, [1] * 59 + [0] * 41],
+              "add": [[rng.randint(0, 1) for _ in range(100)] for _ in range(3)]}
+    for number, name in enumerate("abc"):
+        outcomes = []
+        for part, right in rights.items():
+            images = [f"{i}.jpg" for i in range(100)]
+            outcomes.append((part, torch.tensor(right[number]) - 0.5, 0.5, images, images, None))
+        found = evaluate.summarize(outcomes, {"macro_3": ["swap", "add"]})
+        files.append(results(tmp_path / f"{name}.json", {"sugarcrepe": found}, checkpoint=f"out/model_{name}/last.pt"))
+    return files
+
+
+def test_tables_to_paste(three, capsys):
+    def printed(*args):
+        command(["compare", *three, *args])
+        return capsys.readouterr().out.rstrip().splitlines()
+
+    def cell(path, subset):
+        found = json.loads(open(path).read())["results"]["sugarcrepe"][subset]
+        return [f"{100 * found[name]:.1f}" for name in ("accuracy", "low", "high")]
+
+    rows = list(csv.reader(printed("--format", "csv", "--columns", "all")))
+    assert rows[0][:4] == ["sugarcrepe", "swap", "swap_low", "swap_high"] and rows[0][-3] == "macro_3"
+    assert [row[0] for row in rows[1:]] == ["model_a", "model_b", "model_c"]
+    for row, path in zip(rows[1:], three):
+        assert row[1:] == [x for subset in ("swap", "add", "macro_3") for x in cell(path, subset)]
+    lines = printed("--format", "markdown", "--columns", "swap")
+    value, low, high = cell(three[0], "swap")
+    assert lines == ["| sugarcrepe | swap |", "| --- | ---: |", f"| model_a | **{value}** [{low}, {high}] |"] + [
+        f"| model_{name} | {x} [{low}, {high}] |" for name, path in zip("bc", three[1:])
+        for x, low, high in [cell(path, "swap")]]
+    command(["compare", *three[1:], "--format", "markdown", "--columns", "swap"])   # b is not clearly ahead of c
+    assert "**" not in capsys.readouterr().out
+    lines = printed("--format", "latex", "--columns", "swap")
+    assert lines[:4] == [r"\begin{tabular}{lr}", r"\toprule", r"sugarcrepe & swap \\", r"\midrule"]
+    assert lines[4] == rf"model\_a & \textbf{{{value}}}$_{{{low}}}^{{{high}}}$ \\" and lines[-1] == r"\end{tabular}"
+    lines = printed()                               # the means, where there are any
+    assert lines[0].split() == ["sugarcrepe", "macro_3"] and len(lines) == 6
+    lines = printed("--format", "text", "--columns", "all", "--reference")
+    assert max(map(len, lines)) <= 100 and f"{value}* {low}-{high}" in lines[1]
+    row = next(line for line in lines if line.startswith("C2LIP B/16 (published)")).split()
+    assert row[3:] == ["73.1", "94.2"]
+
+
+def test_a_lead_over_other_items_is_no_lead(three, tmp_path):
+    names, files = zip(*(evaluate.read_results(path) for path in three[:2]))
+    tables = [file["sugarcrepe"] for file in files]
+    assert evaluate.clear_best(tables, "swap") == 0 == evaluate.clear_best(tables[::-1], "swap") - 1
+    tables[1]["swap"] = {**tables[1]["swap"], "data": "others"}
+    assert evaluate.clear_best(tables, "swap") is None and evaluate.clear_best(tables[:1], "swap") is None
+
+
 # ------------------------------------------------------------------------------------------------- plot
 
 def log_file(folder, rows):
@@ -144,54 +229,82 @@ def run_log(folder, slope):
     return log_file(folder, rows)
 
 
-def coloured(image, colour):
-    """(x, y) of the pixels close to a colour."""
-    away = np.abs(np.asarray(image.convert("RGB")).astype(int) - colour).sum(-1)
-    return np.argwhere(away < 30)[:, ::-1]
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures of matplotlib that were saved, beside their files."""
+    kept, save = [], evaluate.save_figure
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, output: (kept.append(figure), save(figure, output)))
+    return kept
 
 
-def test_plot_draws_each_run_where_its_values_are(tmp_path):
+def lines(panel):
+    return {line.get_color(): (list(line.get_xdata()), list(line.get_ydata())) for line in panel.get_lines()}
+
+
+def test_plot_draws_each_run_where_its_values_are(tmp_path, figures):
     up, down = run_log(tmp_path / "up", lambda i: i / 100), run_log(tmp_path / "down", lambda i: 1 - i / 100)
     command(["plot", up, down, "--output", str(tmp_path / "c.png")])
-    image = Image.open(tmp_path / "c.png")
-    assert image.format == "PNG" and image.size == (720, 60 + 240)      # two panels beside each other, under the legend
-    command(["plot", up, down, "--keys", "scenes.swap", "--output", str(tmp_path / "c.png")])
-    image = Image.open(tmp_path / "c.png")
-    assert image.size == (360, 300)
-    for colour, rises in ((0, 114, 178), True), ((213, 94, 0), False):
-        found = coloured(image, colour)
-        curve = found[found[:, 1] > 70]                                 # below the legend
-        left, right = curve[curve[:, 0].argmin()], curve[curve[:, 0].argmax()]
-        assert len(found) > len(curve) and abs(left[0] - 116) <= 4 and abs(right[0] - 340) <= 4     # steps 20 and 100
-        low, high = (left, right) if rises else (right, left)
-        assert high[1] < low[1] - 100
-        assert abs(high[1] - (85 if rises else 120)) <= 4               # of 0 .. 100 %, 80 % is a fifth below the top
+    assert Image.open(tmp_path / "c.png").format == "PNG" and Image.open(tmp_path / "c.png").width > 1500
+    loss, swap = figures[0].axes                                        # two panels beside each other
+    steps = list(range(1, 101))
+    for colour in evaluate.CURVES[:2]:
+        assert lines(loss)[colour] == (steps, [9.0 / i for i in steps])
+    steps = list(range(20, 101, 20))
+    assert lines(swap)[evaluate.CURVES[0]] == (steps, pytest.approx(steps))
+    assert lines(swap)[evaluate.CURVES[1]] == (steps, pytest.approx([100 - i for i in steps]))
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["up", "down"]
+    # in plain words, and steps in whole numbers
+    assert loss.get_title() == "loss" and swap.get_title() == "swap (scenes)"
+    for panel in (loss, swap):
+        assert panel.get_xlabel() == "step" and all(tick == int(tick) for tick in panel.get_xticks())
+    command(["plot", up, down, "--keys", "scenes.swap", "--output", str(tmp_path / "c.svg")])
+    assert len(figures[1].axes) == 1 and (tmp_path / "c.svg").read_text().startswith("<?xml")
 
 
-def test_plot_counts_torn_lines_and_takes_the_later_of_two(tmp_path, capsys):
+def test_plot_counts_torn_lines_and_takes_the_later_of_two(tmp_path, capsys, figures):
     rows = [{"step": 1, "loss": 5.0}, '{"step": 2, "lo\n', "7\n", {"step": 2, "loss": float("nan")},
             {"step": 3, "loss": 9.0}, {"step": 3, "loss": 2.0}]
-    assert pictures.read_log(log_file(tmp_path / "read", rows)) == {"step": {1: 1, 2: 2, 3: 3}, "loss": {1: 5.0, 3: 2.0}}
+    assert evaluate.read_log(log_file(tmp_path / "read", rows)) == {"step": {1: 1, 2: 2, 3: 3}, "loss": {1: 5.0, 3: 2.0}}
     assert capsys.readouterr().out.count("a line skipped") == 2
     command(["plot", log_file(tmp_path / "torn", rows), "--output", str(tmp_path / "c.png")])
-    assert capsys.readouterr().out.count("a line skipped") == 2 and Image.open(tmp_path / "c.png").size == (360, 280)
+    assert capsys.readouterr().out.count("a line skipped") == 2 and len(figures[0].axes) == 1
     run, other = run_log(tmp_path / "run", lambda i: 0.5), tmp_path / "other" / "log.jsonl"
     log_file(tmp_path / "other", [{"step": 4, "eval": {"retrieval": {"i2t_r1": {"accuracy": 0.5}}}}])
     command(["plot", run, str(other), "--output", str(tmp_path / "c.png")])     # curves that only one of them has
-    assert Image.open(tmp_path / "c.png").size == (3 * 360, 300)
+    assert [len(panel.get_lines()) for panel in figures[1].axes] == [1, 1, 1]
     constant = log_file(tmp_path / "flat", [{"step": 0, "loss": 0.0}])      # one point, no range on either axis
     command(["plot", constant, "--output", str(tmp_path / "c.png")])
+
+
+def test_plot_draws_results_as_bars(three, tmp_path, figures):
+    command(["plot", *three, "--output", str(tmp_path / "c.png")])
+    (panel,) = figures[0].axes
+    bars = [bar for container in panel.containers for bar in getattr(container, "patches", ())]
+    heights = sorted(round(bar.get_height(), 6) for bar in bars if bar.get_width() < 0.5)
+    found = [json.loads(open(path).read())["results"]["sugarcrepe"] for path in three]
+    assert heights == sorted(round(100 * r["accuracy"], 6) for file in found for r in file.values())
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["swap", "add", "macro_3"]
+    command(["plot", *three, "--keys", "swap", "--output", str(tmp_path / "c.png")])
+    assert [label.get_text() for label in figures[1].axes[0].get_xticklabels()] == ["swap"]
 
 
 def test_plot_mistakes(tmp_path):
     good, empty = run_log(tmp_path / "good", lambda i: 0.5), log_file(tmp_path / "empty", [{"args": {}}])
     bare = log_file(tmp_path / "bare", [{"step": 1}])       # neither loss nor evaluation
     for argv in ([bare], [empty], [good, empty], [good, "--keys", "lss"], [good] * 8):
-        with pytest.raises(ValueError, match="plot takes up to 7 logs, none empty, and --keys from"):
+        with pytest.raises(ValueError, match="plot takes up to 7 .*none empty, and --keys from"):
             command(["plot", *argv, "--output", str(tmp_path / "c.png")])
     with pytest.raises(FileNotFoundError, match="none.jsonl"):
         command(["plot", str(tmp_path / "none.jsonl")])
+    with pytest.raises(ValueError, match="--output .*c.xyz"):
+        command(["plot", good, "--output", str(tmp_path / "c.xyz")])
     assert not (tmp_path / "c.png").exists()
+
+
+def test_pictures_say_what_draws_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)     # as if it were not installed
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        command(["plot", run_log(tmp_path / "good", lambda i: 0.5), "--output", str(tmp_path / "c.png")])
 
 
 # ------------------------------------------------------------------------------------------------- show
@@ -201,51 +314,60 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for seed in (0, 1):
         model = nano(seed, patch_size=8 if seed else 16)
-        torch.save(model.checkpoint(), folder / f"{seed}.pt")
-    return [str(folder / "0.pt"), str(folder / "1.pt")]
+        os.makedirs(folder / f"run{seed}")
+        torch.save(model.checkpoint(), folder / f"run{seed}" / "last.pt")
+    return [str(folder / "run0" / "last.pt"), str(folder / "run1" / "last.pt")]
 
 
-def test_show_draws_the_attention_and_writes_its_scores(checkpoints, tmp_path, monkeypatch):
-    texts, text = [], ImageDraw.ImageDraw.text
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *args: (texts.append(args[2]), text(*args)))
+def test_show_draws_the_similarities_on_one_scale(checkpoints, tmp_path, figures):
     command(["show", "--checkpoint", ",".join(checkpoints), "--scene", "5", "--output", str(tmp_path / "a.png")])
-    picture, scene = Image.open(tmp_path / "a.png"), Scenes(9, "val", 1)[5]
-    assert picture.format == "PNG" and picture.size == (3 * 240, 2 * 280) and len(texts) == 6
-    assert [t.split("\n")[0] for t in texts[1:3]] == scene["concepts"]
+    assert Image.open(tmp_path / "a.png").format == "PNG"
+    scene, scales = Scenes(9, "val", 1)[5], set()
+    panels = figures[0].axes[:6]                    # a row a checkpoint: the scene and two phrases; then the colour bar
+    assert [panel.get_title() for panel in panels] == ["run0", *scene["concepts"], "run1", *scene["concepts"]]
+    assert "cosine" in figures[0].axes[6].get_ylabel()
+    every = []
     for row, path in enumerate(checkpoints):
+        photograph, = panels[3 * row].get_images()
+        assert np.array_equal(photograph.get_array(), np.asarray(scene["image"]))       # its own size, untinted
         model = CLIP.load(path).eval()
         with torch.no_grad():
             v = model.encode_image(model.transform(scene["image"])[None], True, True)[1][0].double()     # (T, D)
             p = model.encode_text(model.tokenize(scene["concepts"]), True).double()                      # (2, D)
-        weights = []
-        for n in range(2):      # the definition, a patch at a time
-            e = [math.exp(sum(x * y for x, y in zip(t, p[n].tolist()))) for t in v.tolist()]
-            weights.append([x / sum(e) for x in e])
-            pooled = sum(w * t for w, t in zip(weights[n], v))
-            cosine = (pooled @ p[n] / pooled.norm() / p[n].norm()).item()
-            assert texts[3 * row + 1 + n].endswith(f"cosine {cosine:.2f}")
-        largest, side = max(map(max, weights)), math.isqrt(len(v))
-        assert f"maximum {largest:.3f}, mean {1 / side ** 2:.3f}" in texts[3 * row]
-        seen = picture.crop((8, 280 * row + 8, 232, 280 * row + 232))
-        assert np.abs(np.asarray(seen.resize((32, 32), 0), int) - np.asarray(scene["image"], int)).mean() < 12
-        seen = seen.convert("L")
-        for n in range(2):
-            for t in range(side ** 2):
-                x, y = (int((i + 0.5) * 224 / side) for i in (t % side, t // side))
-                share, grey = weights[n][t] / largest, seen.getpixel((x, y))
-                # green of the colour scale: 0 for none, 55 in the middle, 255 for the row's largest
-                green = 0.8 * (110 * share if share < 0.5 else 55 + 400 * (share - 0.5)) + 0.2 * grey
-                assert abs(picture.getpixel((240 * (n + 1) + 8 + x, 280 * row + 8 + y))[1] - green) < 5
+        side = math.isqrt(len(v))
+        for n, panel in enumerate(panels[3 * row + 1:3 * row + 3]):
+            values = [[float(v[y * side + x] @ p[n]) for x in range(side)] for y in range(side)]    # a patch at a time
+            drawn = panel.get_images()[1]
+            assert np.allclose(drawn.get_array(), values, atol=1e-5)
+            scales.add((drawn.norm.vmin, drawn.norm.vmax))
+            every += sum(values, [])
+            y, x = np.unravel_index(np.argmax(values), (side, side))
+            peak = panel.get_lines()[0]
+            assert peak.get_xdata()[0] == (x + 0.5) * 32 / side and peak.get_ydata()[0] == (y + 0.5) * 32 / side
+    (scale,) = scales
+    assert scale == pytest.approx((min(every), max(every)), abs=1e-5)
 
 
-def test_show_of_an_image_file_with_a_caption_or_concepts(checkpoints, tmp_path):
+def test_show_puts_the_map_where_the_model_looks(tmp_path, figures):
+    """A model that sees the square in the middle."""
+    model = nano(0, resize="shortest")
+    torch.save(model.checkpoint(), tmp_path / "m.pt")
+    Image.effect_noise((90, 50), 90).convert("RGB").save(tmp_path / "i.png")
+    command(["show", "--checkpoint", str(tmp_path / "m.pt"), "--image", str(tmp_path / "i.png"),
+             "--concepts", "a dog", "--output", str(tmp_path / "a.svg")])
+    panel = figures[0].axes[1]
+    assert panel.get_images()[1].get_extent() == [20, 70, 50, 0]
+    assert panel.get_xlim() == (0, 90) and panel.get_ylim() == (50, 0)     # the whole photograph stays
+
+
+def test_show_of_an_image_file_with_a_caption_or_concepts(checkpoints, tmp_path, figures):
     Image.effect_noise((50, 70), 90).save(tmp_path / "i.jpg")
     show = ["show", "--checkpoint", checkpoints[1], "--image", str(tmp_path / "i.jpg"),
             "--output", str(tmp_path / "a.png")]
     command([*show, "--caption", "A cat sits on a mat beside the old dog."])
-    assert Image.open(tmp_path / "a.png").size == (4 * 240, 280)
+    assert [panel.get_title() for panel in figures[0].axes] == ["run1", "A cat", "a mat", "the old dog", ""]
     command([*show, "--concepts", "a red couch"])
-    assert Image.open(tmp_path / "a.png").size == (2 * 240, 280)
+    assert [panel.get_title() for panel in figures[1].axes] == ["run1", "a red couch", ""]
     for extra in ([], ["--caption", " "]):
         with pytest.raises(ValueError, match="give --concepts, or a --caption"):
             command([*show, *extra])
@@ -298,3 +420,356 @@ def test_interpolate_of_models_that_do_not_fit():
     interpolate(tuned, softmax, 0)
     assert torch.equal(tuned.logit_bias, (before["logit_bias"] + other.logit_bias) / 2)
     assert torch.equal(tuned.visual.blocks[0].attn.qkv.weight, softmax.visual.blocks[0].attn.qkv.weight)
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+def evaluate_py(*args):
+    return subprocess.run([sys.executable, os.path.join(evaluate.ASSETS.parent, "evaluate.py"), *args],
+                          capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", ["", *evaluate.COMMANDS])
+def test_each_command_has_its_own_help_and_imports_nothing_for_it(command):
+    before = os.times()
+    done = evaluate_py(*command.split(), "--help")
+    seconds = sum(os.times()[2:4]) - sum(before[2:4])       # of processors, not of the clock
+    assert done.returncode == 0 and done.stdout.startswith("usage: evaluate.py") and seconds < 2
+    if command in ("", "evaluate"):
+        for name, text in {**evaluate.BENCHES, **evaluate.COMMANDS}.items():
+            assert f"  {name:14s} {text}\n" in done.stdout
+    else:
+        assert f"usage: evaluate.py {command}" in done.stdout and "--interpolate" not in done.stdout
+
+
+def test_a_wrong_flag_costs_two_lines():
+    done = evaluate_py("download", "sugarcrepe", "--date-dir", "x")
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        "evaluate.py: unrecognized arguments: --date-dir x", "see: evaluate.py --help"]
+    done = evaluate_py("compare", "a.json")
+    assert done.stderr.splitlines()[1] == "see: evaluate.py compare --help"
+
+
+@pytest.mark.parametrize("bench", evaluate.BENCHES)
+def test_describe_says_protocol_source_and_files(bench, capsys):
+    command(["describe", bench, "--data-dir", "here"])
+    out = capsys.readouterr().out
+    spec = evaluate.TABLE.get(bench, {})
+    assert out.startswith(f"{bench}: {evaluate.BENCHES[bench]}\n")
+    assert evaluate.READERS[bench].__doc__.split(".")[0].split("\n")[0] in out and len(out) > 250
+    assert spec.get("source", "") in out
+    for file in spec.get("files", {}).values():
+        assert f"here/{file['path']}" in out and file.get("url", "by hand") in out
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["plot", "nope.jsonl"], "evaluate.py: no file nope.jsonl"),
+    (["compare", "a.json", "b.json"], "evaluate.py: compare a.json b.json: expected two files of --json"),
+    (["show", "--checkpoint", "nope.pt"], "evaluate.py: no checkpoint at nope.pt"),
+    (["plot", "/"], "evaluate.py: /: Is a directory")])
+def test_unknown_files_in_plain_words(argv, says):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(argv)
+    assert str(stopped.value).startswith(says) and "Errno" not in says
+
+
+def test_tables_of_benchmarks_agree():
+    assert list(evaluate.READERS) == list(evaluate.BENCHES) and set(evaluate.TABLE) <= set(evaluate.BENCHES)
+    assert set(evaluate.MEANS) <= set(evaluate.BENCHES) and set(evaluate.FUNCTIONS) == set(evaluate.COMMANDS)
+    with pytest.raises(ValueError, match="no bench 'sugarcrape': expected all, or one of scenes, "):
+        command(["describe", "sugarcrape"])
+
+
+class Plain:
+    """The four members that run needs, and nothing else."""
+
+    def __init__(self, model):
+        self.encode_image, self.encode_text = model.encode_image, model.encode_text
+        self.tokenize, self.transform = model.tokenize, model.transform
+
+
+def test_run_takes_any_object_with_four_members():
+    model = nano(0).eval()
+    results = evaluate.run(Plain(model), ["scenes"], quiet=True)
+    assert results == evaluate.run(model, ["scenes"], quiet=True)
+    with pytest.raises(TypeError, match="image_rot"):
+        evaluate.run(model, ["scenes"], image_rot="x")
+
+
+def test_run_where_no_image_can_be_read_any_more(tmp_path):
+    (tmp_path / "pairs.csv").write_text("image,caption\nnone.png,a dog\n1.png,a cat\n")
+    with pytest.raises(ValueError, match="none of 2 images can be read, the first is .*none.png: check --image-root"):
+        evaluate.run(nano(0).eval(), ["retrieval"], data=str(tmp_path / "pairs.csv"), image_root=str(tmp_path),
+                     allow_missing=True)
+
+
+def test_check_finds_what_run_would_find(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
+    (tmp_path / "pairs.csv").write_text("image,caption\nnone.png,a dog\n1.png,a cat\n")
+    good = dict(data=str(tmp_path / "pairs.csv"), image_root=str(tmp_path), allow_missing=True)
+    evaluate.check(["scenes", "retrieval"], **good)
+    for benches, changes, says in (
+            (["scnes"], {}, "no bench 'scnes'"), (["sugarcrepe"], {"data_dir": str(tmp_path)}, "download sugarcrepe"),
+            (["retrieval"], {"image_root": "elsewhere"}, "no image .* can be read"),
+            (["retrieval"], {"allow_missing": False}, "cannot read .*none.png"),
+            (["retrieval"], {"image_key": "picture"}, "no images with captions")):
+        with pytest.raises(ValueError, match=says):
+            evaluate.check(benches, **{**good, **changes})
+
+
+# ------------------------------------------------------------------------------------------------- other models
+
+FAMILIES = {
+    "resnet": {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64, "patch_size": None},
+    "eva02": {"timm_model_name": "eva02_tiny_patch14_224", "image_size": 224},
+    "convnext": {"timm_model_name": "convnext_atto", "image_size": 64},
+    "mobileclip": {"timm_model_name": "fastvit_t8", "image_size": 64},
+    "pe": {"timm_model_name": "vit_pe_core_tiny_patch16_384", "image_size": 384, "timm_pool": ""},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_open_clip_models_pick_as_open_clip_does(family, tmp_path, capsys):
+    """Five families, small and random, through the command line: the same picks item by item."""
+    import open_clip
+    vision = {"timm_model_pretrained": False, **FAMILIES[family]}
+    if family == "resnet":
+        vision = FAMILIES[family]
+    config = {"embed_dim": 32, "vision_cfg": vision,
+              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}}
+    (tmp_path / f"tiny-{family}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / f"tiny-{family}.json")
+    torch.manual_seed(0)
+    theirs, _, transform = open_clip.create_model_and_transforms(f"tiny-{family}")
+    tokenize = open_clip.get_tokenizer(f"tiny-{family}")
+    torch.save(theirs.state_dict(), tmp_path / "weights.pt")
+    theirs.eval()
+    rng, rows = random.Random(0), []
+    words = "a red blue dog cat sits on the table".split()
+    for i in range(24):
+        Image.frombytes("RGB", (5, 5), rng.randbytes(75)).resize((90, 70)).save(tmp_path / f"{i % 8}.png")
+    for i in range(24):
+        captions = [" ".join(rng.choices(words, k=6)) for _ in range(1 + rng.randint(1, 2))]
+        rows.append({"image": f"{i % 8}.png", "caption": captions[0], "negative": captions[1:]})
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command(["--init", f"open_clip:tiny-{family}/{tmp_path / 'weights.pt'}", "--bench", "choices", "--data",
+             str(tmp_path / "own.jsonl"), "--image-root", str(tmp_path), "--device", "cpu", "--json",
+             str(tmp_path / "r.json")])
+    found = json.loads((tmp_path / "r.json").read_text())["results"]["choices"]["choices"]
+    correct = []
+    with torch.no_grad():
+        for row in rows:
+            image = theirs.encode_image(transform(load_image(str(tmp_path / row["image"])))[None], normalize=True)
+            texts = theirs.encode_text(tokenize([row["caption"], *row["negative"]]), normalize=True)
+            scores = (image @ texts.T)[0].tolist()
+            correct.append(int(scores[0] > max(scores[1:])))
+    assert found["correct"] == correct and 0 < sum(correct) < 24
+    assert found["chance"] == pytest.approx(np.mean([1 / (1 + len(row["negative"])) for row in rows]))
+
+
+def test_open_clip_mistakes():
+    for name, says in (("ViT-B-99/x", "NAME one of"), ("ViT-B-32", "for this NAME, one of openai"),
+                       ("ViT-B-32/nonsense", "open_clip:ViT-B-32/nonsense cannot be read")):
+        with pytest.raises(ValueError, match=says) as wrong:
+            command(["--init", f"open_clip:{name}"])
+        assert "\n" not in str(wrong.value)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A table of one's own, with one or two negatives and two subsets."""
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "1.png")
+    Image.new("RGB", (40, 40), "blue").save(tmp_path / "2.png")
+    lines = ["image,caption,negative,negative_2,subset", "1.png,a red ring,a blue ring,,colour",
+             "2.png,a blue cross,a red cross,a green cross,colour", "1.png,a cross,a ring,,shape"]
+    (tmp_path / "own.csv").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_choices_on_ones_own_table(own):
+    model = nano(0).eval()
+    found = evaluate.run(model, ["choices"], data=str(own / "own.csv"), image_root=str(own), quiet=True)["choices"]
+    assert list(found) == ["colour", "shape", "macro", "micro"]
+    assert found["colour"]["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2) and found["micro"]["n"] == 3
+    with torch.no_grad():
+        for name, texts in (("1.png", ["a red ring", "a blue ring"]), ("2.png", ["a blue cross", "a red cross",
+                                                                                 "a green cross"])):
+            image = model.encode_image(model.transform(Image.open(own / name))[None], True)[0]
+            scores = (model.encode_text(model.tokenize(texts), True) @ image).tolist()
+            assert found["colour"]["correct"][int(name[0]) - 1] == (scores[0] > max(scores[1:]))
+    assert found["macro"]["accuracy"] == (found["colour"]["accuracy"] + found["shape"]["accuracy"]) / 2
+    assert found["micro"]["accuracy"] == (2 * found["colour"]["accuracy"] + found["shape"]["accuracy"]) / 3
+
+
+@pytest.mark.parametrize("text, says", [
+    ("image,caption\n1.png,a dog", "own.csv: row 1 needs image, caption and negative, and has image, caption"),
+    ("image,caption,negative\n1.png,a dog,", "row 1 needs image, caption and negative"),
+    ("image,caption,negative\n9.png,a dog,a cat", "cannot read .*9.png"), ("", "no rows")])
+def test_mistakes_in_ones_own_table(own, text, says):
+    (own / "own.csv").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        evaluate.run(nano(0).eval(), ["choices"], data=str(own / "own.csv"), image_root=str(own))
+    with pytest.raises(ValueError, match="choices: give --data FILE"):
+        evaluate.run(nano(0).eval(), ["choices"])
+
+
+def test_several_models_in_one_call(checkpoints, own, capsys):
+    command(["--checkpoint", ",".join(checkpoints), "--init", checkpoints[1], "--bench", "choices", "--data",
+             str(own / "own.csv"), "--image-root", str(own), "--json", str(own / "r.json")])
+    out = capsys.readouterr().out
+    alone = []
+    for number, path in enumerate([*checkpoints, checkpoints[1]], 1):
+        file = json.loads((own / f"r.{number}.json").read_text())
+        model = CLIP.load(path).eval()
+        found = evaluate.run(model, ["choices"], data=str(own / "own.csv"), image_root=str(own), quiet=True)
+        assert file["results"] == json.loads(json.dumps(found)) and file["checkpoint"] == path
+        alone.append(found["choices"])
+    table = out[out.rindex("choices  "):].splitlines()
+    assert table[0].split() == ["choices", "macro", "micro"]
+    for line, name, found in zip(table[1:], ("run0", "run1", "run1"), alone):
+        assert line.split()[:2] == [name, f"{100 * found['macro']['accuracy']:.1f}"]
+
+
+# ------------------------------------------------------------------------------------------------- pointing
+
+class Colours:
+    """A model whose patch tokens are the patches' mean colours, and whose texts are colours: it points right."""
+
+    def __init__(self, side=4, shortest=False):
+        self.side = side
+        self.config = argparse.Namespace(resize="shortest" if shortest else "squash")
+        self.words = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
+
+    def transform(self, image):
+        if self.config.resize == "shortest":
+            image = ImageOps.fit(image, (min(image.size),) * 2)
+        return torch.from_numpy(np.asarray(image.resize((8, 8)), dtype=np.float32)).permute(2, 0, 1) / 255
+
+    def tokenize(self, texts):
+        return torch.tensor([[list(self.words).index(text.split()[-1])] for text in texts])
+
+    def encode_text(self, tokens):
+        return torch.tensor(list(self.words.values())).float()[tokens[:, 0]]
+
+    def encode_image(self, images, normalize=False, return_tokens=False):
+        tokens = torch.nn.functional.adaptive_avg_pool2d(images, self.side).flatten(2).transpose(1, 2) + 0.01
+        return (tokens.mean(1), tokens) if return_tokens else tokens.mean(1)
+
+
+def test_pointing_at_colours(tmp_path):
+    """A red field at the left, a blue one at the lower right; boxes of the size of the fields, and wrong ones."""
+    image = Image.new("RGB", (160, 80), "black")
+    image.paste("red", (0, 0, 40, 80))
+    image.paste("blue", (120, 40, 160, 80))
+    image.save(tmp_path / "1.png")
+    content = {"1.png": [["red", 0, 0, 40, 80], ["blue", 120, 40, 40, 40], ["green", 0, 0, 160, 80]],
+               "2.png": [["red", 120, 40, 40, 40], ["blue", 0, 0, 40, 40], ["blue", 121, 41, 5, 4]]}
+    image.save(tmp_path / "2.png")
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    options = dict(data=str(tmp_path / "boxes.json"), image_root=str(tmp_path), quiet=True)
+    found = evaluate.run(Colours(), ["pointing"], **options)["pointing"]
+    assert found["coco"]["correct"] == [1, 1, 1, 0, 0]
+    # patches inside: 4 of 16 red, 2 blue, all; then 2 red; 2 for one box of blue, and 1 for the small one
+    assert found["coco"]["chance"] == pytest.approx((4 / 16 + 2 / 16 + 1 + 2 / 16 + 3 / 16) / 5)
+    assert found["coco_macro"]["accuracy"] == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
+    assert found["coco"]["items"][0].endswith("1.png | a photo of a red")
+
+    # a model that sees the square in the middle sees neither field; its boxes are moved to where it looks
+    middle = evaluate.patches_inside([(60, 0, 40, 80)], evaluate.seen_box(Colours(shortest=True), (160, 80)), 4)
+    assert middle.view(4, 4).tolist() == [[False, True, True, False]] * 4
+
+    instances = {"images": [{"id": 7, "file_name": "1.png"}], "categories": [{"id": 3, "name": "blue"}],
+                 "annotations": [{"image_id": 7, "category_id": 3, "bbox": [120, 40, 40, 40], "iscrowd": 0}]}
+    os.makedirs(tmp_path / "coco" / "annotations")
+    (tmp_path / "coco" / "annotations" / "instances_val2017.json").write_text(json.dumps(instances))
+    official = evaluate.run(Colours(), ["pointing"], data_dir=str(tmp_path), image_root=str(tmp_path), quiet=True)
+    assert official["pointing"]["coco"]["correct"] == [1]
+
+
+def test_pointing_in_scenes_equals_a_plain_loop():
+    model = nano(0).eval()
+    found = evaluate.run(model, ["scenes_pointing"], quiet=True)["scenes_pointing"]["quadrant"]
+    data, correct = Scenes(1000, "val", 1), []
+    for i in range(20):
+        objects, cells, _ = data.objects(i)
+        with torch.no_grad():
+            tokens = model.encode_image(model.transform(data[i]["image"])[None], True, True)[1][0]
+            for (colour, shape), cell in zip(objects, cells):
+                text = model.encode_text(model.tokenize([f"a {colour} {shape}"]), True)[0]
+                y, x = divmod(int((tokens @ text).argmax()), math.isqrt(len(tokens)))
+                half = math.isqrt(len(tokens)) // 2
+                correct.append(int((x // half, y // half) == (cell % 2, cell // 2)))
+    assert found["correct"][:40] == correct and found["n"] == 2000 and found["chance"] == 0.25
+    assert len(set(found["image"])) == 1000
+
+
+def test_pointing_mistakes(tmp_path):
+    plain = Plain(nano(0))
+    plain.encode_image = lambda pixels: None
+    with pytest.raises(ValueError, match="scenes_pointing: this model's encode_image gives no patch tokens"):
+        evaluate.run(plain, ["scenes_pointing"])
+    for text in ("3", "[]", '{"1.png": [["a", 1, 2, 3]]}', '{"1.png": [["a", 1, 2, 3, null]]}', '{"annotations": [{}]}', "{"):
+        (tmp_path / "b.json").write_text(text)
+        with pytest.raises(ValueError, match="b.json: expected COCO's instances, or|coco"):
+            evaluate.run(Colours(), ["pointing"], data=str(tmp_path / "b.json"), data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="instances_val2017.json; get it: python evaluate.py download pointing"):
+        evaluate.run(Colours(), ["pointing"], data_dir=str(tmp_path))
+
+
+def test_files_with_fewer_rows_are_scored_if_that_is_allowed(tmp_path, capsys, monkeypatch):
+    model = nano(0).eval()
+    for name in ("1.jpg", "2.jpg"):
+        Image.new("RGB", (40, 40), "red" if name == "1.jpg" else "blue").save(tmp_path / name)
+    rows = {str(i): {"filename": f"{i % 3 + 1}.jpg", "caption": f"a red ring {'and' * i}", "negative_caption": "a blue ring"}
+            for i in range(9)}
+    os.makedirs(tmp_path / "sugarcrepe")
+    (tmp_path / "sugarcrepe" / "swap_obj.json").write_text(json.dumps(rows))
+    options = dict(data_dir=str(tmp_path), image_root=str(tmp_path))
+    with pytest.raises(ValueError, match="sugarcrepe"):
+        evaluate.run(model, ["sugarcrepe"], **options)
+    counted = {"texts": 0, "images": 0}
+    for name, key in ("encode_image", "images"), ("encode_text", "texts"):
+        def counting(x, *rest, function=getattr(model, name), key=key):
+            counted[key] += len(x)
+            return function(x, *rest)
+        monkeypatch.setattr(model, name, counting)
+    found = evaluate.run(model, ["sugarcrepe"], allow_missing=True, **options)["sugarcrepe"]
+    assert list(found) == ["swap_obj"] and found["swap_obj"]["n"] == 6
+    assert counted == {"images": 2, "texts": 7}     # 3.jpg is missing: its items cost nothing
+    out = capsys.readouterr().out
+    assert "partial: 9 of the official 245 rows" in out and "swap_obj: 3 of 9 items skipped" in out
+
+
+# ------------------------------------------------------------------------------------------------- verify
+
+def test_verify_tells_a_wrong_figure(checkpoints, tmp_path, capsys):
+    """A made registry: a local checkpoint with one figure that is wrong, weights that are not there, a bench without
+    files."""
+    found = evaluate.run(CLIP.load(checkpoints[1]).eval(), ["scenes_pointing"], quiet=True)["scenes_pointing"]["quadrant"]
+    right = round(100 * found["accuracy"] + 0.2, 1)
+    registry = {
+        "good": {"checkpoint": checkpoints[1], "figures": {"scenes_pointing": {"quadrant": right, "gone": 3.0}}},
+        "wrong": {"checkpoint": checkpoints[1], "figures": {"scenes_pointing": {"quadrant": right + 1}}},
+        "absent": {"init": str(tmp_path / "no"), "figures": {"scenes_pointing": {"quadrant": 1}}},
+        "by hand": {"path": "x.pt", "by_hand": "see y", "figures": {"scenes_pointing": {"quadrant": 1}}},
+        "no files": {"checkpoint": checkpoints[1], "figures": {"sugarcrepe": {"swap_obj": 50.0}}}}
+    (tmp_path / "registry.json").write_text(json.dumps(registry))
+    command(["verify", "--registry", str(tmp_path / "registry.json"), "--data-dir", str(tmp_path), "--device", "cpu"])
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines() if line.startswith("scenes_pointing quadrant")]
+    ours = f"{100 * found['accuracy']:.1f}"
+    assert lines[0][2:4] == [ours, f"{right:.1f}"] and len(lines[0]) == 5
+    assert lines[1][2:4] == [ours, f"{right + 1:.1f}"] and lines[1][5:] == ["more", "than", "0.3"]
+    assert "absent: not verified, " in out and "by hand: not verified, no " in out and "see y" in out
+    assert "no files: none of the files of sugarcrepe are there" in out and "1 of 2 figures are within 0.3 points" in out
+    (tmp_path / "bad.json").write_text('{"x": {"figures": {"scenes": {"a": "b"}}}}')
+    with pytest.raises(ValueError, match="bad.json: expected {NAME: .*a figure is no number"):
+        command(["verify", "--registry", str(tmp_path / "bad.json")])
+
+
+def test_the_registry_has_published_figures():
+    registry = evaluate.read_registry(None)
+    assert registry["SigLIP B/16"]["figures"]["sugarcrepe"]["swap_obj"] == 59.6
+    assert all(entry["figures"]["sugarcrepe"] and not {"source"} & set(entry["figures"]["sugarcrepe"])
+               for entry in registry.values())
+

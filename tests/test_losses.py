@@ -2,7 +2,8 @@
 import math
 import os
 import sys
-import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from losses import (ce_clip_loss, clip_loss, con_clip_loss, concept_columns, degla_loss, first_row,  # noqa: E402
-                    gather_features, negclip_loss, npc_loss, row_counts, share_concepts, siglip_loss,
-                    triplet_clip_loss, xac_loss)
+import losses  # noqa: E402
+from losses import (METHODS as METHOD_TABLE, TERMS, Features, ce_clip_loss, clip_loss, con_clip_loss,  # noqa: E402
+                    concept_columns, degla_loss, extra_terms, first_row, gather_features, gather_together, negclip_loss, npc_loss,
+                    plan_batch, row_counts, share_concepts, siglip_loss, triplet_clip_loss, xac_loss)
 from pooling import concept_similarity  # noqa: E402
 
 
@@ -146,6 +151,7 @@ def our_methods(I, T, N, mask, J, image_mask, s, b, thresholds, teacher, offset=
 def labels_from(sets, dedupe):
     """Each image's strings -> the string of each column, and labels (B, N) of the whole batch."""
     pairs = [(m, string) for m, strings in enumerate(sets) for string in strings]
+    dedupe = {"plan for spans": "span", "plan for pairs": False}.get(dedupe, dedupe)
     if dedupe == "span":  # a column for each occurrence, of every image with the string
         return [s for _, s in pairs], torch.tensor([[s in strings for _, s in pairs] for strings in sets]).bool()
     columns = list(dict.fromkeys(s for _, s in pairs)) if dedupe else [s for _, s in pairs]
@@ -208,6 +214,97 @@ def test_losses_equal_naive_loops(sigmoid, seed):
         assert both[0].shape == () and abs(both[0] - both[1]).item() < 1e-12
         for x, y in zip(*(torch.autograd.grad(loss, inputs, materialize_grads=True) for loss in both)):
             assert (x - y).abs().max() < 1e-12
+
+
+def test_count_is_the_divisor_of_the_sigmoid_form_only():
+    I, P, similarity = unit(4, 6, seed=0), unit(5, 6, seed=1), unit(4, 5, seed=2)
+    labels = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    pairs = int(labels.sum())
+    assert pairs != 5
+    for count in (pairs, labels.sum(), torch.tensor(0)):
+        losses_ = npc_loss(I, P, labels, 7.0, -3.0, count), xac_loss(similarity, labels, 7.0, -3.0, count)
+        for loss, z in zip(losses_, (I @ P.T, similarity)):
+            assert abs(loss - naive_sigmoid(7 * z - 3, labels, int(count))) < 1e-12
+        assert npc_loss(I, P, labels, 7.0, None, count) == npc_loss(I, P, labels, 7.0)
+    assert npc_loss(I, P, labels, 7.0, -3.0, 5) == npc_loss(I, P, labels, 7.0, -3.0)
+
+
+def test_the_count_of_pairs_weighs_a_pair_alike_in_any_batch():
+    """The same images and phrases twice: twice the pairs, as many columns."""
+    I, P = unit(4, 6, seed=0), unit(5, 6, seed=1)
+    labels = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    twice, both = torch.cat([I, I]), torch.cat([labels, labels])
+    all_pairs = [npc_loss(x, P, y, 7.0, -3.0, y.sum()) for x, y in ((I, labels), (twice, both))]
+    different = [npc_loss(x, P, y, 7.0, -3.0) for x, y in ((I, labels), (twice, both))]
+    assert abs(all_pairs[1] - all_pairs[0]) < 1e-12 and abs(different[1] - 2 * different[0]) < 1e-12
+
+
+def test_plan_by_hand():
+    ids = torch.tensor([70, 50, 60, -1, 50])  # 50 twice
+    pairs = torch.tensor([[0, 0], [0, 1], [0, 4], [2, 4], [2, 2], [1, 3], [-1, 0]])  # 50 twice in image 0
+    tokens = torch.tensor([[7, 0], [5, 1], [6, 0], [0, 0], [5, 1]])
+    plan = plan_batch(3, ids, pairs, tokens)
+    assert plan.rows == [3] and plan.offset == 0 and plan.negative_mask is None
+    assert plan.tokens.tolist() == [[7, 0], [5, 1], [6, 0]] and plan.given.tolist() == [0, 1, 2]
+    assert plan.labels.tolist() == [[True, True, False], [False] * 3, [False, True, True]]
+    assert plan.given_counts == [3] and plan.pairs == 4
+    filled = plan_batch(3, ids, pairs, tokens, pad_id=9, multiple=4)
+    assert filled.tokens.tolist() == plan.tokens.tolist() + [[9, 9]] and filled.given.tolist() == [0, 1, 2]
+    own = plan_batch(3, ids, pairs)  # everyone encodes its own
+    assert own.tokens is None and own.given.tolist() == [0, 1, 2] and torch.equal(own.labels, plan.labels)
+    spans = plan_batch(3, ids, pairs, merge=False)
+    assert spans.given.tolist() == [0, 1, 2, 4] and spans.pairs == 4
+    released = plan_batch(3, ids, pairs, dedupe=False)
+    assert released.given.tolist() == [0, 1, 4, 4, 2] and released.pairs == 5
+    assert released.labels.sum() == 5 and released.labels.any(0).all()
+    for with_pairs in (plan, own, spans, released):  # as concept_columns has it
+        how = {id(spans): (True, False), id(released): (False,)}.get(id(with_pairs), ())
+        columns, labels = concept_columns(torch.arange(5.0)[:, None], ids, pairs, 3, *how)
+        assert torch.equal(labels, with_pairs.labels)
+        assert columns.flatten().tolist() == with_pairs.given.tolist()
+    mask = torch.tensor([[True], [False]])
+    plain = plan_batch(2, negative_mask=mask)
+    assert plain.rows == [2] and plain.labels is None and torch.equal(plain.negative_mask, mask)
+    none = torch.zeros(0, dtype=torch.int64)
+    empty = plan_batch(2, none, none.view(0, 2), none.view(0, 4), multiple=8)
+    assert empty.tokens.shape == (8, 4) and empty.labels.shape == (2, 0) and empty.pairs == 0
+    with pytest.raises(ValueError, match="dedupe=True"):
+        plan_batch(3, ids, pairs, tokens, dedupe=False)
+
+
+@pytest.mark.parametrize("sigmoid", [True, False])
+def test_methods_are_their_losses(sigmoid):
+    x = method_inputs(5, 4, 6, 3, sigmoid)
+    P, V = unit(7, 6, seed=20), unit(5, 3, 6, seed=21)
+    labels = torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) < 0.4
+    similarity = concept_similarity(V, P)
+    I, T, s, b = x["I"], x["T"], x["s"], x["b"]
+    given = Features(I, T, s, b, 0, P, labels, similarity, None, x["N"], x["mask"], x["J"], x["image_mask"],
+                     x["teacher"], x["thresholds"])
+    plain = siglip_loss(I, T, s, b) if sigmoid else clip_loss(I, T, s)
+    concepts = {"npc": npc_loss(I, P, labels, s, b), "xac": xac_loss(similarity, labels, s, b)}
+    ours, thresholds = our_methods(**x)
+    expected = {"siglip": {"contrastive": plain}, "clip": {"contrastive": plain},
+                "c2lip": {"contrastive": plain, **concepts},
+                "ce_clip": {**ours["ce_clip"], "thresholds": thresholds}, "degla": ours["degla"]}
+    expected |= {name: {"contrastive": ours[name]["loss"]} for name in ("negclip", "con_clip", "triplet_clip")}
+    assert METHOD_TABLE.keys() == expected.keys()
+    for name, method in METHOD_TABLE.items():
+        terms = method.loss(given)
+        assert terms.keys() == expected[name].keys() and {"contrastive", *method.weights} <= terms.keys()
+        assert all(torch.equal(terms[term], expected[name][term]) for term in terms)
+        assert set(terms) <= {"contrastive", "thresholds", *TERMS}
+    extra = extra_terms(given, {"npc": 1.0, "xac": 0.01, "distill": 0.5, "cmr": 1.0})
+    assert extra.keys() == {"npc", "xac", "distill"} and extra["npc"] == concepts["npc"]
+    assert torch.equal(extra["distill"], ours["degla"]["distill"])
+    assert extra_terms(given, {"npc": 0.0, "xac": 1.0}).keys() == {"xac"}
+    without = Features(I, T, s, b, negative_features=x["N"], negative_mask=x["mask"])
+    assert METHOD_TABLE["c2lip"].loss(without).keys() == {"contrastive"}
+    assert METHOD_TABLE["degla"].loss(without).keys() == {"contrastive", "igc"}
+    assert extra_terms(without, {"npc": 1.0, "xac": 0.01, "distill": 0.5}) == {}
+    by_count = METHOD_TABLE["c2lip"].loss(replace(given, concept_count=labels.sum()))
+    assert torch.equal(by_count["npc"], npc_loss(I, P, labels, s, b, labels.sum()))
+    assert torch.equal(by_count["xac"], xac_loss(similarity, labels, s, b, labels.sum()))
 
 
 def method_inputs(B, K, D, seed, sigmoid, scale=5.3):
@@ -359,6 +456,159 @@ def test_half_precision_inputs_and_autocast_keep_logits_in_float32():
         assert exact.dtype == torch.float64
 
 
+PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_"}
+
+
+def tf32_allowed():
+    """What cuBLAS goes by, since torch 2.9 and before."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
+class TF32Products(TorchDispatchMode):
+    """Lists the float32 products that are computed while TF32 is allowed; `seen` counts all."""
+    def __init__(self):
+        super().__init__()
+        self.allowed, self.seen = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in PRODUCTS and args[-1].dtype == torch.float32:
+            self.seen += 1
+            if tf32_allowed():
+                self.allowed.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def tf32():
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def c2lip_features(device, dtype=torch.float32):
+    """Leaves, and a batch of 6 images and 9 concepts made of them."""
+    g = torch.Generator().manual_seed(3)
+    leaves = [torch.randn(*shape, generator=g, dtype=torch.float64).to(device, dtype).requires_grad_()
+              for shape in [(6, 16), (6, 16), (9, 16), (6, 7, 16)]]
+    I, T, P, V = (F.normalize(x, dim=-1) for x in leaves)
+    labels = (torch.rand(6, 9, generator=g) < 0.3).to(device)
+    scale, bias = (torch.tensor(x, device=device, dtype=dtype) for x in (100.0, -10.0))
+    return leaves, Features(I, T, scale, bias, 0, P, labels, concept_similarity(V, P))
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_no_product_of_the_losses_is_in_tf32(softmax, tf32):
+    mode = TF32Products()
+    with mode:
+        _, features = c2lip_features("cpu")
+        if softmax:
+            features.logit_bias = None
+        sum(METHOD_TABLE["c2lip"].loss(features).values()).backward()
+    assert mode.seen >= 6 + 5 and not mode.allowed  # three of each of two losses, and of pooling
+    assert tf32_allowed() and torch.backends.cuda.matmul.allow_tf32  # the caller's choice is in force again
+    with pytest.raises(ZeroDivisionError), losses._full_precision(torch.device("cpu")):
+        1 / 0
+    assert tf32_allowed() and torch.backends.cuda.matmul.allow_tf32
+
+
+def test_float32_under_cuda_autocast():
+    """On fake CUDA tensors, with the real rules of CUDA's autocast."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        before = torch.get_autocast_dtype("cuda")
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast does nothing without a GPU
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            x = torch.randn(6, 16, device="cuda")
+            assert (x @ x.T).dtype == torch.bfloat16 and F.normalize(x @ x.T).dtype == torch.float32
+            for dtype in (torch.float32, torch.bfloat16):
+                I, T, P, V = (torch.randn(*shape, device="cuda", dtype=dtype)
+                              for shape in [(6, 16), (6, 16), (9, 16), (6, 7, 16)])
+                labels = torch.zeros(6, 9, dtype=torch.bool, device="cuda")
+                assert losses._logits(I, P, 100.0).dtype == torch.float32
+                similarity = concept_similarity(V, P)
+                assert similarity.dtype == torch.float32
+                for bias in (-10.0, None):
+                    features = Features(I, T, 100.0, bias, 0, P, labels, similarity)
+                    terms = METHOD_TABLE["c2lip"].loss(features)
+                    assert len(terms) == 3
+                    assert all(x.dtype == torch.float32 and x.is_cuda for x in terms.values())
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.set_autocast_dtype("cuda", before)
+
+
+class ToCPU(TorchDispatchMode):
+    """Lists the operations that bring data from a GPU: each waits for all that was sent to it before.
+
+    Real tensors, which are on the CPU, are computed with as ever, also where others are fake.
+    """
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs = [x for x in tree_leaves([args, kwargs]) if isinstance(x, torch.Tensor)]
+        goes_away = "cuda" in str(kwargs.get("device"))
+        if not inputs or goes_away or any(isinstance(x, FakeTensor) for x in inputs):
+            out = func(*args, **kwargs)
+        else:
+            with unset_fake_temporarily():
+                out = func(*args, **kwargs)
+        outputs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        if any(x.device.type == "cuda" for x in inputs) and any(x.device.type == "cpu" for x in outputs):
+            self.found.append(func)
+        return out
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("method", METHOD_TABLE)
+def test_no_loss_waits_for_a_gpu(method, softmax, monkeypatch):
+    """Fake tensors have no values: whatever asks for one (item, nonzero, unique, a mask as index) fails."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)  # there is no GPU
+    mask, image_mask = torch.rand(4, 2) < 0.6, torch.tensor([True, False, True, True])
+    plan = plan_batch(4, torch.tensor([5, 6, 7, -1]), torch.tensor([[0, 0], [1, 1], [2, 2], [3, 0], [-1, 0]]),
+                      torch.ones(4, 3, dtype=torch.int64), negative_mask=mask)
+    # the backward of fake CUDA tensors needs a GPU; on fake CPU tensors it is the same one
+    for device in ("cuda", "cpu"):
+        with FakeTensorMode(allow_non_fake_inputs=True), ToCPU() as to_cpu:
+            def features(*shape):
+                return torch.randn(*shape, 8, device=device, requires_grad=True)
+
+            placed = plan.to(device)
+            concepts = features(3).index_select(0, placed.given)
+            inputs = Features(
+                features(4), features(4), torch.tensor(10.0, device=device),
+                None if softmax else torch.tensor(-5.0, device=device), plan.offset,
+                concepts, placed.labels, concept_similarity(features(4, 6), concepts), plan.pairs,
+                features(4, 2), placed.negative_mask, features(4), image_mask,
+                {"image_features": features(4).detach(), "text_features": features(4).detach(),
+                 "negative_features": features(4, 2).detach()}, torch.zeros(2, device=device))
+            terms = METHOD_TABLE[method].loss(inputs)
+            terms.pop("thresholds", None)
+            terms |= extra_terms(inputs, {"npc": 1, "xac": 1, "distill": 1})
+            assert all(x.device.type == device for x in terms.values()) and not to_cpu.found
+            if device == "cpu":
+                sum(terms.values()).backward()
+            with pytest.raises(Exception, match="aten"):  # so it would be found
+                terms["contrastive"].item()
+            terms["contrastive"].detach().cpu()
+            assert len(to_cpu.found) == (device == "cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_losses_on_a_gpu_equal_float64_where_tf32_is_allowed(tf32):
+    results = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        leaves, features = c2lip_features(device, dtype)
+        terms = list(METHOD_TABLE["c2lip"].loss(features).values())
+        results.append(terms + list(torch.autograd.grad(sum(terms), leaves)))
+    for exact, ours in zip(*results):
+        assert (ours.cpu() - exact).norm() < 1e-5 * exact.norm()
+
+
 def test_methods_keep_logits_in_float32_under_autocast():
     def half(x):
         return {k: half(v) if k == "teacher" else v.detach().bfloat16() if k in "ITNJ" or "features" in k else v
@@ -425,7 +675,7 @@ BATCHES = {"repeats": SETS, "a process without concepts": [[], []] + SETS[2:5] +
 CASES = [(batch, kind, dedupe, term) for batch in BATCHES for kind in ("sigmoid", "softmax")
          for dedupe in (True, False) for term in ("contrastive", "npc", "xac", "total")]
 CASES += [(batch, kind, how, "total") for batch in BATCHES for kind in ("sigmoid", "softmax")
-          for how in ("span", "shared")]
+          for how in ("span", "shared", "plan", "plan for spans", "plan for pairs")]
 METHODS = ("negclip", "ce_clip", "degla", "con_clip", "triplet_clip")
 CASES += [(masks, kind, K, method) for masks, K in [("some", 3), ("some", 1), ("none", 2), ("none", 0)]
           for kind in ("sigmoid", "softmax") for method in METHODS]
@@ -521,15 +771,17 @@ def reference(batch, kind, dedupe, term):
     images, captions, strings = batch_inputs()
     columns, labels = labels_from(BATCHES[batch], dedupe)
     texts = strings[columns]
-    if dedupe == "span":  # the feature depends on the caption
+    # every pair counts, where a plan says how many there are
+    count = sum(map(len, BATCHES[batch])) if str(dedupe).startswith("plan") else len(texts)
+    if dedupe in ("span", "plan for spans"):  # the feature depends on the caption
         texts = texts + captions[[m for m, strings_ in enumerate(BATCHES[batch]) for _ in strings_]]
     I, V, T, s, b = model(images, torch.cat([captions, texts]))
     T, P = T[:9], T[9:]
     eye, z_npc, z_xac = torch.eye(9, dtype=torch.bool), s * I @ P.T, s * naive_similarity(V, P)
     if kind == "sigmoid":
         terms = {"contrastive": naive_sigmoid(s * I @ T.T + b, eye, 9),
-                 "npc": naive_sigmoid(z_npc + b, labels, len(P)),
-                 "xac": naive_sigmoid(z_xac + b, labels, len(P))}
+                 "npc": naive_sigmoid(z_npc + b, labels, count),
+                 "xac": naive_sigmoid(z_xac + b, labels, count)}
     else:
         terms = {"contrastive": naive_softmax(s * I @ T.T, eye),
                  "npc": naive_softmax(z_npc, labels), "xac": naive_softmax(z_xac, labels)}
@@ -551,7 +803,7 @@ def step(model, split, batch, kind, dedupe, term):
     pairs = [(m, unique.index(string)) for m, strings_ in enumerate(sets) for string in strings_]
     pad = 2 if rank == 1 else 0  # padded to a static shape here, not there
     texts = strings[unique]
-    if dedupe == "span":
+    if dedupe in ("span", "plan for spans"):
         texts = strings[[unique[u] for _, u in pairs]] + captions[[m for m, _ in pairs]]
         unique, pairs = [unique[u] for _, u in pairs], [(m, n) for n, (m, _) in enumerate(pairs)]
     ids = torch.tensor([1000 - u for u in unique] + [-1] * pad, dtype=torch.int64)
@@ -565,15 +817,30 @@ def step(model, split, batch, kind, dedupe, term):
         counts, strings_of_all = row_counts(len(tokens)), {s for strings_ in BATCHES[batch] for s in strings_}
         assert sum(counts) == len(strings_of_all) and max(counts) - min(counts) <= 1
         texts = strings[tokens[:, 0]]
+    if str(dedupe).startswith("plan"):
+        tokens = torch.tensor(unique + [0] * pad).view(-1, 1).expand(-1, rank + 1).long()
+        how = (tokens, True, True) if dedupe == "plan" else (None, "spans" in dedupe, False)
+        plan = plan_batch(b, ids, pairs, *how, torch.full((b, 2), rank % 2 == 0), 7, 2)
+        assert plan.rows == row_counts(b) and plan.pairs == sum(map(len, BATCHES[batch]))
+        assert plan.negative_mask[:, 1].tolist() == [r % 2 == 0 for r, n in enumerate(split) for _ in range(n)]
+        if dedupe == "plan":
+            encoded = len(plan.given)
+            assert len(plan.tokens) == max(2, encoded + encoded % 2) and (plan.tokens[encoded:] == 7).all()
+            texts = strings[torch.where(plan.tokens[:, 0] == 7, 0, plan.tokens[:, 0])]
+            texts[:encoded] = strings[plan.tokens[:encoded, 0]]
     I, V, T, s, bias = model(images, torch.cat([captions, texts]))
-    columns, labels = concept_columns(T[b:], ids, pairs, b, bool(dedupe), dedupe != "span", feature_ids)
-    texts, offset = gather_features(T[:b]), first_row(b)
+    if str(dedupe).startswith("plan"):
+        texts, columns = gather_together([T[:b], T[b:].index_select(0, plan.given)], [plan.rows, plan.given_counts])
+        labels, offset, count = plan.labels, plan.offset, plan.pairs
+    else:
+        columns, labels = concept_columns(T[b:], ids, pairs, b, bool(dedupe), dedupe != "span", feature_ids)
+        texts, offset, count = gather_features(T[:b]), first_row(b), None
     assert offset == start and len(texts) == 9
     assert len(columns) == len(labels_from(BATCHES[batch], dedupe)[0])
     terms = {"contrastive": siglip_loss(I, texts, s, bias, offset) if kind == "sigmoid"
              else clip_loss(I, texts, s, offset),
-             "npc": npc_loss(I, columns, labels, s, bias),
-             "xac": xac_loss(concept_similarity(V, columns), labels, s, bias)}
+             "npc": npc_loss(I, columns, labels, s, bias, count),
+             "xac": xac_loss(concept_similarity(V, columns), labels, s, bias, count)}
     terms["total"] = terms["contrastive"] + terms["npc"] + 0.5 * terms["xac"]
     loss = terms[term] * world
     used = sum(x.sum() * 0 for x in (I, V, T, s, bias) if x is not None)  # DDP wants every output in the loss
@@ -581,11 +848,37 @@ def step(model, split, batch, kind, dedupe, term):
     return loss.detach(), None
 
 
+class Collectives(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.found[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def step_collectives(rank, world):
+    """What C2LIP's loss exchanges in a step: shapes and numbers of the plan; features, their gradient."""
+    features = [torch.randn(n, D, requires_grad=True) for n in (3, 2 + rank)]
+    with Collectives() as mode:
+        ids, pairs = torch.arange(2 + rank), torch.tensor([[0, 0], [2, 1]])
+        plan = plan_batch(3, ids, pairs, ids[:, None])
+        texts, columns = gather_together([features[0], features[1].index_select(0, plan.given % (2 + rank))],
+                                         [plan.rows, plan.given_counts])
+        images, scale, bias = texts.detach()[:3], torch.tensor(10.0), torch.tensor(-5.0)
+        similarity = concept_similarity(torch.randn(3, 4, D), columns)
+        given = Features(images, texts, scale, bias, plan.offset, columns, plan.labels, similarity, plan.pairs)
+        sum(METHOD_TABLE["c2lip"].loss(given).values()).backward()
+    return dict(mode.found)
+
+
 def worker(rank, world, folder):
     torch.set_num_threads(1)
     from datetime import timedelta
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
-                            timeout=timedelta(seconds=40))
+                            timeout=timedelta(minutes=10))  # ends a hang, and no loaded machine needs it
     results = {}
     models = {kind: torch.nn.parallel.DistributedDataParallel(Towers(kind == "sigmoid"))
               for kind in ("sigmoid", "softmax")}
@@ -614,18 +907,18 @@ def worker(rank, world, folder):
     x = torch.ones(2, requires_grad=rank == 0)
     gather_features(x).sum().backward()
     assert rank or x.grad.tolist() == [world, world]
+    assert step_collectives(rank, world) == ({"allgather_": 3, "allreduce_": 1} if world > 1 else {})
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def spawn(world, folder, seconds=120):
+def spawn(world, folder):
     os.environ["OMP_NUM_THREADS"] = "1"
     context = torch.multiprocessing.spawn(worker, (world, str(folder)), nprocs=world, join=False)
-    end = time.time() + seconds
     try:
-        while not context.join(timeout=1):
-            assert time.time() < end, f"{world} processes hang"
+        while not context.join():
+            pass
     finally:
         for process in context.processes:
             if process.is_alive():

@@ -1,24 +1,33 @@
-"""The methods side by side, on scenes: python tests/study/scenes.py --output out/study
+"""The methods side by side on drawn scenes, over seeds.
 
-Part 1 trains every method and ablation from scratch: same scenes in the same order, same optimizer, same steps. Part 2
-is fine-tuning, which should add binding and must not lose what was there: single is zero-shot classification of one
-object, i2t and t2i retrieval. What each method fine-tunes ("before") is a plain SigLIP, a bag of words that retrieves:
-trained with batches of 32, which hold few scenes that differ in their binding alone, and then with 128 at a lower rate.
-Tables give the mean over seeds with the 95 % interval of Student's t. Started again, the study goes on where it was;
-runs that are complete are not repeated.
+    python tests/study/scenes.py --output out/study                     everything
+    python tests/study/scenes.py --parts large --arms "SigLIP, plain" C2LIP --seeds 5
+
+Parts:
+    scratch  every method and ablation from nothing on the small world: the same scenes in the same
+             order, the same optimizer, the same steps
+    large    the main arms from nothing on the large world, in which a bag of words tells the scenes
+             of a batch apart, as it does natural captions
+    tuned    fine-tuning, which should add binding and lose nothing. What is tuned ("before") is a
+             plain SigLIP that retrieves and binds nothing: trained with batches of 32, which hold
+             few scenes that differ in their binding alone, then with 128 at a lower rate
+
+The unit is the seed. table.md in the output folder has the mean over seeds with half of Student's
+95 % interval, and each seed's value below. Started again, the study goes on where it was: runs that
+are complete are not repeated.
 """
 import argparse
-import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-METHODS = {     # name: flags of train.py
+METHODS = {     # arm: flags of train.py
     "SigLIP, plain": ["--method", "siglip"],
     "C2LIP": [],
     "CLIP, plain": ["--method", "clip"],
@@ -34,101 +43,219 @@ SCRATCH = METHODS | {
     "XAC 0.01 alone": ["--npc-weight", "0"],
     "C2LIP, XAC 0.1": ["--xac-weight", "0.1"],
     "C2LIP, XAC 1": ["--xac-weight", "1"],
+    "C2LIP, all concepts counted": ["--concept-count", "all"],
     "C2LIP, --no-dedupe": ["--no-dedupe"],
     "C2LIP, span features": ["--concept-features", "span"],
 }
-T_975 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}     # by the number of seeds
+LARGE = {
+    "SigLIP, plain": ["--method", "siglip"],
+    "CLIP, plain": ["--method", "clip"],
+    "C2LIP": [],
+    "C2LIP, XAC 1": ["--xac-weight", "1"],
+    "NPC alone": ["--xac-weight", "0"],
+    "C2LIP, softmax": ["--loss", "clip"],
+}
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}     # by seeds
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--output", default="out/study", help="folder of the runs and of table.md (out/study)")
-parser.add_argument("--seeds", type=int, default=3, help="runs an arm, with seeds 0, 1, ... (3)")
-parser.add_argument("--steps", type=int, default=600, help="from scratch (600)")
-parser.add_argument("--base-steps", type=int, default=2400, help="of \"before\", with batches of 32, then 128 (2400)")
-parser.add_argument("--tune-steps", type=int, default=1800, help="of fine-tuning (1800)")
-parser.add_argument("--tune-lr", type=float, default=1e-3, help="of fine-tuning, and of batches of 128 before (1e-3)")
-parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, a thread each (cores)")
+parser = argparse.ArgumentParser(description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--output", default="out/study",
+                    help="Folder of the runs and of table.md. Default: out/study.")
+parser.add_argument("--parts", nargs="+", default=["scratch", "large", "tuned"],
+                    choices=("scratch", "large", "tuned"), help="Default: all.")
+parser.add_argument("--arms", nargs="+", metavar="ARM",
+                    help="Only these arms of each part, by their names in the tables.")
+parser.add_argument("--seeds", type=int, default=3, help="Runs an arm: seeds 0, 1, ... Default: 3.")
+parser.add_argument("--steps", type=int, default=600,
+                    help="Of the part scratch, in batches of 128. Default: 600.")
+parser.add_argument("--large-steps", type=int, default=1200,
+                    help="Of the part large, in batches of 128. Default: 1200.")
+parser.add_argument("--base-steps", type=int, default=2400,
+                    help="Of 'before', first in batches of 32, then of 128. Default: 2400.")
+parser.add_argument("--tune-steps", type=int, default=1800, help="Of fine-tuning. Default: 1800.")
+parser.add_argument("--tune-lr", type=float, default=1e-3,
+                    help="Of fine-tuning, and of 'before' in batches of 128. Default: 1e-3.")
+parser.add_argument("--device", help="As in train.py. Default: a GPU if there is one.")
+parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1,
+                    help="Runs at once, of one thread each. Default: the number of cores.")
 args = parser.parse_args()
-SHARED = ["--preset", "nano", "--lr", "3e-3", "--relations", "0.1", "--save-every", "150", "--eval-every", "150",
-          "--resume", "auto"]
-PARTS = {   # arms, steps, the part with the weights they start from
-    "scratch": (SCRATCH, args.steps, None),
-    "base": ({"before": ["--method", "siglip", "--batch-size", "32", "--lr", "2e-3"]}, args.base_steps, None),
-    "settled": ({"before": ["--method", "siglip"]}, args.base_steps, "base"),
-    "tuned": (METHODS, args.tune_steps, "settled")}
+
+SMALL_WORLD = ["--lr", "3e-3", "--relations", "0.1"]
+LARGE_WORLD = ["--world", "large", "--lr", "2e-3"]
+TUNING = ["--relations", "0.1", "--lr", str(args.tune_lr)]
 
 
-def folder(part, arm, seed):
-    name = "".join(c if c.isalnum() else "-" for c in arm.lower())
-    return os.path.join(args.output, part, f"{name}-{seed}")
+class Run:
+    """One training run: a part, an arm, a seed.
+
+    flags are those of train.py, and start is the run whose weights this one begins with.
+    """
+
+    def __init__(self, part, arm, seed, steps, flags, start=None):
+        self.name = f"{part} {arm}, seed {seed}"
+        arm_name = "".join(letter if letter.isalnum() else "-" for letter in arm.lower())
+        self.folder = os.path.join(args.output, part, f"{arm_name}-{seed}")
+        self.steps = steps
+        self.flags = [*flags, "--seed", str(seed), "--steps", str(steps)]
+        self.start = start
+
+    def figures(self):
+        """{subset: accuracy} at the last step, None before the run is complete."""
+        path = os.path.join(self.folder, "log.jsonl")
+        if not os.path.exists(path):
+            return None
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                row = json.loads(line) if line.endswith("\n") else {}
+                if row.get("step") == self.steps and "eval" in row:
+                    results = next(iter(row["eval"].values()))
+                    return {name: r["accuracy"] for name, r in results.items()}
+        return None
+
+    def train(self):
+        """Train in a process of its own, whose output goes to output.txt in its folder."""
+        if self.figures() is not None:
+            return
+        os.makedirs(self.folder, exist_ok=True)
+        weights = ["--model", "nano"]
+        if self.start:
+            weights = ["--init", os.path.join(self.start.folder, "last.pt")]
+        command = [sys.executable, os.path.join(ROOT, "train.py"), "--preset", "nano", *weights,
+                   *self.flags, "--save-every", "300", "--eval-every", "300", "--resume", "auto",
+                   "--out-dir", self.folder]
+        if args.device:
+            command += ["--device", args.device]
+        with open(os.path.join(self.folder, "output.txt"), "w", encoding="utf-8") as f:
+            subprocess.run(command, stdout=f, stderr=subprocess.STDOUT,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if self.figures() is None:
+            raise RuntimeError(f"{self.name} failed: see {f.name}")
 
 
-def figures(part, arm, seed):
-    """{subset: accuracy} at the last step of a run; None before."""
-    path = os.path.join(folder(part, arm, seed), "log.jsonl")
-    for line in open(path) if os.path.exists(path) else ():
-        row = json.loads(line) if line.endswith("\n") else {}
-        if "eval" in row and row["step"] == PARTS[part][1]:
-            return {name: r["accuracy"] for name, r in row["eval"]["scenes"].items()}
+def chosen(arms):
+    return {arm: flags for arm, flags in arms.items() if not args.arms or arm in args.arms}
 
 
-def train(part, arm, seed):
-    """One run in a process of its own; what it says goes to output.txt in its folder."""
-    out = folder(part, arm, seed)
-    if figures(part, arm, seed) is None:
-        os.makedirs(out, exist_ok=True)
-        arms, steps, start = PARTS[part]
-        flags = ["--model", "nano"] if start is None else [
-            "--init", os.path.join(folder(start, "before", seed), "last.pt"), "--lr", str(args.tune_lr)]
-        command = [sys.executable, os.path.join(ROOT, "train.py"), *SHARED, *flags, *arms[arm],
-                   "--steps", str(steps), "--seed", str(seed), "--out-dir", out]
-        with open(os.path.join(out, "output.txt"), "w") as f:
-            subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if figures(part, arm, seed) is None:
-            raise SystemExit(f"{part} {arm}, seed {seed} failed: see {f.name}")
-    return f"{part} {arm}, seed {seed}"
+def part_runs(part, arms, steps, flags):
+    """{arm: its runs, seed by seed}."""
+    runs = {}
+    for arm, own_flags in chosen(arms).items():
+        runs[arm] = [Run(part, arm, seed, steps, [*flags, *own_flags])
+                     for seed in range(args.seeds)]
+    return runs
 
 
-def cell(values, sign=""):
-    """Mean and half width of the 95 % interval, in percent; of one or two seeds each value."""
-    n, mean = len(values), sum(values) / len(values)
-    if n < 3:
-        return " / ".join(f"{100 * x:{sign}.1f}" for x in values)
-    deviation = (sum((x - mean) ** 2 for x in values) / (n - 1)) ** 0.5
-    return f"{100 * mean:{sign}.1f} ± {100 * T_975.get(n, 1.96) * deviation / n ** 0.5:.1f}"
+def tuned_runs():
+    """The same for fine-tuning; "before" is among the arms, and each run knows what it tunes."""
+    plain = ["--method", "siglip", "--relations", "0.1"]
+    runs = {"before": []}
+    for seed in range(args.seeds):
+        base = Run("base", "before", seed, args.base_steps,
+                   [*plain, "--batch-size", "32", "--lr", "2e-3"])
+        settled = Run("settled", "before", seed, args.base_steps,
+                      [*plain, "--lr", str(args.tune_lr)], base)
+        runs["before"].append(settled)
+        for arm, flags in chosen(METHODS).items():
+            run = Run("tuned", arm, seed, args.tune_steps, [*TUNING, *flags], settled)
+            runs.setdefault(arm, []).append(run)
+    return runs
 
 
-def table(rows, before=None):
-    """Markdown of {row: (part, arm)}, the mean over the seeds that are complete; with before, a row, what changed from
-    it on, seed by seed."""
-    found = {row: [r for seed in range(args.seeds) if (r := figures(*run, seed))] for row, run in rows.items()}
-    start = found.get(before)
-    changed = {row: [{name: x - old[name] for name, x in run.items()} for run, old in zip(runs, start)]
-               for row, runs in found.items() if start and row != before}
-    subsets = list(next(runs[0] for runs in found.values() if runs))
-    lines = ["| | " + " | ".join(name.replace("_", " ") for name in subsets) + " |", "|---" * (len(subsets) + 1) + "|"]
-    return "\n".join(lines + [f"| {row} | " + " | ".join(cell([run[name] for run in runs], "+" * (row in changed))
-                                                         for name in subsets) + " |"
-                              for row, runs in (found | changed).items() if runs])
+def train_with_starts(run):
+    """Train a run after what it starts from. Runs of one seed wait for each other."""
+    if run.start:
+        train_with_starts(run.start)
+    run.train()
 
 
-runs = args.seeds * sum(len(arms) for arms, *_ in PARTS.values())
-with tqdm(total=runs, unit="run") as bar, ThreadPoolExecutor(args.jobs) as pool:
-    for seed, (part, (arms, *_)) in itertools.product(range(args.seeds), PARTS.items()):     # seed by seed
-        for run in as_completed([pool.submit(train, part, arm, seed) for arm in arms]):
-            bar.set_postfix_str(run.result())
-            bar.update()
+def train_all(parts):
+    """All runs, as many at once as --jobs says. What fine-tuning starts from comes first."""
+    before = parts.get("tuned", {}).get("before", [])
+    rest = []
+    tuned = []
+    for part, runs in parts.items():
+        for arm, of_arm in runs.items():
+            if arm == "before":
+                continue
+            (tuned if part == "tuned" else rest).extend(of_arm)
+    bar = tqdm(total=len(before) + len(rest) + len(tuned), unit="run")
 
-tuned = f"and what {args.tune_steps} steps at lr {args.tune_lr:g} change, in points"
-text = f"""From scratch, {args.steps} steps:
+    def train(run):
+        train_with_starts(run)
+        bar.set_postfix_str(run.name)
+        bar.update()
 
-{table({arm: ("scratch", arm) for arm in SCRATCH})}
+    def train_tuned(run, start):
+        start.result()
+        train(run)
 
-A plain SigLIP ("before", {args.base_steps} steps of 32 and of 128), {tuned}:
+    with ThreadPoolExecutor(args.jobs) as pool:
+        starts = {run: pool.submit(train, run) for run in before}
+        futures = [pool.submit(train, run) for run in rest]
+        futures += [pool.submit(train_tuned, run, starts[run.start]) for run in tuned]
+        for future in [*starts.values(), *futures]:
+            future.result()
+    bar.close()
 
-{table({"before": ("settled", "before"), **{arm: ("tuned", arm) for arm in METHODS}}, "before")}
 
-Mean over {args.seeds} seeds ± half of the 95 % interval, in percent; of one or two seeds each value.
-"""
-with open(os.path.join(args.output, "table.md"), "w") as f:
-    f.write(text)
-print(f"{text}\nwrote {f.name}")
+def mean_and_interval(values, sign=""):
+    """Mean and half of Student's 95 % interval over seeds, in percent."""
+    mean = 100 * statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:{sign}.1f}"
+    half = T_975.get(len(values), 1.96) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:{sign}.1f} ± {100 * half:.1f}"
+
+
+def each_seed(values, sign=""):
+    return " / ".join(f"{100 * value:{sign}.1f}" for value in values)
+
+
+def changes(found, before):
+    """What each run changed in the one that it tuned, seed by seed."""
+    rows = []
+    for figures, start in zip(found, before):
+        rows.append({subset: figures[subset] - start[subset] for subset in start})
+    return rows
+
+
+def table(runs, write):
+    """Markdown: arms in rows, subsets in columns, cells as write(values over seeds, sign)."""
+    found = {arm: [run.figures() for run in of_arm] for arm, of_arm in runs.items()}
+    subsets = list(next(iter(found.values()))[0])
+    lines = ["| | " + " | ".join(name.replace("_", " ") for name in subsets) + " |",
+             "|---" * (len(subsets) + 1) + "|"]
+    for arm, of_arm in found.items():
+        sign = ""
+        if "before" in found and arm != "before":
+            of_arm = changes(of_arm, found["before"])
+            sign = "+"
+        cells = [write([figures[subset] for figures in of_arm], sign) for subset in subsets]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+parts = {}
+if "scratch" in args.parts:
+    parts["scratch"] = part_runs("scratch", SCRATCH, args.steps, SMALL_WORLD)
+if "large" in args.parts:
+    parts["large"] = part_runs("large", LARGE, args.large_steps, LARGE_WORLD)
+if "tuned" in args.parts:
+    parts["tuned"] = tuned_runs()
+train_all(parts)
+
+TITLES = {
+    "scratch": f"From scratch, small world, {args.steps} steps of 128",
+    "large": f"From scratch, large world, {args.large_steps} steps of 128",
+    "tuned": f"A plain SigLIP ('before'), and what {args.tune_steps} steps of 128 at a rate of "
+             f"{args.tune_lr:g} change in it, in points",
+}
+sections = []
+for part, runs in parts.items():
+    sections += [f"## {TITLES[part]}", table(runs, mean_and_interval),
+                 f"Each seed, 0 to {args.seeds - 1}:", table(runs, each_seed)]
+path = os.path.join(args.output, "table.md")
+with open(path, "w", encoding="utf-8") as f:
+    f.write("\n\n".join(sections) + "\n")
+print("\n\n".join(sections))
+print(f"\nwrote {path}")

@@ -1,0 +1,142 @@
+"""What opening large data costs: tables of 10^4 to 10^7 rows, tars of 10^3 to 10^6 tiny samples.
+
+    python tests/bench/data_scale.py [--rows 10000 100000 1000000] [--samples 1000 10000] [--ranks 1 2]
+
+For each size and number of ranks, each rank a process with 2 loader workers:
+    build       seconds until the slowest rank has opened files without an index, which it writes
+    rate        rows (or samples) a second of this
+    warm        seconds of the same with the index there
+    private     MiB of memory of one rank's own that opening and reading 1,000 rows added (warm), and shared: pages of files
+    resume      seconds from a warm start to the first batch, at a step in the middle of the tenth epoch
+    read        rows a second that one process reads then, without their images
+The files are made in --folder, and removed. Figures for 12 and 128 million rows that the README gives are extrapolated
+from these, per row, and say so.
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, ROOT)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def make_table(path, rows):
+    """A csv with a path, a caption of natural length and a url a row, as CC3M's."""
+    with open(path, "w") as f:
+        f.write("image,caption,url\n")
+        for i in range(rows):
+            f.write(f'train/{i % 1000:03}/{i:09}.jpg,"a person, number {i}, walks along the beach '
+                    f'with a dog and a ball",https://example.com/images/{i}.jpg\n')
+
+
+def make_tars(folder, samples, each=10_000):
+    """Shards as img2dataset's, with pictures of 1 kB that nobody decodes here."""
+    picture = os.urandom(1000)
+    for first in range(0, samples, each):
+        with tarfile.open(f"{folder}/{first // each:05d}.tar", "w") as tar:
+            for i in range(first, min(samples, first + each)):
+                about = json.dumps({"url": f"https://example.com/{i}", "caption": f"a dog {i}", "width": 256})
+                for ending, content in (("jpg", picture), ("txt", f"a dog {i}".encode()), ("json", about.encode())):
+                    info = tarfile.TarInfo(f"{i:09d}.{ending}")
+                    info.size = len(content)
+                    tar.addfile(info, __import__("io").BytesIO(content))
+    return f"{folder}/*.tar"
+
+
+def memory():
+    """This process's own memory and that of pages of files, which processes share, in MiB."""
+    with open("/proc/self/smaps_rollup") as f:
+        sizes = dict(line.split()[:2] for line in f if "kB" in line)
+    own = int(sizes["Anonymous:"]) / 1024
+    return own, int(sizes["Rss:"]) / 1024 - own
+
+
+def only_keys(rows):
+    return [row["key"] for row in rows]
+
+
+class Rows:
+    """A data set's rows without their images."""
+    def __init__(self, data):
+        self.data = data
+
+    def __getitem__(self, item):
+        return self.data.sample(item[1])
+
+
+def rank_process(rank, ranks, source, warm, results):
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks), RANK="1")      # no progress bar
+    import torch
+    from torch.utils.data import DataLoader
+
+    from data import CaptionFile, Epochs
+    torch.set_num_threads(1)
+    private, shared = memory()
+    start = time.perf_counter()
+    data = CaptionFile(source)
+    found = {"rows": len(data), "open": time.perf_counter() - start}
+    if warm:
+        step = 10 * (len(data) // 768) - len(data) // 1536
+        stream = Epochs(len(data), min(768, len(data)), 0, rank, ranks, start_step=step, stop_step=step + 4)
+        loader = DataLoader(Rows(data), batch_sampler=stream, num_workers=2, collate_fn=only_keys)
+        batches = iter(loader)
+        next(batches)
+        found["resume"] = time.perf_counter() - start
+        begin = time.perf_counter()
+        for i in range(1000):
+            data.sample(i * 7919 % len(data))
+        found["read"] = 1000 / (time.perf_counter() - begin)
+        found["private"], found["shared"] = (after - before for after, before in zip(memory(), (private, shared)))
+    results.put(found)
+
+
+def measure(source, ranks, warm):
+    """The slowest rank's figures."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=rank_process, args=(rank, ranks, source, warm, results))
+                 for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    found = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return {name: (min if name == "read" else max)(row[name] for row in found) for name in found[0]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="*", default=[10**4, 10**5, 10**6], help="of tables")
+    parser.add_argument("--samples", type=int, nargs="*", default=[10**3, 10**4, 10**5], help="of tars")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the files are made")
+    args = parser.parse_args()
+    print(f"{'':6}{'rows':>11}{'ranks':>7}{'build s':>9}{'rows/s':>9}{'warm s':>8}{'private':>9}{'shared':>8}"
+          f"{'resume s':>10}{'read/s':>9}")
+    for kind, sizes in (("table", args.rows), ("tars", args.samples)):
+        for size in sizes:
+            folder = tempfile.mkdtemp(dir=args.folder)
+            if kind == "table":
+                source = f"{folder}/t.csv"
+                make_table(source, size)
+            else:
+                source = make_tars(folder, size)
+            for ranks in args.ranks:
+                shutil.rmtree(f"{folder}/.c2lip-index", ignore_errors=True)
+                cold = measure(source, ranks, warm=False)
+                warm = measure(source, ranks, warm=True)
+                assert cold["rows"] == warm["rows"] == size
+                print(f"{kind:6}{size:11,}{ranks:7}{cold['open']:9.2f}{size / cold['open']:9.0f}{warm['open']:8.2f}"
+                      f"{warm['private']:9.1f}{warm['shared']:8.1f}{warm['resume']:10.2f}{warm['read']:9.0f}", flush=True)
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

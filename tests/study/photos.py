@@ -1,0 +1,385 @@
+"""Photographs: the methods side by side, trained from nothing on Flickr8k's captions.
+
+    python tests/study/photos.py --data DIR --output out/photos
+    python tests/study/photos.py --data DIR --prepare out/photos-128        a small copy, to carry
+
+DIR holds train.csv and test.csv with the columns image and caption, a row for each of the several
+captions of a photograph, and the folder images. Any data set in this form will do. None comes with
+this project.
+
+Every arm trains the same model with the same batches, steps and optimizer, by train.py in a process
+of its own, --jobs at once. Judged are, on the test photographs:
+
+    retrieval    by evaluate.py: R@1, 5, 10 from photograph to caption and back
+    swaps        the photograph must prefer its caption to the same one with two nouns, adjectives,
+                 verbs or noun phrases exchanged (concepts.swap_negatives)
+    substitutes  ... with one noun phrase replaced by a phrase of another photograph's captions
+    negations    ... with one statement negated (concepts.negate)
+
+The last three are made by rules: some are odd as sentences, and a few are true of the photograph.
+They are the same for all arms. Chance is 50 %, a tie counts as wrong. Finished runs are kept:
+started again, the script goes on where it was.
+"""
+import argparse
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from concepts import default_extractor, extract_batch, negate, swap_negatives  # noqa: E402
+from data import load_image, train_tokenizer  # noqa: E402
+from model import CLIP, MODELS  # noqa: E402
+
+ARMS = {  # flags of train.py beside those that all arms share; --loss is shared
+    "plain": [],
+    "c2lip": ["--method", "c2lip"],
+    "npc": ["--method", "c2lip", "--xac-weight", "0"],
+    "xac": ["--method", "c2lip", "--npc-weight", "0", "--xac-weight", "1"],
+    "negclip": ["--method", "negclip"],
+    "ce_clip": ["--method", "ce_clip"],
+}
+SWAPS = ("noun", "adjective", "verb", "phrase")
+RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
+SETTINGS = ("model", "loss", "batch_size", "lr", "dtype")  # a kept result must agree in these
+T_975 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t, by the number of seeds
+
+
+# ---- the data --------------------------------------------------------------
+def read_pairs(path):
+    """Rows of a .csv: dicts with image, caption, and concepts (a list), extracted if they lack."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"image", "caption"} <= rows[0].keys():
+        raise ValueError(f"{path}: expected rows with the columns image and caption")
+    if "concepts" in rows[0]:
+        for row in rows:
+            row["concepts"] = json.loads(row["concepts"])
+    else:
+        found = extract_batch([row["caption"] for row in rows])
+        for row, concepts in zip(rows, found):
+            row["concepts"] = concepts
+    return rows
+
+
+def write_pairs(path, rows):
+    """The same table, with the concepts as json, so that no run extracts them again."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption", "concepts"])
+        for row in rows:
+            writer.writerow([row["image"], row["caption"], json.dumps(row["concepts"])])
+
+
+def prepare(source, target, pixels):
+    """A copy of train and test with photographs of pixels x pixels, as JPEGs of quality 85."""
+    (target / "images").mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        rows = read_pairs(source / f"{split}.csv")
+        write_pairs(target / f"{split}.csv", rows)
+        for name in dict.fromkeys(row["image"] for row in rows):
+            image = load_image(str(source / "images" / name))
+            small = image.resize((pixels, pixels), Image.Resampling.BICUBIC)
+            small.save(target / "images" / name, "JPEG", quality=85)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    print(f"wrote {target}: {size / 2**20:.1f} MiB")
+
+
+# ---- what the captions are compared with -----------------------------------
+def substitute(caption, phrases, rng):
+    """The caption with one of its noun phrases replaced by another phrase; "" if that cannot be."""
+    spans = default_extractor().extract(caption, spans=True)
+    held = [caption[start:end].lower() for start, end in spans]
+    others = [phrase for phrase in phrases if phrase.lower() not in held]
+    if not others or held == [caption.lower()]:
+        return ""
+    start, end = rng.choice(spans)
+    phrase = rng.choice(others)
+    if start == 0:
+        phrase = phrase[0].upper() + phrase[1:]
+    return caption[:start] + phrase + caption[end:]
+
+
+def make_items(rows, seed=0):
+    """{kind: [(image, caption, wrong caption), ...]}, the same for every model."""
+    rng = random.Random(seed)
+    items = {f"swap {kind}": [] for kind in SWAPS} | {"substitute": [], "negate": []}
+    for row in rows:
+        caption = row["caption"]
+        for kind in SWAPS:
+            for wrong in swap_negatives(caption, rng, (kind,)):
+                items[f"swap {kind}"].append((row["image"], caption, wrong))
+        other = rng.choice(rows)
+        wrong = substitute(caption, other["concepts"], rng)
+        if wrong and other["image"] != row["image"]:
+            items["substitute"].append((row["image"], caption, wrong))
+        items["negate"].append((row["image"], caption, negate(caption, rng)))
+    return items
+
+
+@torch.inference_mode()
+def encode_all(model, device, names, image_folder, texts):
+    """Normalised features of images (n, D) and texts (m, D), float32 on the CPU."""
+    image_features = []
+    for start in range(0, len(names), 250):
+        pictures = [load_image(str(image_folder / name)) for name in names[start:start + 250]]
+        pixels = torch.stack([model.transform(picture) for picture in pictures])
+        image_features.append(model.encode_image(pixels.to(device), True).cpu())
+    text_features = []
+    for start in range(0, len(texts), 1000):
+        tokens = model.tokenize(texts[start:start + 1000])
+        text_features.append(model.encode_text(tokens.to(device), True).cpu())
+    return torch.cat(image_features), torch.cat(text_features)
+
+
+def interval(right, photographs, samples=1000, seed=0):
+    """95 % interval of the mean of right (n,): a bootstrap of photographs, each with its items."""
+    rng = np.random.default_rng(seed)
+    _, index = np.unique(photographs, return_inverse=True)
+    sums = np.bincount(index, right)
+    counts = np.bincount(index)
+    means = []
+    for _ in range(samples):
+        drawn = rng.integers(len(counts), size=len(counts))
+        means.append(sums[drawn].sum() / counts[drawn].sum())
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def judge_items(checkpoint, items, image_folder, device):
+    """{kind: {"accuracy", "low", "high", "n"}} of a model on all items."""
+    model = CLIP.load(checkpoint).eval().to(device)
+    image_rows, text_rows = {}, {}  # name or text: its row among the features
+    for some in items.values():
+        for image, caption, wrong in some:
+            image_rows.setdefault(image, len(image_rows))
+            text_rows.setdefault(caption, len(text_rows))
+            text_rows.setdefault(wrong, len(text_rows))
+    images, texts = encode_all(model, device, list(image_rows), image_folder, list(text_rows))
+    results = {}
+    for kind, some in items.items():
+        photographs = [image_rows[image] for image, _, _ in some]
+        captions = texts[[text_rows[caption] for _, caption, _ in some]]  # (n, D)
+        wrongs = texts[[text_rows[wrong] for _, _, wrong in some]]  # (n, D)
+        margins = (images[photographs] * (captions - wrongs)).sum(1)
+        is_right = (margins > 0).double().numpy()
+        low, high = interval(is_right, photographs)
+        results[kind] = {"accuracy": is_right.mean(), "low": low, "high": high, "n": len(some)}
+    return results
+
+
+# ---- one run ---------------------------------------------------------------
+def train(args, arm, seed, folder, deadline):
+    """train.py until its last step, or until the deadline, at which it saves and ends."""
+    arm_flags = ARMS[arm] or ["--method", args.loss]
+    command = [
+        sys.executable, "train.py", "--out-dir", str(folder), "--resume", "auto", *arm_flags,
+        "--loss", args.loss, "--seed", str(seed), "--model", args.model, "--init", "scratch",
+        "--tokenizer", str(args.output / "tokenizer.json"),
+        "--data", str(args.output / "train.csv"), "--image-root", str(args.data / "images"),
+        "--steps", str(args.steps), "--batch-size", str(args.batch_size), "--lr", str(args.lr),
+        "--weight-decay", "0.2", "--beta2", "0.98", "--grad-clip", "1",
+        "--warmup", str(args.steps // 20), "--eval-every", "0", "--log-every", "20",
+        "--workers", str(args.workers), "--device", args.device, "--dtype", args.dtype,
+        "--compile" if args.compile else "--no-compile"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "a") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            process.wait(max(1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+    if not (folder / "last.pt").exists():
+        tail = (folder / "output.txt").read_text()[-1500:]
+        raise RuntimeError(f"{folder.name}: train.py wrote no checkpoint\n{tail}")
+
+
+def retrieval(args, folder):
+    """{"i2t_r1": {"accuracy", ...}, ...} by evaluate.py."""
+    path = folder / "retrieval.json"
+    command = [
+        sys.executable, "evaluate.py", "--checkpoint", str(folder / "last.pt"),
+        "--bench", "retrieval", "--data", str(args.data / "test.csv"),
+        "--image-root", str(args.data / "images"), "--device", args.device, "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{folder.name}: evaluate.py: {done.stderr[-1500:]}")
+    results = json.loads(path.read_text())["results"]["retrieval"]
+    figures = ("accuracy", "low", "high", "n", "chance")
+    return {name: {key: results[name][key] for key in figures} for name in RECALLS}
+
+
+def one_run(args, arm, seed, items, deadline):
+    """The result of an arm and a seed: from its file if it is there, else trained and judged."""
+    folder = args.output / f"{arm}-{seed}"
+    path = folder / "result.json"
+    settings = {name: str(getattr(args, name)) for name in SETTINGS}
+    if path.exists():
+        result = json.loads(path.read_text())
+        if result["settings"] == settings and result["steps"] == args.steps:
+            return result
+    began = time.monotonic()
+    train(args, arm, seed, folder, deadline)
+    seconds = time.monotonic() - began
+    steps = torch.load(folder / "last.pt", mmap=True, weights_only=True)["step"]
+    figures = retrieval(args, folder)
+    figures |= judge_items(folder / "last.pt", items, args.data / "images", args.device)
+    result = {"arm": arm, "seed": seed, "steps": steps, "seconds": seconds, "settings": settings,
+              "figures": figures}
+    path.write_text(json.dumps(result, indent=1))
+    return result
+
+
+# ---- the table -------------------------------------------------------------
+def cell(values, sign=""):
+    """Mean and half of Student's 95 % interval, in percent; of one or two seeds each value."""
+    values = 100 * np.array(values)
+    if len(values) < 3:
+        return " / ".join(f"{value:{sign}.1f}" for value in values)
+    half = T_975.get(len(values), 1.96) * values.std(ddof=1) / len(values) ** 0.5
+    return f"{values.mean():{sign}.1f} ± {half:.1f}"
+
+
+def accuracies(results, arm, name):
+    """{seed: accuracy} of one arm and one figure."""
+    found = {}
+    for result in results:
+        if result["arm"] == arm:
+            found[result["seed"]] = result["figures"][name]["accuracy"]
+    return found
+
+
+def table(results, arms):
+    """Markdown: a row for each figure; a column for each arm, and for its difference to plain."""
+    compared = [arm for arm in arms if arm != "plain" and "plain" in arms]
+    columns = ["", "items", "chance", *arms, *[f"{arm} - plain" for arm in compared]]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, figure in results[0]["figures"].items():
+        chance = 100 * figure.get("chance", 0.5)
+        cells = [name.replace("_", " "), f"{figure['n']:,}", f"{chance:.1f}"]
+        for arm in arms:
+            values = accuracies(results, arm, name)
+            cells.append(cell(list(values.values())))
+        plain = accuracies(results, "plain", name)
+        for arm in compared:
+            values = accuracies(results, arm, name)
+            both = sorted(values.keys() & plain.keys())
+            cells.append(cell([values[seed] - plain[seed] for seed in both], "+"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_report(args, results, photographs):
+    """table.md, from whatever is there so far -> its text."""
+    runs = []
+    for result in results:
+        runs.append(f"{result['arm']}, seed {result['seed']}: {result['steps']:,} steps in "
+                    f"{result['seconds']:.0f} s")
+    passes = args.steps * args.batch_size / photographs
+    text = f"""{args.model} from random weights, --loss {args.loss}, {args.steps:,} steps of \
+{args.batch_size} at {args.lr:g}: {passes:.0f} passes over {photographs:,} photographs.
+
+{table(results, args.arms)}
+
+Percent on the test photographs; mean over seeds ± half of Student's 95 % interval, of fewer than
+three seeds each value. Runs on {args.device}: {"; ".join(runs)}.
+"""
+    (args.output / "table.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    has_gpu = torch.cuda.is_available()
+    flag = parser.add_argument
+    flag("--data", type=Path, required=True, help="folder of train.csv, test.csv and images/")
+    flag("--output", type=Path, default=Path("out/photos"), help="folder of runs and table.md")
+    flag("--prepare", type=Path, metavar="DIR", help="write a small copy of --data there, and end")
+    flag("--pixels", type=int, default=128, help="of the photographs of that copy (128)")
+    flag("--arms", default="plain,c2lip", help=f"some of {', '.join(ARMS)}, joined by commas")
+    flag("--loss", choices=("siglip", "clip"), default="siglip", help="sigmoid or softmax")
+    flag("--seeds", type=int, default=3, help="runs of each arm, with seeds 0, 1, ... (3)")
+    flag("--model", default="micro", choices=MODELS, metavar="NAME", help="in model.MODELS (micro)")
+    flag("--steps", type=int, default=1000, help="of each run (1000)")
+    flag("--batch-size", type=int, default=128, help="of each step (128)")
+    flag("--lr", type=float, default=1e-3, help="peak learning rate (1e-3)")
+    flag("--workers", type=int, default=0, help="processes of each run that read photographs (0)")
+    flag("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time (cores)")
+    flag("--minutes", type=float, default=1e6, help="runs are ended, and judged, after these")
+    flag("--device", default="cuda" if has_gpu else "cpu")
+    flag("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if has_gpu else "float32")
+    flag("--compile", action="store_true", help="torch.compile: pays in long runs only")
+    args = parser.parse_args()
+    args.arms = args.arms.split(",")
+    unknown = set(args.arms) - set(ARMS)
+    if unknown:
+        parser.error(f"--arms {','.join(unknown)}: expected some of {', '.join(ARMS)}")
+    return args
+
+
+def prepare_output(args):
+    """The captions with their concepts, and a tokenizer of them, for all runs -> the captions."""
+    rows = read_pairs(args.data / "train.csv")
+    write_pairs(args.output / "train.csv", rows)
+    captions = [row["caption"] for row in rows]
+    tokenizer, _, _ = train_tokenizer(captions, MODELS[args.model].vocab_size)
+    (args.output / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    return rows
+
+
+def main():
+    args = parse_arguments()
+    if args.prepare:
+        prepare(args.data, args.prepare, args.pixels)
+        return
+    began = time.monotonic()
+    deadline = began + 60 * args.minutes
+    args.data, args.output = args.data.resolve(), args.output.resolve()
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = prepare_output(args)
+    photographs = len({row["image"] for row in rows})
+    items = make_items(read_pairs(args.data / "test.csv"))
+    counts = ", ".join(f"{kind} {len(some):,}" for kind, some in items.items())
+    print(f"{len(rows):,} captions of {photographs:,} photographs; items: {counts}", flush=True)
+
+    def run(arm, seed):
+        try:
+            return one_run(args, arm, seed, items, deadline)
+        except (RuntimeError, OSError, ValueError) as error:  # the other runs go on
+            print(f"FAILED {error}", flush=True)
+            return None
+
+    results = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        every = [(arm, seed) for seed in range(args.seeds) for arm in args.arms]
+        for future in as_completed([pool.submit(run, *some) for some in every]):
+            result = future.result()
+            if result is not None:
+                results.append(result)
+                write_report(args, results, photographs)
+                seconds = time.monotonic() - began
+                print(f"[{seconds:5.0f} s] {result['arm']}, seed {result['seed']}: trained "
+                      f"{result['seconds']:.0f} s; {len(results)} of {len(every)} done", flush=True)
+    if results:
+        print("\n" + write_report(args, results, photographs))
+        print(f"wrote {args.output / 'table.md'}")
+    if len(results) < len(every):
+        sys.exit(f"photos.py: {len(every) - len(results)} of {len(every)} runs failed")
+
+
+if __name__ == "__main__":
+    main()
