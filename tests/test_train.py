@@ -1067,6 +1067,42 @@ def test_too_many_bad_rows_end_training(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_rows_that_a_file_has_lost_count_as_bad(tmp_path):
+    args = pairs(tmp_path, 20, 0)
+    rows = [json.dumps({"image": f"{i}.png", "caption": f"a wall number {i}"}) for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join([*rows[:9], '{"image": ', *rows[9:], "[1, 2]"]) + "\n")
+    args[1] = tmp_path / "pairs.jsonl"
+    done = run("train.py", *args, "--out-dir", tmp_path / "out", check=False)
+    assert done.returncode == 1 and "2 of 22 rows could not be read, more than --max-bad 0.01" in done.stderr
+    assert "the first is" in done.stderr and not (tmp_path / "out" / "last.pt").exists()
+    done = run("train.py", *args, "--max-bad", "0.2", "--out-dir", tmp_path / "out")
+    assert done.stdout.count("(2 in all)") == 2 and "2 rows were skipped" in done.stdout
+
+
+def test_images_of_too_many_pixels_are_bad_rows(tmp_path):
+    args = pairs(tmp_path, 20, 0)
+    Image.new("RGB", (80, 70)).save(tmp_path / "3.png")
+    done = run("train.py", *args, "--max-pixels", 2000, "--max-bad", "0.2", "--batch-size", 20, "--out-dir", tmp_path / "out")
+    assert "skipped 3.png (row 4): 80 x 70 pixels are more than --max-pixels 2000" in done.stdout + done.stderr
+    assert "1 rows were skipped" in done.stdout
+
+
+def test_exact_decoding_differs_by_a_little(tmp_path):
+    """JPEGs alone: the pixels differ by less than a level on average, and so the loss hardly does."""
+    rng, losses = random.Random(0), {}
+    for i in range(16):
+        picture = Image.new("RGB", (90, 70))
+        picture.putdata([(rng.randrange(256), 9 * i, (x * i) % 256) for x in range(90 * 70)])
+        picture.resize((300, 260)).save(tmp_path / f"{i}.jpg")
+    lines = [f"{i}.jpg,a picture of a wall number {i}" for i in range(16)]
+    (tmp_path / "jpegs.csv").write_text("\n".join(["image,caption", *lines]))
+    args = ["--data", tmp_path / "jpegs.csv", "--image-root", tmp_path, "--preset", "nano", "--batch-size", 16, "--steps", 1]
+    for flags in ([], ["--exact-decode"]):
+        run("train.py", *SMALL, *args, *flags, "--out-dir", tmp_path / f"out{len(flags)}")
+        losses[len(flags)] = curve(tmp_path / f"out{len(flags)}")
+    assert losses[0] == pytest.approx(losses[1], rel=0.01) and losses[0] != losses[1]
+
+
 # ------------------------------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("script, args, status, says", [
