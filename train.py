@@ -839,11 +839,8 @@ def batches():
         try:
             rows = next(iterator)
         except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
-                raise
-            saved_words = save_what_is_done()
-            stop("a process that reads data was killed, most often for want of memory: give fewer "
-                 f"--workers. {saved_words}")
+            end_with_a_line(error)
+            raise
         if not rows["keys"]:
             check_rows(rows, step)      # which ends training
         plan = agree(rows).to(args.device)
@@ -1060,7 +1057,11 @@ def evaluation_options():
 
 
 def score(network):
-    return guard(evaluate.run, network.eval(), benches, quiet=True, **evaluation_options())
+    try:
+        return guard(evaluate.run, network.eval(), benches, quiet=True, **evaluation_options())
+    except RuntimeError as error:
+        end_with_a_line(error)
+        raise
 
 
 def evaluation(step):
@@ -1458,7 +1459,13 @@ def ask_all(terms, grad_norm):
 
 
 def end_with_a_line(error):
-    """For errors of a step that its user can understand and mend; this step is lost."""
+    """For errors of a step or evaluation that a user can understand; what it did is lost."""
+    if "DataLoader worker (pid" in str(error):
+        saved_words = save_what_is_done()
+        if interrupted:     # in an evaluation, whose workers a signal to all ends
+            stop(f"interrupted. {saved_words}", 0)
+        stop("a process that reads data was killed, most often for want of memory: give fewer "
+             f"--workers. {saved_words}")
     if isinstance(error, torch.cuda.OutOfMemoryError):
         saved_words = save_what_is_done()
         stop("the GPU has too little memory for this batch: give --accum 2 or more, or "

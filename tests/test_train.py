@@ -459,6 +459,26 @@ def test_a_signal_to_all_of_a_group_saves(tmp_path):
     assert "saving after this step; again to quit now" in process.stderr and "Traceback" not in process.stderr
 
 
+def test_a_signal_to_all_during_an_evaluation(tmp_path):
+    """Which has workers of its own; the evaluation that was cut off is made up for at the resume."""
+    args = pairs(tmp_path, 64, 0)
+    rows = (tmp_path / "pairs.csv").read_text().splitlines()[1:]
+    for i in range(64):
+        for k in range(20):
+            shutil.copy(tmp_path / f"{i}.png", tmp_path / f"{i}-{k}.png")
+    copies = [row.replace(".png", f"-{k}.png", 1) for row in rows for k in range(20)]
+    (tmp_path / "val.csv").write_text("\n".join(["image,caption", *copies]) + "\n")
+    args = ["train.py", *args, "--epochs", 1, "--workers", 2, "--val-data", tmp_path / "val.csv", "--out-dir",
+            tmp_path / "out"]
+    process = start(*args)
+    wait_for(process, (tmp_path / "out" / "last.pt").exists)
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait() == 0 and "Traceback" not in process.stderr, process.stderr
+    run(*args, "--resume", "auto")
+    assert len(curve(tmp_path / "out", "eval")) == 1
+
+
 def test_a_killed_worker_does_not_cost_what_is_trained(tmp_path):
     process = start("train.py", *pairs(tmp_path, 64, 0), "--bench", "none", "--epochs", 100, "--log-every", 1,
                     "--workers", 2, "--out-dir", tmp_path / "out")
