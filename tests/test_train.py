@@ -933,7 +933,7 @@ def varied_pairs(folder):
     pytest.param("eager", 2, ["--model", "nano", "--accum", "2", "--method", "ce_clip", "--npc-weight", "1",
                               "--distill-weight", "1"], marks=pytest.mark.slow),
     pytest.param("eager", 1, ["--model", "micro", "--concept-features", "span"], marks=pytest.mark.slow),
-    pytest.param("inductor", 1, ["--model", "micro"], marks=pytest.mark.slow),
+    pytest.param("inductor", 1, ["--model", "nano"], marks=pytest.mark.slow),
     pytest.param("inductor", 2, ["--model", "nano"], marks=pytest.mark.slow)],
     ids=["causal", "two processes", "parts and negatives", "spans", "inductor", "inductor on two processes"])
 def test_all_shapes_are_compiled_at_the_start(tmp_path, backend, processes, extra):
