@@ -65,6 +65,7 @@ BENCHES = {
     "vl_checklist": "objects, attributes and relations: 56 sets of captions with one word changed",
     "retrieval": "R@1, 5, 10 both ways on COCO and Flickr30k, or on your own --data",
     "flickr8k": "R@1, 5, 10 both ways on the 1,000 test images of Flickr8k",
+    "long_retrieval": "R@1 of long descriptions, and of their sentences: DOCCI, IIW, Urban-1k",
     "pointing": "on COCO val2017, the patch most similar to a category lies in a box of it",
     "imagenet": "zero-shot classification, 1,000 classes, 80 prompts (by hand)",
     "imagenet_v2": "zero-shot classification, 10,000 new photographs of the 1,000 classes",
@@ -81,12 +82,20 @@ BENCHES = {
     "aircraft": "zero-shot classification, 100 variants of aircraft",
     "dtd": "zero-shot classification, 47 textures",
     "sun397": "zero-shot classification, 397 places",
+    "flowers": "zero-shot classification, 102 flowers",
+    "cars": "zero-shot classification, 196 models of cars",
+    "eurosat": "zero-shot classification, 10 uses of land from a satellite",
+    "gtsrb": "zero-shot classification, 43 traffic signs",
+    "country211": "zero-shot classification, 211 countries",
+    "mnist": "zero-shot classification, 10 digits written by hand",
+    "svhn": "zero-shot classification, 10 digits of house numbers",
 }
 COMMANDS = {
     "evaluate": "score a model on benchmarks; the word itself may be left out",
     "download": "fetch the files of benchmarks, as far as they may be fetched",
     "compare": "compare two files of --json item by item",
     "describe": "print the protocol of a benchmark, its source and what to download",
+    "verify": "score public checkpoints and print these figures beside the published ones",
     "plot": "draw the curves of one or more training runs",
     "show": "draw which parts of an image are most similar to each phrase of its caption",
 }
@@ -133,6 +142,10 @@ def build_parser():
     p.add_argument("bench", metavar="BENCH", help="name of a benchmark")
     p.add_argument("--data-dir", default="data", help="folder of the files (default: data)")
 
+    add_verify_arguments(add_command("verify", description=(
+        "Score public checkpoints on the benchmarks whose files are there, and print each figure "
+        "beside the published one: is the difference within --tolerance points?")))
+
     p = add_command("plot", description=(
         "Draw the training curves of runs, each a log.jsonl that train.py wrote: the loss, and "
         "each evaluated subset in percent. Of files of --json, draw their results as bars."))
@@ -171,6 +184,18 @@ def add_compare_arguments(p):
                    help="add published results to such a table")
 
 
+def add_verify_arguments(p):
+    p.add_argument("--registry", metavar="FILE",
+                   help="a json of your own: {NAME: {init or checkpoint, model, figures: {bench: "
+                        "{subset: percent}}}} (default: the checkpoints of assets/benchmarks.json "
+                        "with the published figures there)")
+    p.add_argument("--bench", metavar="A,B", help="only these benchmarks (default: all)")
+    p.add_argument("--tolerance", type=float, default=0.3, metavar="POINTS",
+                   help="largest difference in percent that counts as equal (default: 0.3)")
+    add_data_arguments(p)
+    add_speed_arguments(p)
+
+
 def add_evaluate_arguments(parser):
     p = parser.add_argument_group("the model")
     p.add_argument("--checkpoint", metavar="FILE,...",
@@ -192,12 +217,7 @@ def add_evaluate_arguments(parser):
     p.add_argument("--bench", metavar="A,B",
                    help="names joined by commas, or all: every benchmark whose files are there "
                         "(default: scenes; with --data FILE retrieval, with --data DIR folder)")
-    p.add_argument("--data-dir", default="data", metavar="DIR",
-                   help="folder of the benchmarks' files, as download fills it (default: data)")
-    p.add_argument("--image-root", default="", metavar="DIR",
-                   help="folder of the images, where they are not in their place in --data-dir")
-    p.add_argument("--allow-missing", action="store_true",
-                   help="leave out items whose image is missing or damaged, and count them")
+    add_data_arguments(p)
     p.add_argument("--data", metavar="PATH",
                    help="your own data: for retrieval pairs in a .csv, .tsv, .jsonl or .tar file; "
                         "for folder a folder of images for each class")
@@ -214,11 +234,26 @@ def add_evaluate_arguments(parser):
     p.add_argument("--reference", action="store_true",
                    help="print published results beside these")
 
+    add_speed_arguments(parser)
+
+
+def add_data_arguments(p):
+    p.add_argument("--data-dir", default="data", metavar="DIR",
+                   help="folder of the benchmarks' files, as download fills it (default: data)")
+    p.add_argument("--image-root", default="", metavar="DIR",
+                   help="folder of the images, where they are not in their place in --data-dir")
+    p.add_argument("--allow-missing", action="store_true",
+                   help="leave out items whose image is missing or damaged, and files with fewer "
+                        "rows than the official ones: what is left is scored, and counted")
+
+
+def add_speed_arguments(parser):
     p = parser.add_argument_group("how it runs (torchrun shares the work between processes)")
     p.add_argument("--batch-size", type=int, default=250, metavar="N",
                    help="images or texts in a forward pass (default: 250)")
-    p.add_argument("--workers", type=int, default=0, metavar="N",
-                   help="processes that read images, for each process that evaluates (default: 0)")
+    p.add_argument("--workers", type=int, metavar="N",
+                   help="processes that read images while the towers run, for each process that "
+                        "evaluates (default: 0 on a CPU, with a GPU up to 8)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda, where there is one")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
                    help="precision of the towers; bfloat16 is by autocast (default: float32)")
@@ -390,6 +425,7 @@ class Ranking:
     texts: list                     # M tuples of strings, whose features are averaged
     positive: torch.Tensor          # (N, M) bool
     recalls: dict                   # {name of the result: ("i2t" or "t2i", k)}
+    labels: list | None = None      # of the images, as in Choices, for k = 1
     partial: str = ""               # as in Choices
 
     def outcomes(self, image_features, text_features):
@@ -407,7 +443,8 @@ class Ranking:
             if way == "i2t":
                 margins = rank(images, texts, self.positive, k)
                 chance = blind_recall(self.positive, k)
-                yield subset, margins, chance, image_names, image_names, None
+                labels = self.labels if k == 1 else None
+                yield subset, margins, chance, image_names, image_names, labels
             else:
                 margins = rank(texts, images, self.positive.T, k)
                 chance = blind_recall(self.positive.T, k)
@@ -1002,7 +1039,7 @@ class Source:
 def parse_rows(content, suffix):
     """The rows of a .csv or .jsonl file, of a json list, of Karpathy's json files, which have them
     under images, or the values of another json dict."""
-    if suffix == ".jsonl":
+    if suffix in (".jsonl", ".jsonlines"):
         return [json.loads(line) for line in content.splitlines()]
     if suffix == ".csv":
         return list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
@@ -1189,10 +1226,13 @@ def scene_captions(data, n, seed):
 
 
 def scene_retrieval(images, captions):
-    objects = [sorted(caption.split(" and ")) for caption in captions]
-    same = [[a == b for a in objects] for b in objects]
-    texts = [(caption,) for caption in captions]
-    return Ranking(images, texts, torch.tensor(same), {"i2t_r1": ("i2t", 1), "t2i_r1": ("t2i", 1)})
+    numbers = {}        # {objects of a caption: a number}
+    for caption in captions:
+        numbers.setdefault(tuple(sorted(caption.split(" and "))), len(numbers))
+    found = torch.tensor([numbers[tuple(sorted(caption.split(" and ")))] for caption in captions])
+    same = found[:, None] == found      # (n, n)
+    recalls = {"i2t_r1": ("i2t", 1), "t2i_r1": ("t2i", 1)}
+    return Ranking(images, tuples(captions), same, recalls)
 
 
 def single_objects(data, n, seed):
@@ -1686,6 +1726,52 @@ def flickr8k(source):
     yield pairs_to_ranking(source.pictures(images), range(len(texts)), texts, prefix="")
 
 
+def long_retrieval(source):
+    """R@1 both ways between images and long descriptions; fine_t2i_r1: from each sentence of them,
+    split after full stops, to its image. Descriptions are cut at the model's context, and counted.
+
+        docci_descriptions.jsonlines  {"split": "test", "image_file": "test_00000.jpg",
+            "description": "...", ...}: the 5,000 of the test split
+        iiw_400.jsonl  {"image/key": "aar_test_04600", "IIW": "...", ...}: 400, images of DOCCI-AAR
+        urban1k/Urban1k  image/1.jpg and caption/1.txt: 1,000
+    """
+    if source.subset == "urban1k":
+        names, texts = urban_descriptions(source)
+    elif source.subset == "docci":
+        rows = source.rows({"split": str, "image_file": str, "description": str})
+        rows = [row for row in rows if row["split"] == "test"]
+        names, texts = column(rows, "image_file"), column(rows, "description")
+    else:
+        rows = source.rows({"image/key": str, "IIW": str})
+        names, texts = [f"{key}.jpg" for key in column(rows, "image/key")], column(rows, "IIW")
+    pictures = source.pictures(names)
+    whole = pairs_to_ranking(pictures, range(len(texts)), texts, f"{source.subset}_")
+    whole.recalls = {name: found for name, found in whole.recalls.items() if found[1] == 1}
+    yield whole
+    images, sentences = [], []
+    for picture, text in zip(pictures, texts):
+        for sentence in re.split(r"(?<=[.!?])\s+", text.strip()):
+            images.append(picture)
+            sentences.append(sentence)
+    fine = pairs_to_ranking(images, range(len(sentences)), sentences, prefix="")
+    fine.recalls = {f"{source.subset}_fine_t2i_r1": ("t2i", 1)}
+    yield fine
+
+
+def urban_descriptions(source):
+    """File names and texts of Urban-1k."""
+    folder = Path(source.options.data_dir, "urban1k/Urban1k/caption")
+    paths = sorted(folder.glob("*.txt"), key=lambda path: (len(path.stem), path.stem))
+    if not paths:
+        raise Missing(f"{source.bench}: no {folder}; get it: {GET} {source.bench}")
+    n = source.spec["files"]["urban1k"]["n"]
+    if len(paths) != n:
+        if not source.options.allow_missing:
+            raise ValueError(f"{folder}: {len(paths)} texts instead of {n}")
+        source.partial = f"partial: {len(paths):,} of the official {n:,} texts"
+    return [f"{path.stem}.jpg" for path in paths], [path.read_text("utf-8") for path in paths]
+
+
 def own_retrieval(options):
     """Pairs of a table or of tar shards; in a shard an image is [tar, offset, size]."""
     data = CaptionFile(options.data, options.image_root, options.image_key, options.caption_key)
@@ -1868,7 +1954,9 @@ def image_folder(source, path):
         raise Missing(f"{source.bench}: {error}; {how}") from None
 
 
-TORCHVISION = {     # name: its class in torchvision.datasets, what selects the test split, a prompt
+# name: its class in torchvision.datasets, what selects the test split, and a prompt; where that is
+# None, prompts (and names, if torchvision has none) are CLIP_benchmark's, in assets/classes.json
+TORCHVISION = {
     "cifar10": ("CIFAR10", {"train": False}, "a photo of a {}."),
     "cifar100": ("CIFAR100", {"train": False}, "a photo of a {}."),
     "food101": ("Food101", {"split": "test"}, "a photo of {}, a type of food."),
@@ -1877,19 +1965,33 @@ TORCHVISION = {     # name: its class in torchvision.datasets, what selects the 
     "aircraft": ("FGVCAircraft", {"split": "test"}, "a photo of a {}, a type of aircraft."),
     "dtd": ("DTD", {"split": "test"}, "a photo of a {} texture."),
     "sun397": ("SUN397", {}, "a photo of a {}."),
+    "flowers": ("Flowers102", {"split": "test"}, None),
+    "cars": ("StanfordCars", {"split": "test"}, None),
+    "eurosat": ("EuroSAT", {}, None),
+    "gtsrb": ("GTSRB", {"split": "test"}, None),
+    "country211": ("Country211", {"split": "test"}, None),
+    "mnist": ("MNIST", {"train": False}, None),
+    "svhn": ("SVHN", {"split": "test"}, None),
 }
 
 
 def torchvision_set(source, download=False):
     """Zero-shot classification of a test split of torchvision.datasets, top 1 and 5, by its class
-    names and one prompt, such as "a photo of a {}."; prompts are of Radford et al. 2021."""
+    names and one prompt, such as "a photo of a {}." (Radford et al. 2021); flowers and those behind
+    it by CLIP_benchmark's names and prompts. top1_macro is the mean over classes."""
     name, split, prompt = TORCHVISION[source.bench]
     path = os.path.join(source.options.data_dir, source.spec["folder"])
     try:
         data = getattr(torchvision.datasets, name)(path, download=download, **split)
     except (RuntimeError, OSError) as error:
+        error = " ".join(str(error).split())
         raise Missing(f"{source.bench}: {error}; get it: {GET} {source.bench}") from None
-    yield classification(source, data, data.classes, [prompt])
+    if prompt:
+        yield classification(source, data, data.classes, [prompt])
+    else:
+        known = json.loads((ASSETS / "classes.json").read_text("utf-8"))[source.bench]
+        classes = known.get("classes") or data.classes
+        yield classification(source, data, classes, known["templates"])
 
 
 def classification(source, data, classes, templates, count=None):
@@ -1900,21 +2002,23 @@ def classification(source, data, classes, templates, count=None):
         path = os.path.join(source.options.data_dir, source.spec["folder"])
         names = [f"{path} {i}" for i in range(len(data))]
     wrong_count = count is not None and len(names) != count and not source.options.allow_missing
-    if len(data.classes) != len(classes) or wrong_count:
-        raise ValueError(f"{source.bench}: {len(data.classes)} classes, {len(names)} images "
-                         f"instead of {len(classes)}, {count or len(names)}")
+    found = len(getattr(data, "classes", classes))      # not all of torchvision's have names
+    if found != len(classes) or wrong_count:
+        raise ValueError(f"{source.bench}: {found} classes, {len(names)} images instead of "
+                         f"{len(classes)}, {count or len(names)}")
 
     def load(name, i):
         return data[i][0]
 
     pictures = [Picture(name, (i,), load) for i, name in enumerate(names)]
-    labels = class_numbers(data)
+    labels = torch.as_tensor(class_numbers(data))
     texts = []
     for name in classes:
         name = name.replace("_", " ")
         texts.append(tuple(template.replace("{}", name) for template in templates))
-    positive = F.one_hot(torch.as_tensor(labels), len(classes)).bool()
-    return Ranking(tuples(pictures), texts, positive, {"top1": ("i2t", 1), "top5": ("i2t", 5)})
+    positive = F.one_hot(labels, len(classes)).bool()
+    recalls = {"top1": ("i2t", 1), "top5": ("i2t", 5)}
+    return Ranking(tuples(pictures), texts, positive, recalls, labels=labels.tolist())
 
 
 def class_numbers(data):
@@ -1922,6 +2026,8 @@ def class_numbers(data):
     for name in ("targets", "labels", "_labels"):
         if hasattr(data, name):
             return getattr(data, name)
+    if hasattr(data, "_samples"):       # [(path, label), ...]
+        return column(data._samples, 1)
     raise ValueError(f"{type(data).__name__} has no labels")
 
 
@@ -1945,6 +2051,7 @@ READERS = {
     "vl_checklist": vl_checklist,
     "retrieval": retrieval,
     "flickr8k": flickr8k,
+    "long_retrieval": long_retrieval,
     "pointing": pointing,
     "imagenet": imagenet,
     "imagenet_v2": imagenet_variant,
@@ -2764,8 +2871,7 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
     benches = (bench or default_bench(settings["data"])).split(",")
     if benches != ["all"]:
         check_names(benches)
-    options = Options(**settings)
-    options.device = pick_device(options.device)
+    options = running_options(settings)
     start_processes(options.device)
     started = time.time()
     files = []          # what --json holds of each model
@@ -2793,8 +2899,16 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
         given = {"init": init, "model": model, "tokenizer": tokenizer, "interpolate": interpolate}
         given |= {"bench": bench, "torch": torch.__version__, "processes": WORLD, **settings}
         write_json(json_path, files, given)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    stop_processes()
+
+
+def running_options(settings):
+    """Options of flags, with the device and the number of workers that None means."""
+    options = Options(**settings)
+    options.device = pick_device(options.device)
+    if options.workers is None:
+        options.workers = min(8, os.cpu_count() or 1) if options.device == "cuda" else 0
+    return options
 
 
 def start_processes(device):
@@ -2804,6 +2918,11 @@ def start_processes(device):
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
+def stop_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def write_json(path, files, settings):
     """A file for each model; of several the number of the model is put before the ending."""
     stem, ending = os.path.splitext(path)
@@ -2811,6 +2930,91 @@ def write_json(path, files, settings):
         name = path if len(files) == 1 else f"{stem}.{number}{ending}"
         Path(name).write_text(json.dumps({**content, "settings": settings}))
         print0(f"wrote {name}")
+
+
+def verify(registry, bench, tolerance, **settings):
+    """Print our figures of public checkpoints beside the published ones."""
+    options = running_options(settings)
+    start_processes(options.device)
+    only = bench.split(",") if bench else list(BENCHES)
+    check_names(only)
+    close, far = 0, 0
+    for name, entry in read_registry(registry).items():
+        figures = {key: value for key, value in entry["figures"].items() if key in only}
+        try:
+            tasks = read_what_is_there(figures, options)
+            if not tasks:
+                print0(f"\n{name}: none of the files of {', '.join(figures)} are there")
+                continue
+            model = load_verified(name, entry, options.data_dir)
+        except (ValueError, OSError) as error:
+            print0(f"\n{name}: not verified, {plain_words(error)}")
+            continue
+        results = score(model.to(options.device).eval(), tasks, options)
+        print0(f"\n{name:32s}    ours  published  difference")
+        for key, found in results.items():
+            for subset, published in figures[key].items():
+                if subset not in found:
+                    continue
+                ours = 100 * found[subset]["accuracy"]
+                is_close = abs(ours - published) <= tolerance + 1e-9
+                close, far = close + is_close, far + (not is_close)
+                verdict = "" if is_close else f"  more than {tolerance:g}"
+                print0(f"{key + ' ' + subset:32s}  {ours:6.1f}  {published:9.1f}  "
+                      f"{ours - published:+10.1f}{verdict}")
+    print0(f"\n{close} of {close + far} figures are within {tolerance:g} points")
+    stop_processes()
+
+
+def read_registry(path):
+    """{name: {init or checkpoint, model, figures {bench: {subset: percent}}}}: of a json file, or
+    the checkpoints of benchmarks.json with what is published of them."""
+    if path is None:
+        registry = {}
+        for name, entry in DATA["checkpoints"].items():
+            figures = {}
+            for bench, spec in TABLE.items():
+                known = dict(spec.get("published", {}).get(name, {}))
+                known.pop("source", None)
+                if known:
+                    figures[bench] = known
+            registry[name] = {**entry, "figures": figures}
+        return registry
+    try:
+        registry = json.loads(Path(path).read_text("utf-8"))
+        for entry in registry.values():
+            check_names(entry["figures"])
+            for known in entry["figures"].values():
+                if not all(is_kind(figure, (int, float)) for figure in known.values()):
+                    raise ValueError("a figure is no number")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: expected {{NAME: {{init or checkpoint, figures: {{bench: "
+                         f"{{subset: percent}}}}}}}} ({error})") from None
+    return registry
+
+
+def read_what_is_there(benches, options):
+    tasks = {}
+    for bench in benches:
+        try:
+            tasks.update(read([bench], options)[0])
+        except Missing:
+            pass
+    return tasks
+
+
+def load_verified(name, entry, data_dir):
+    """The model of an entry of the registry; a file with a url is downloaded first."""
+    if "checkpoint" in entry:
+        return CLIP.load(entry["checkpoint"])
+    if "path" not in entry:
+        return load_source(entry.get("init"), entry.get("model"))
+    path = os.path.join(data_dir, entry["path"])
+    if "url" in entry:
+        fetch(entry["url"], path, entry.get("sha256"), data_dir)
+    if not os.path.isfile(path):
+        raise Missing(f"no {path}: {entry['by_hand']}")
+    return CLIP.from_pretrained(path, entry.get("model"))
 
 
 def default_bench(data):
@@ -2833,7 +3037,7 @@ def data_digests(tasks):
 
 
 FUNCTIONS = {"evaluate": evaluate, "download": download, "compare": compare, "describe": describe,
-             "plot": plot, "show": show}
+             "verify": verify, "plot": plot, "show": show}
 
 
 def call(argv):

@@ -108,6 +108,9 @@ group.add_argument("--caption-key", metavar="COLUMN",
 group.add_argument("--captions", metavar="TABLE",
                    help="A table of other captions for the images of tar shards, joined by key or "
                         "url.")
+group.add_argument("--index-dir", metavar="DIR",
+                   help="The folder of the indices of --data, which are made once. Default: beside "
+                        "each file, or your cache folder where that cannot be written.")
 group.add_argument("--world", choices=("small", "large"), default="small",
                    help="Scenes only: small shows two objects of 8 colours and 6 shapes, large "
                         "three of 12 and 12, so that near misses are rare. Default: small.")
@@ -166,7 +169,8 @@ group.add_argument("--lr", type=float, metavar="RATE",
 group.add_argument("--warmup", type=int, metavar="N",
                    help="Steps in which the learning rate rises from 0.")
 group.add_argument("--weight-decay", type=float, metavar="W",
-                   help="Of all weights with two or more dimensions; biases and norms have none.")
+                   help="Of all matrices and position embeddings; biases, norms, scalars and the "
+                        "class token have none.")
 group.add_argument("--beta2", type=float, metavar="B",
                    help="Decay of AdamW's second moments. Its first decay is 0.9, its epsilon "
                         "1e-6.")
@@ -251,22 +255,33 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import evaluate
-from data import (CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers, normalize_images,
-                  train_tokenizer, train_transform)
+from data import (ORDER, CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers,
+                  normalize_images, train_tokenizer, train_transform)
 from losses import (METHODS, Features, extra_terms, gather_features, gather_together,
                     plan_batch)
-from model import CLIP, MODELS, read_tokenizer, set_tokenizer
+from model import CLIP, MODELS, no_decay, read_tokenizer, set_tokenizer
 from pooling import concept_similarity
 
 # ---- what was not given ----------------------------------------------------
 if args.device is None:
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_device(name):
+    """Its torch.device. A GPU becomes the current one: under torchrun each process has its own."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        own = int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(own if device.index is None else device.index)
+    torch.empty(1, device=device)
+    return device
+
+
 try:
-    torch.empty(1, device=args.device)
+    gpu = choose_device(args.device).type == "cuda"
 except (RuntimeError, AssertionError) as error:
     reason = str(error).splitlines()[0]
     parser.exit(1, f"train.py: --device {args.device} cannot be used here ({reason}): give cpu\n")
-gpu = args.device.startswith("cuda")
 
 from_scratch = args.init == "scratch" or (args.init is None and args.model in (None, "nano"))
 if args.preset is None:
@@ -337,8 +352,6 @@ PATIENT = 120       # minutes that a process waits for others that index data, c
 rank = int(os.environ.get("RANK", 0))
 world_size = int(os.environ.get("WORLD_SIZE", 1))
 if world_size > 1:
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # torchrun's store keeps the addresses of dead workers over --max-restarts, so each attempt gets
     # keys of its own. Several nodes count their attempts apart, and cannot.
     attempt = ""
@@ -360,6 +373,26 @@ def print0(text):
 
 
 bar = None      # of progress, once training has begun
+
+
+def torchrun_set_threads():
+    """Whether torchrun set OMP_NUM_THREADS to 1, as it does where the user has not set it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("OMP_NUM_THREADS") != "1":
+        return False
+    try:
+        with open(f"/proc/{os.getppid()}/environ", "rb") as f:      # what torchrun itself was given
+            given = f.read().split(b"\0")
+    except OSError:
+        return True
+    return not any(variable.startswith(b"OMP_NUM_THREADS=") for variable in given)
+
+
+if torchrun_set_threads():
+    cores = default_workers()
+    torch.set_num_threads(cores)
+    if cores > 1:
+        print0(f"{cores} threads a process, as many as it has cores, instead of the one that "
+               "torchrun sets; OMP_NUM_THREADS in the environment is kept")
 
 
 def stop(message, status=1):
@@ -394,17 +427,22 @@ def wait_for_others(minutes):
         set_timeout(timedelta(minutes=minutes))
 
 
+first_step = 0          # of this run: that of the checkpoint it goes on from
+done = 0                # the last whole step
 interrupted = []        # signals that came
 noticed = threading.Event()     # set when the loop has reached the end of a step, and saves
 DEADLINE = 30           # seconds
 
 
 def interrupt(number, frame):
-    if interrupted:     # the second ends at once
-        os._exit(130)
-    interrupted.append(number)
-    if rank == 0:       # print() could meet itself here
+    # print() could meet itself here
+    if done == first_step:
+        os.write(2, b"\ntrain.py: ended before its first step: there is nothing to save\n")
+    elif rank == 0 and not interrupted:
         os.write(2, b"\nsaving after this step; again to quit now\n")
+    if interrupted or done == first_step:
+        os._exit(128 + number)
+    interrupted.append(number)
 
 
 def watch_for_signals(reader):
@@ -444,11 +482,11 @@ def summed(x):
 if args.data:
     dataset = guard(CaptionFile, args.data, args.image_root, args.image_key, args.caption_key,
                     args.captions, max_pixels=args.max_pixels,
-                    fast_decode=not args.exact_decode)
-    rows = len(dataset) + dataset.lost_rows
-    if dataset.lost_rows > args.max_bad * rows:
+                    fast_decode=not args.exact_decode, index_dir=args.index_dir)
+    row_count = len(dataset) + dataset.lost_rows
+    if dataset.lost_rows > args.max_bad * row_count:
         name, why = dataset.skipped[0]
-        stop(f"{dataset.lost_rows:,} of {rows:,} rows could not be read, more than --max-bad "
+        stop(f"{dataset.lost_rows:,} of {row_count:,} rows could not be read, more than --max-bad "
              f"{args.max_bad:g}; the first is {name}: {why}. Mend the file, or raise --max-bad")
 else:
     scenes = args.steps * args.batch_size if args.steps else 100_000
@@ -545,7 +583,7 @@ MAY_CHANGE = {      # these may differ,
     "lr", "warmup", "steps", "epochs", "grad_clip", "max_skips", "max_bad", "eval_every",
     "save_every", "log_every", "keep", "bench", "val_data", "data_dir", "tensorboard",
     "image_root", "workers", "accum", "device", "dtype", "compile", "grad_checkpointing", "timeout",
-    "max_pixels", "val_image_root", "val_image_key", "val_caption_key"}
+    "max_pixels", "index_dir", "val_image_root", "val_image_key", "val_caption_key"}
 SILENT = {          # and these say where weights came from, or what else this command does
     "init", "preset", "tokenizer", "resume", "out_dir", "overwrite", "dry_run"}
 
@@ -560,6 +598,9 @@ def read_header(path):
     if "optimizer" not in header:
         stop_all(f"--resume {path} holds weights but no optimizer: to start from them, give "
                  f"--init {path}")
+    if header.get("order") != ORDER and step > 0:
+        stop_all(f"--resume {path}: an earlier version made it, whose order of rows this version "
+                 f"cannot continue: give it as --init {path}, or train on with that version")
     return name, step, saved_args
 
 
@@ -590,10 +631,14 @@ def digest(path):
     return f"{path} with digest {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
+# what each process or node may have of its own
+OWN = {"device", "workers", "out_dir", "data_dir", "image_root", "val_image_root", "index_dir"}
+
+
 def check_agreement():
     """Each node has its own command line and disk: stops where one differs from process 0."""
     mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
-            if name not in ("device", "workers", "out_dir", "data_dir", "image_root")}
+            if name not in OWN}
     mine["data of so many rows:"] = len(dataset)
     mine["--resume"] = digest(args.resume)
     theirs = [None] * world_size
@@ -608,12 +653,12 @@ def check_agreement():
         os._exit(1)
 
 
-first_step = 0
 args.resume = from_process_0(choose_checkpoint)
 if world_size > 1:
     check_agreement()
 if args.resume:
     saved_name, first_step, saved_args = read_header(args.resume)
+    done = first_step
     if args.model and args.model != saved_name:
         stop_all(f"--resume {args.resume} holds a {saved_name}, but --model is {args.model}: give "
                  "that model")
@@ -627,8 +672,6 @@ sampler.start = first_step
 sampler.stop = args.steps
 
 # ---- model -----------------------------------------------------------------
-
-
 def model_from_scratch():
     config = replace(MODELS[args.model])
     if args.tokenizer:
@@ -676,20 +719,24 @@ model.text.requires_grad_(args.freeze != "text")
 # parameters with `model`, which stays as it is, for evaluation and saving.
 network = copy.copy(model)
 if args.compile:
-    network.encode_image = torch.compile(model.encode_image)
-    # captions and concepts come in varying numbers
+    # For any number of rows at once: captions and concepts come in varying numbers, and images do
+    # where a row cannot be read. Compiled for a number, the towers would be compiled again at the
+    # next one, at another step on each process.
+    network.encode_image = torch.compile(model.encode_image, dynamic=True)
     network.encode_text = torch.compile(model.encode_text, dynamic=True)
+    # Under DDP dynamo would cut the towers at the buckets of gradients, each part for one size.
+    torch._dynamo.config.optimize_ddp = False
 if world_size > 1:
-    # on the device that set_device chose; gradients live in the buffers that are exchanged
+    # on the device that choose_device chose; gradients live in the buffers that are exchanged
     network = DistributedDataParallel(network, gradient_as_bucket_view=True)
 
 # ---- optimizer -------------------------------------------------------------
 trained = [p for p in model.parameters() if p.requires_grad]
-matrices = [p for p in trained if p.ndim >= 2]
-vectors = [p for p in trained if p.ndim < 2]    # biases, norms, logit_scale, logit_bias
+undecayed = [p for name, p in model.named_parameters() if p.requires_grad and no_decay(name, p)]
+decayed = [p for name, p in model.named_parameters() if p.requires_grad and not no_decay(name, p)]
 optimizer = torch.optim.AdamW(
-    [{"params": matrices, "weight_decay": args.weight_decay},
-     {"params": vectors, "weight_decay": 0.0}],
+    [{"params": decayed, "weight_decay": args.weight_decay},
+     {"params": undecayed, "weight_decay": 0.0}],
     lr=args.lr, betas=(0.9, args.beta2), eps=1e-6, fused=gpu)
 
 
@@ -716,7 +763,7 @@ thresholds = torch.zeros(4, device=args.device)     # of ce_clip, from one step 
 if args.resume:
     saved = torch.load(args.resume, map_location=args.device, weights_only=True)
     model.load_state_dict(saved["model"])       # once more, in this run's dtype
-    optimizer.load_state_dict(saved["optimizer"])
+    guard(optimizer.load_state_dict, saved["optimizer"])
     if teacher is not None:
         teacher.load_state_dict(saved["teacher"])
     best = max(saved["best"], best_before())
@@ -731,11 +778,14 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+# Phrases are filled up to a multiple of this, because code that is compiled for any number of rows
+# is compiled again for 0 and for 1. So each part of a batch has more.
+rows_multiple = 8 * args.accum if args.compile else 1
 collate = Collate(
     train_transform(model.config) if args.data else model.transform,
     model.tokenize,
     with_concepts,
-    pad_concepts=64 if args.compile else 1,
+    pad_concepts=rows_multiple,
     negatives=method.negatives,
     negative_images=method.negative_images,
     spans=args.concept_features == "span")
@@ -749,12 +799,11 @@ loader = DataLoader(
     multiprocessing_context="fork" if args.workers else None,
     worker_init_fn=ignore_signals)
 
-
-done = first_step   # the last whole step
 seen = 0        # rows of this process that were read, and that could not be
 bad = 0
 fallback = 0    # captions that are their own concept, for want of a noun phrase in them
 left_out = 0    # steps in a row that were not finite
+
 
 def check_rows(rows, step):
     """Rows that could not be read are reported; training stops when they are too many."""
@@ -797,13 +846,14 @@ def batches():
                  f"--workers. {saved_words}")
         if not rows["keys"]:
             check_rows(rows, step)      # which ends training
-        plan = agree(rows)
+        plan = agree(rows).to(args.device)
         inputs = {name: rows[name] for name in INPUTS if name in rows}
         if plan.tokens is not None:
             inputs["concept_tokens"] = plan.tokens      # of phrases that it encodes for all
         for name, value in inputs.items():
-            inputs[name] = value.to(args.device, non_blocking=True)
-        yield rows, inputs, plan.to(args.device)
+            # Always a copy: a view of another tensor would be compiled apart.
+            inputs[name] = value.to(args.device, non_blocking=True, copy=True)
+        yield rows, inputs, plan
 
 
 def agree(rows):
@@ -818,9 +868,9 @@ def agree(rows):
             merge=args.concept_features == "phrase",
             negative_mask=rows.get("negative_mask"),
             pad_id=model.config.pad_id,
-            multiple=64 if args.compile else 1)
+            multiple=rows_multiple)
     except RuntimeError as error:
-        end_if_others_died(error)
+        end_with_a_line(error)
         raise
 
 
@@ -1001,7 +1051,8 @@ def is_evaluated(step):
 
 def evaluation_options():
     """Where the data of the benchmarks is, for evaluate.py."""
-    options = {"data_dir": args.data_dir, "data": args.val_data, "allow_missing": True}
+    options = {"data_dir": args.data_dir, "data": args.val_data, "allow_missing": True,
+               "workers": args.workers}
     for name in ("image_root", "image_key", "caption_key"):
         own = getattr(args, f"val_{name}")
         options[name] = getattr(args, name) if own is None else own
@@ -1087,8 +1138,8 @@ def save(step):
     if rank != 0:
         return
     checkpoint = {
-        **model.checkpoint(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
-        "thresholds": thresholds, "initial_scale": initial_scale, "args": vars(args)}
+        **model.checkpoint(), "optimizer": optimizer.state_dict(), "step": step, "order": ORDER,
+        "best": best, "thresholds": thresholds, "initial_scale": initial_scale, "args": vars(args)}
     if teacher is not None:
         checkpoint["teacher"] = teacher.state_dict()
     write(checkpoint, "last.pt")
@@ -1125,8 +1176,6 @@ def keep_copy(path):
 # ---- the log ---------------------------------------------------------------
 # TFLOP/s in bfloat16, without sparsity
 PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "4090": 165}
-
-
 torn_line = ""      # a line break, after a line of the log that was not written to its end
 
 
@@ -1257,14 +1306,16 @@ class Window:
         self.waiting = 0.0      # of these, for data
 
 
-def log_row(step, terms, grad_norm, window):
+def log_row(step, values, grad_norm, window):
     """Losses of the whole batch at this step, and speed since the last row."""
-    values = summed(torch.stack([term.detach() for term in terms.values()])).tolist()
-    row = {"step": step, **dict(zip(terms, values))}
+    row = {"step": step, **values}
     row["grad_norm"] = grad_norm
     row["lr"] = learning_rate(step - 1)
-    row["logit_scale"] = model.logit_scale.exp().item()
-    row["logit_bias"] = None if model.logit_bias is None else model.logit_bias.item()
+    scalars = [model.logit_scale.detach().exp()]
+    if model.logit_bias is not None:
+        scalars.append(model.logit_bias.detach())
+    row["logit_scale"], *bias = torch.stack(scalars).tolist()       # a GPU is waited for once
+    row["logit_bias"] = bias[0] if bias else None
     row["images_per_second"] = window.images * world_size / window.seconds
     row["waiting"] = window.waiting / window.seconds
     row["peak_mib"] = peak_mib()
@@ -1312,7 +1363,7 @@ def check_evaluation():
 from_process_0(check_folder)
 from_process_0(check_evaluation)
 
-# ---- the plan --------------------------------------------------------------
+# ---- what is going to happen -----------------------------------------------
 def prepare_folder():
     """Makes room in --out-dir; returns whether the step to go on from was evaluated."""
     if args.overwrite:
@@ -1361,6 +1412,7 @@ if args.dry_run:
            f"{peak_mib():.0f} MiB. Nothing was trained")
     sys.exit()
 
+
 def commit():
     """Of the code, "" without git or a repository."""
     command = ["git", "rev-parse", "HEAD"]
@@ -1390,18 +1442,29 @@ def leave_out(step, rows, loss, grad_norm):
              f"--lr, or --grad-clip 1; last good checkpoint: {last_good()}")
 
 
-def ask_all(loss, grad_norm):
-    """Is a loss or gradient of any process not finite, is any to end, and the gradient's norm.
+def ask_all(terms, grad_norm):
+    """All numbers of a step, in one exchange: the CPU waits for the GPU here, and only here.
 
-    Here the CPU waits for the GPU, once a step.
+    Returns the terms of the whole batch as floats, the gradient's norm, whether a loss or gradient
+    of any process is not finite, and whether any process is to end.
     """
-    is_bad = ~(loss.detach().isfinite() & grad_norm.isfinite())
-    to_end = torch.full_like(grad_norm, len(interrupted))
-    return summed(torch.stack([is_bad.to(grad_norm), to_end, grad_norm / world_size])).tolist()
+    loss = terms["loss"].detach()
+    is_bad = ~(loss.isfinite() & grad_norm.isfinite())
+    to_end = torch.full_like(loss, len(interrupted))
+    shares = torch.stack([*terms.values(), is_bad.to(loss.dtype), to_end]).detach()
+    numbers = torch.cat([summed(shares), grad_norm.view(1)])
+    *values, any_bad, any_interrupted, norm = numbers.tolist()
+    return dict(zip(terms, values)), norm, any_bad, any_interrupted
 
 
-def end_if_others_died(error):
-    """The exchange with a process that hangs or has died is an error, and this step is lost."""
+def end_with_a_line(error):
+    """For errors of a step that its user can understand and mend; this step is lost."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        saved_words = save_what_is_done()
+        stop("the GPU has too little memory for this batch: give --accum 2 or more, or "
+             "--grad-checkpointing, which change no figure, or a smaller --batch-size. "
+             f"{saved_words}")
+    # the exchange with a process that hangs or has died
     if isinstance(error, dist.DistError) or (world_size > 1 and "gloo" in str(error)):
         reason = " ".join(str(error).split())[-100:]
         saved_words = save_what_is_done()
@@ -1439,16 +1502,16 @@ for step in range(first_step + 1, args.steps + 1):
 
     try:
         terms = step_function(rows, inputs, plan)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
         asked = time.time()
         upcoming = next(stream, None)   # while a GPU is still at work
         window.waiting += time.time() - asked
-        any_bad, any_interrupted, grad_norm = ask_all(terms["loss"], grad_norm)
+        values, grad_norm, any_bad, any_interrupted = ask_all(terms, norm)
     except RuntimeError as error:
-        end_if_others_died(error)
+        end_with_a_line(error)
         raise
     if any_bad:
-        leave_out(step, rows, terms["loss"].item(), grad_norm)
+        leave_out(step, rows, values["loss"], grad_norm)
     else:
         left_out = 0
         optimizer.step()
@@ -1460,14 +1523,16 @@ for step in range(first_step + 1, args.steps + 1):
     window.operations += operations_in(inputs)
     window.seconds += time.time() - before
     if step % args.log_every == 0 or step == args.steps:
-        row = log_row(step, terms, grad_norm, window)
+        row = log_row(step, values, grad_norm, window)
         log(row)
-        shown = " ".join(f"{name} {row[name]:.2f}" for name in terms)
+        shown = " ".join(f"{name} {row[name]:.2f}" for name in values)
         shown += f" {row['images_per_second']:.0f} img/s"
         bar.set_postfix_str(shown, refresh=False)
         if not on_terminal:
             print0(f"step {step:,}/{args.steps:,}: {shown}")
         window = Window()
+    if args.compile and step <= first_step + 2:
+        window = Window()       # of compilation, not of training
     bar.update()
 
     if step == first_step + 1:      # which compiles

@@ -439,7 +439,7 @@ def test_each_command_has_its_own_help_and_imports_nothing_for_it(command):
         for name, text in {**evaluate.BENCHES, **evaluate.COMMANDS}.items():
             assert f"  {name:14s} {text}\n" in done.stdout
     else:
-        assert f"usage: evaluate.py {command}" in done.stdout and "--bench" not in done.stdout
+        assert f"usage: evaluate.py {command}" in done.stdout and "--interpolate" not in done.stdout
 
 
 def test_a_wrong_flag_costs_two_lines():
@@ -738,3 +738,38 @@ def test_files_with_fewer_rows_are_scored_if_that_is_allowed(tmp_path, capsys, m
     assert counted == {"images": 2, "texts": 7}     # 3.jpg is missing: its items cost nothing
     out = capsys.readouterr().out
     assert "partial: 9 of the official 245 rows" in out and "swap_obj: 3 of 9 items skipped" in out
+
+
+# ------------------------------------------------------------------------------------------------- verify
+
+def test_verify_tells_a_wrong_figure(checkpoints, tmp_path, capsys):
+    """A made registry: a local checkpoint with one figure that is wrong, weights that are not there, a bench without
+    files."""
+    found = evaluate.run(CLIP.load(checkpoints[1]).eval(), ["scenes_pointing"], quiet=True)["scenes_pointing"]["quadrant"]
+    right = round(100 * found["accuracy"] + 0.2, 1)
+    registry = {
+        "good": {"checkpoint": checkpoints[1], "figures": {"scenes_pointing": {"quadrant": right, "gone": 3.0}}},
+        "wrong": {"checkpoint": checkpoints[1], "figures": {"scenes_pointing": {"quadrant": right + 1}}},
+        "absent": {"init": str(tmp_path / "no"), "figures": {"scenes_pointing": {"quadrant": 1}}},
+        "by hand": {"path": "x.pt", "by_hand": "see y", "figures": {"scenes_pointing": {"quadrant": 1}}},
+        "no files": {"checkpoint": checkpoints[1], "figures": {"sugarcrepe": {"swap_obj": 50.0}}}}
+    (tmp_path / "registry.json").write_text(json.dumps(registry))
+    command(["verify", "--registry", str(tmp_path / "registry.json"), "--data-dir", str(tmp_path), "--device", "cpu"])
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines() if line.startswith("scenes_pointing quadrant")]
+    ours = f"{100 * found['accuracy']:.1f}"
+    assert lines[0][2:4] == [ours, f"{right:.1f}"] and len(lines[0]) == 5
+    assert lines[1][2:4] == [ours, f"{right + 1:.1f}"] and lines[1][5:] == ["more", "than", "0.3"]
+    assert "absent: not verified, " in out and "by hand: not verified, no " in out and "see y" in out
+    assert "no files: none of the files of sugarcrepe are there" in out and "1 of 2 figures are within 0.3 points" in out
+    (tmp_path / "bad.json").write_text('{"x": {"figures": {"scenes": {"a": "b"}}}}')
+    with pytest.raises(ValueError, match="bad.json: expected {NAME: .*a figure is no number"):
+        command(["verify", "--registry", str(tmp_path / "bad.json")])
+
+
+def test_the_registry_has_published_figures():
+    registry = evaluate.read_registry(None)
+    assert registry["SigLIP B/16"]["figures"]["sugarcrepe"]["swap_obj"] == 59.6
+    assert all(entry["figures"]["sugarcrepe"] and not {"source"} & set(entry["figures"]["sugarcrepe"])
+               for entry in registry.values())
+

@@ -495,6 +495,27 @@ def test_hub(hub, clip_tokenizer, siglip_tokenizer, monkeypatch):
     assert same_state(CLIP.from_pretrained("google/siglip"), model)
 
 
+def test_a_bare_file_gets_the_tokenizer_of_its_name(hub, tmp_path, clip_tokenizer, monkeypatch):
+    """A state dict says nothing of texts: the tokenizer comes from the hub, or an error says where it is to be had."""
+    for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
+        monkeypatch.setitem(MODELS, name, layers(MODELS[name], vision=1, text=1))
+    folder, _ = write_open_clip(tmp_path / "oc", "ViT-B-32", clip_tokenizer[0], layers=1)
+    weights = os.path.join(folder, "open_clip_model.safetensors")
+    os.makedirs(hub / M.SOURCES["ViT-B-32"])
+    with pytest.warns(UserWarning, match="openai has no tokenizer.json: set_tokenizer"):
+        assert CLIP.from_pretrained(weights, "ViT-B-32").config.tokenizer == ""
+    write_text(hub / M.SOURCES["ViT-B-32"], "tokenizer.json", clip_tokenizer[0])
+    model = CLIP.from_pretrained(weights, "ViT-B-32-quickgelu")
+    assert torch.equal(model.tokenize(TEXTS), clip_tokenizer[1](TEXTS))
+    shutil.rmtree(tmp_path / "cache")
+    point_to("http://127.0.0.1:9", monkeypatch)
+    with pytest.warns(UserWarning, match="ViT-B-32 has no tokenizer yet, as the hub cannot be reached.*--tokenizer"):
+        model = CLIP.from_pretrained(weights, "ViT-B-32")
+    with pytest.raises(ValueError, match="no tokenizer.*--tokenizer, gives it one, that of https://huggingface.co/"
+                                         "timm/vit_base_patch32_clip_224.openai/blob/main/tokenizer.json"):
+        model.tokenize(["a"])
+
+
 @pytest.mark.parametrize("how", ["refused", "unresolved", "flag"])
 def test_offline_fails_at_once(how, hub, monkeypatch):
     from huggingface_hub import constants
@@ -533,6 +554,8 @@ def test_mistakes_say_what_to_do(tmp_path, clip_tokenizer, siglip_tokenizer):
     fails("no such file or folder", "missing/folder/x")
     fails("no such file or folder", "missing.safetensors")
     fails("no such file or folder", "./a/b")
+    fails("ViT-B-32 is the name of a model, not of weights: give it as --model, which loads timm/vit_base", "ViT-B-32")
+    fails("nano is the name of a model, not of weights: give it as --model$", "nano")
     fails("is no ViT-B-32: it has embed_dim 48, not 512", folder, "ViT-B-32")
     fails("lacks open_clip_config.json and .* or config.json and", str(tmp_path))
     fails("in the format of transformers clip, but ViT-B-16-SigLIP is a siglip", weights, "ViT-B-16-SigLIP")
@@ -653,6 +676,168 @@ def test_quickgelu_name_contradicts_a_gelu_config(tmp_path, clip_tokenizer, monk
 
 
 # -----------------------------------------------------------------------------
+# in: damage
+
+NONSENSE = [None, "x", "", -1, 0, 1, 3, 1.5, 1e300, float("nan"), True, [], [1], {}, {"a": 1}, 10 ** 12, "\ud800"]
+
+
+def damage_json(content, rng):
+    """One value anywhere in nested dicts and lists is removed or replaced; long lists are not walked through."""
+    keys = list(content) if isinstance(content, dict) else list(range(min(len(content), 20)))
+    key = keys[rng.randint(len(keys))]
+    inner = content[key]
+    if isinstance(inner, (dict, list)) and inner and rng.rand() < 0.75:
+        damage_json(inner, rng)
+    elif rng.rand() < 0.4:
+        del content[key]
+    else:
+        content[key] = NONSENSE[rng.randint(len(NONSENSE))]
+
+
+def damage_bytes(path, rng):
+    with open(path, "rb") as f:
+        content = bytearray(f.read())
+    kind = rng.randint(4)
+    if kind == 0:
+        content = content[:rng.randint(len(content))]
+    elif kind == 1:         # the head, where the structure is
+        content[rng.randint(min(len(content), 2000))] = rng.randint(256)
+    elif kind == 2:
+        for _ in range(8):
+            content[rng.randint(len(content))] ^= 1 << rng.randint(8)
+    else:
+        start = rng.randint(len(content))
+        content[start:start + 100] = b"\0" * 100
+    with open(path, "wb") as f:
+        f.write(content)
+
+
+def damage(folder, rng):
+    """Damages one file of the folder; returns what happened to it."""
+    name = sorted(os.listdir(folder))[rng.randint(len(os.listdir(folder)))]
+    path = os.path.join(folder, name)
+    if name.endswith(".json") and rng.rand() < 0.8:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+        damage_json(content, rng)
+        write_json(folder, name, content)
+    elif name.endswith(".pt") and rng.rand() < 0.6:
+        saved = torch.load(path, weights_only=True)
+        saved.pop("digest", None)
+        if rng.rand() < 0.5:
+            damage_json(saved["config"], rng)
+        else:
+            key = list(saved["model"])[rng.randint(len(saved["model"]))]
+            x = saved["model"][key]
+            saved["model"][key] = [x * float("nan"), x.flatten(), x[None], x.long(), x.bool(), x.to_sparse(), "x", None,
+                                   x.to(torch.complex64), torch.empty(0), x.half()][rng.randint(11)]
+        torch.save(saved, path)
+    else:
+        damage_bytes(path, rng)
+    return name
+
+
+def fuzz(originals, folder, seeds):
+    """Opens damaged copies; yields (seed, name of the file, None or the one-line error). Anything else is raised."""
+    originals = sorted(originals)
+    for seed in seeds:
+        rng = np.random.RandomState(seed)
+        original = originals[seed % len(originals)]
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(original, folder)
+        name = damage(folder, rng)
+        source = os.path.join(folder, "last.pt") if os.path.exists(os.path.join(folder, "last.pt")) else folder
+        try:
+            model = CLIP.from_pretrained(source)
+            tokens = model.tokenize(["a red circle", ""])
+            side = model.config.image_size
+            model.encode_text(tokens), model.encode_image(torch.zeros(1, 3, side, side))
+            model.transform(picture((9, 7)))
+        except ValueError as error:
+            assert "\n" not in str(error), (seed, name, str(error))
+            yield seed, name, str(error)
+        except BaseException as error:
+            raise AssertionError(f"seed {seed}, {name} of {os.path.basename(original)}: {error!r}") from error
+        else:
+            yield seed, name, None
+
+
+@torch.no_grad()
+def test_damaged_files_give_one_line(tmp_path, siglip_tokenizer):
+    """Checkpoints, weights, configs and tokenizers, damaged by a seed: a ValueError of one line, or a model that works."""
+    folders = make_originals(tmp_path, siglip_tokenizer)
+    found = list(fuzz(folders, str(tmp_path / "damaged"), range(70)))
+    assert 30 < sum(error is not None for _, _, error in found)
+
+
+def test_a_panic_of_the_tokenizers_library_is_one_line(tmp_path, siglip_tokenizer):
+    """Its Rust code raises a BaseException where the template names a token that it does not list."""
+    broken = json.loads(siglip_tokenizer)
+    broken["post_processor"]["special_tokens"] = {}
+    write_json(tmp_path, "tokenizer.json", broken)
+    for call in (lambda: M.read_tokenizer(str(tmp_path / "tokenizer.json")),
+                 lambda: CLIP(replace(MODELS["nano"], vocab_size=600, tokenizer=json.dumps(broken)))):
+        with pytest.raises(ValueError, match="is not a tokenizer .*no entry found for key"):
+            call()
+    with pytest.raises(KeyboardInterrupt):
+        with M.tokenizer_errors("a signal is none of them"):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path, siglip_tokenizer):
+    folder, _ = write_hf(tmp_path, "siglip", siglip_tokenizer)
+    state = load_file(tmp_path / "model.safetensors")
+    state["text_model.encoder.layers.1.mlp.fc1.weight"][3, 4] = value
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layers.1.mlp.fc1.weight has 1 of \d+ values that are NaN or infinite"):
+        CLIP.from_pretrained(folder)
+    state["text_model.encoder.layers.1.mlp.fc1.weight"][:] = 3e38       # finite, though their sum is not
+    save_file(state, tmp_path / "model.safetensors")
+    CLIP.from_pretrained(folder)
+
+
+def test_a_checkpoint_tells_that_it_was_altered(tmp_path, siglip_tokenizer):
+    model = nano(siglip_tokenizer)
+    saved = model.checkpoint()
+    for name, change in (("weight", lambda s: s["model"]["text.head.weight"][3, 4].mul_(1.001)),
+                         ("tokenizer", lambda s: s["config"].update(tokenizer=s["config"]["tokenizer"] + " ")),
+                         ("swapped", lambda s: s["model"].update({"text.norm.bias": s["model"]["text.norm.weight"],
+                                                                  "text.norm.weight": s["model"]["text.norm.bias"]}))):
+        bad = copy.deepcopy(saved)
+        change(bad)
+        for call in (CLIP.load, CLIP.from_pretrained):
+            with pytest.raises(ValueError, match=f"{name}.pt is damaged: .* sha256 differs.. Take another"):
+                call(save(tmp_path / f"{name}.pt", bad))
+    good = save(tmp_path / "good.pt", saved)
+    assert same_state(CLIP.load(good), model) and same_state(CLIP.from_pretrained(good), model)
+    # half precision; names of torch.compile and DistributedDataParallel; earlier versions, without a digest
+    half = save(tmp_path / "half.pt", CLIP(model.config).bfloat16().checkpoint())
+    assert CLIP.load(half).logit_scale.dtype == torch.float32
+    saved["model"] = {f"module._orig_mod.{k}": v for k, v in saved["model"].items()}
+    assert same_state(CLIP.load(save(tmp_path / "names.pt", saved)), model)
+    del saved["digest"]
+    saved["model"]["module._orig_mod.logit_scale"] = torch.tensor(1.0)
+    assert CLIP.load(save(tmp_path / "old.pt", saved)).logit_scale == 1
+
+
+def make_originals(tmp_path, siglip_tokenizer):
+    """Small folders of each kind."""
+    size = dict(image_size=16, vision=(32, 1, 2, 64), text=(32, 1, 2, 64), embed_dim=32)
+    siglip = nano(siglip_tokenizer, **size)
+    clip = nano(siglip_tokenizer, family="clip", logit_bias=None, **size)
+    folders = []
+    for name, model in (("siglip", siglip), ("clip", clip)):
+        for format in ("open_clip", "transformers"):
+            folders.append(str(tmp_path / f"{name}-{format}"))
+            export(model, format, folders[-1])
+        folders.append(str(tmp_path / f"{name}-own"))
+        os.makedirs(folders[-1])
+        save(os.path.join(folders[-1], "last.pt"), model.checkpoint())
+    return folders
+
+
+# -----------------------------------------------------------------------------
 # out
 
 def nano(siglip_tokenizer, **kwargs):
@@ -738,6 +923,24 @@ def test_export_transformers(any_model, tmp_path):
     assert_round_trip(back, folder + "2")
 
 
+def test_transparent_images(tmp_path, siglip_tokenizer):
+    """load_image puts white beneath them, as transformers' processor does; open_clip's transform needs load_image."""
+    from data import load_image
+    model = nano(siglip_tokenizer, image_size=48)
+    export(model, "transformers", str(tmp_path / "a"))
+    export(model, "open_clip", str(tmp_path / "b"))
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "a")
+    transform = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'b'}")[1]
+    pixels = np.random.RandomState(0).randint(0, 256, (64, 64, 4), dtype=np.uint8)
+    pixels[:20] = 0         # wholly transparent, and black underneath
+    Image.fromarray(pixels, "RGBA").save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as image:
+        theirs = processor(images=image, text=["a"], return_tensors="pt")["pixel_values"][0]
+    ours = model.transform(load_image(str(tmp_path / "x.png")))
+    assert difference(theirs, ours) < 2.5 / 255 / 0.5 and (ours[:, :12] == 1).all()
+    assert torch.equal(transform(load_image(str(tmp_path / "x.png"))), ours)
+
+
 @torch.no_grad()
 def test_export_timm(any_model, tmp_path):
     model, folder = any_model, str(tmp_path / "out")
@@ -810,6 +1013,15 @@ def test_command_line(tmp_path, siglip_tokenizer, monkeypatch, capsys):
             (1, "no such file", ["export", "--checkpoint", "none.pt", "--format", "timm", "--output", "o"])):
         found, text = run(*args)
         assert found == status and word in text and (status != 1 or "\n" not in text), (args, found, text)
+
+
+def test_help_takes_no_imports(tmp_path):
+    """It must not load torch: less than two seconds, whatever else the machine does."""
+    for args in (["--help"], ["export", "--format", "onnx"]):
+        done = subprocess.run([sys.executable, "-X", "importtime", os.path.join(ROOT, "model.py"), *args],
+                              capture_output=True, text=True)
+        assert "--checkpoint" in done.stdout + done.stderr
+        assert not [line for line in done.stderr.splitlines() if line.endswith((" torch", " timm", " torchvision"))]
 
 
 def test_works_alone(tmp_path, siglip_tokenizer):

@@ -1,4 +1,5 @@
 """The scripts as a user runs them: training, torchrun, resuming, evaluation, mistakes."""
+import argparse
 import ast
 import contextlib
 import json
@@ -38,8 +39,9 @@ class Forked:
 
     It has the part of subprocess.Popen's interface that is used here. It leads a process group of its own.
     """
-    def __init__(self, script, *args, folder, environment=None, cwd=ROOT):
+    def __init__(self, script, *args, folder, environment=None, cwd=ROOT, prepare=None):
         self.returncode = None
+        self.prepare = prepare      # called in the child, before the script
         self.files = [tempfile.mkstemp(dir=folder)[1] for _ in range(2)]
         self.pid = os.fork()
         if self.pid == 0:
@@ -59,6 +61,8 @@ class Forked:
             sys.argv = [script, *args]
             sys.path[0] = ROOT
             os.chdir(cwd)
+            if self.prepare:
+                self.prepare()
             runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
             status = 0
         except SystemExit as stop:
@@ -163,12 +167,11 @@ def children_of(pid):
     return [int(x) for x in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()]
 
 
-def function_of_train(name):
-    """A function of train.py, which as a script cannot be imported, by itself."""
+def function_of_train(name, **names):
+    """A function of train.py by itself, which as a script cannot be imported; names: what it reads."""
     source = open(os.path.join(ROOT, "train.py")).read()
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            names = {}
             exec(compile(ast.Module([node], []), "train.py", "exec"), names)
             return names[name]
     raise AssertionError(f"train.py has no function {name}")
@@ -242,7 +245,7 @@ def exact(tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes, accum, extra", [(1, 4, ()), (2, 1, ()), (2, 2, ("--no-dedupe",)),
-                                                     (3, 2, ("--loss", "clip"))])
+                                                     pytest.param(3, 2, ("--loss", "clip"), marks=pytest.mark.slow)])
 def test_processes_and_accumulation_change_nothing(exact, tmp_path, processes, accum, extra):
     run("train.py", *SMALL, *EXACT, *extra, "--accum", accum, "--out-dir", tmp_path, processes=processes)
     for term in ("loss", "contrastive", "npc", "xac", "grad_norm", "logit_scale"):
@@ -267,6 +270,7 @@ def test_interrupted_and_resumed_is_bit_equal(whole, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(tmp_path):
     """Over 50 steps every loss within 5 %, and the average difference below 1 %."""
     run("train.py", *SMALL, "--steps", 50, "--out-dir", tmp_path / "full")
@@ -283,6 +287,7 @@ METHOD_RUNS = [("ce_clip",), ("degla", "--loss", "clip"), ("con_clip", "--relati
                ("triplet_clip", "--loss", "clip"), ("c2lip", "--concept-features", "span", "--distill-weight", "0.1")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHOD_RUNS, ids=" ".join)
 def test_methods_do_not_depend_on_processes_and_parts(exact, tmp_path, method):
     extra = ("--method", *method)
@@ -310,8 +315,18 @@ def test_method_weights_are_the_published_ones(exact):
     assert arguments("con_clip", "--relations", "1")["freeze"] == "visual"
 
 
+def test_concept_count_changes_the_divisor_of_both_terms_alone(exact, tmp_path):
+    """Phrases repeat in a batch of scenes, so there are more pairs than different phrases; the sums are the same."""
+    different = exact()
+    run("train.py", *SMALL, *EXACT, "--concept-count", "all", "--out-dir", tmp_path, processes=2)
+    ratios = [curve(tmp_path, term)[0] / curve(different, term)[0] for term in ("npc", "xac")]
+    assert ratios[0] < 0.9 and ratios[1] == pytest.approx(ratios[0], rel=1e-9)
+    assert curve(tmp_path, "contrastive")[0] == pytest.approx(curve(different, "contrastive")[0], rel=1e-9)
+
+
 # ------------------------------------------------------------------------------------------------- kills and failures
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_is_bit_equal(whole, tmp_path):
     """kill -9 at random times, and once while a checkpoint is being written; save-every 1, so that writes are many."""
     rng, args = random.Random(time.time()), ["train.py", *SMALL, "--save-every", 1, "--keep", 2, "--out-dir", tmp_path,
@@ -387,6 +402,14 @@ def test_resuming_with_other_arguments(tmp_path):
     assert curve(tmp_path, "step") == [1, 2, 3]
 
 
+def test_a_checkpoint_with_another_order_of_rows(tmp_path):
+    run("train.py", *SMALL, "--steps", 2, "--out-dir", tmp_path)
+    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+    del checkpoint["order"]     # the first edition saved none
+    torch.save(checkpoint, tmp_path / "last.pt")
+    assert "whose order of rows this version cannot continue" in mistake("--resume", "auto", "--out-dir", tmp_path)
+
+
 def test_changed_bytes_of_a_checkpoint_are_found(tmp_path):
     run("train.py", *SMALL, "--steps", 2, "--out-dir", tmp_path)
     content = bytearray((tmp_path / "last.pt").read_bytes())
@@ -419,9 +442,10 @@ def test_processes_that_do_not_agree(what, tmp_path):
     assert says in ranks[1].stderr and "Traceback" not in ranks[0].stderr + ranks[1].stderr
 
 
-def wait_for(process, condition):
+def wait_for(process, condition, timeout=300):
+    end = time.time() + timeout
     while not condition():
-        assert process.poll() is None, process.stdout + process.stderr
+        assert process.poll() is None and time.time() < end, process.stdout + process.stderr
         time.sleep(0.01)
 
 
@@ -458,6 +482,7 @@ def test_a_process_that_hangs_or_dies_ends_all(ended, tmp_path):
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == curve(tmp_path, "step")[-1]
 
 
+@pytest.mark.slow
 def test_a_signal_is_not_deaf_while_others_hang(tmp_path):
     ranks = start("train.py", *SMALL, "--steps", 1000, "--out-dir", tmp_path, processes=2)
     wait_for(ranks[0], lambda: (tmp_path / "log.jsonl").exists() and len(curve(tmp_path)) > 2)
@@ -507,6 +532,103 @@ def test_a_failing_evaluation_does_not_cost_the_checkpoint(tmp_path):
     (tmp_path / "gone.csv").rename(tmp_path / "val.csv")
     done = run(*args, "--resume", "auto")
     assert curve(tmp_path / "out", "eval") and "t2i_r1" in done.stdout and (tmp_path / "out" / "best.pt").exists()
+
+
+class DieAt:
+    """Kills the process, as a power cut would, just before its n-th operation on files."""
+    def __init__(self, n):
+        self.left = n
+
+    def __call__(self):
+        for module, name in ((os, "replace"), (os, "link"), (os, "remove"), (os, "fsync"), (torch, "save")):
+            setattr(module, name, self.deadly(getattr(module, name)))
+
+    def deadly(self, function):
+        def called(*args, **keywords):
+            self.left -= 1
+            if self.left == 0:
+                if function.__name__ == "save":     # half a file
+                    args[1].write(b"half a checkpoint" * 1000)
+                    args[1].flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **keywords)
+        return called
+
+
+def killed_at_each_operation(folder, operations):
+    """Chains of runs that die at the given operations since their start; returns how many of them died."""
+    args = ["train.py", *SMALL, "--save-every", 1, "--keep", 2, "--out-dir", folder, "--resume", "auto"]
+    died = 0
+    for n in operations:
+        process = Forked(*args, folder=OUTPUTS, environment={}, prepare=DieAt(n))
+        died += process.wait() == -signal.SIGKILL
+        assert "Traceback" not in process.stderr and "damaged" not in process.stdout, process.stderr
+    run(*args)
+    return died
+
+
+@pytest.mark.parametrize("operations", [[3, 4, 5, 7], pytest.param(range(1, 20), marks=pytest.mark.slow)], ids=len)
+def test_killed_at_an_operation_on_files(whole, tmp_path, operations):
+    """Before a checkpoint is begun, in its middle, before it is flushed, renamed, has a second name, is removed."""
+    assert killed_at_each_operation(tmp_path, operations) >= len(operations) - 2    # the last may be at the end
+    assert curve(tmp_path) == curve(whole[0]) and curve(tmp_path, "step") == list(range(1, 13))
+    a, b = weights(whole[0]), weights(tmp_path)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    names = ["last.pt", "log.jsonl", "step_00000011.pt", "step_00000012.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+def test_a_gpu_without_enough_memory(tmp_path):
+    """Simulated in the third step: what is trained is saved, and the line says what to do."""
+    def fail():
+        calls = []
+        clip = torch.nn.utils.clip_grad_norm_
+
+        def clip_grad_norm_(*args):
+            calls.append(1)
+            if len(calls) == 3:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return clip(*args)
+        torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
+    process = Forked("train.py", *SMALL, "--out-dir", tmp_path, folder=OUTPUTS, prepare=fail)
+    assert process.wait() == 1 and "Traceback" not in process.stderr
+    assert "give --accum 2 or more" in process.stderr and "Saved step 2: go on with --resume auto" in process.stderr
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
+
+
+def test_a_folder_without_room_for_two_checkpoints(tmp_path):
+    class Disk:
+        free = 1000
+
+        def disk_usage(self, folder):
+            return self
+
+    disk = Disk()
+    model = CLIP(CLIPConfig())
+    names = {"os": os, "tempfile": tempfile, "shutil": disk, "model": model, "teacher": None,
+             "args": argparse.Namespace(out_dir=tmp_path / "out")}
+    with pytest.raises(ValueError, match="0.00 GiB free; two checkpoints need 0.02 GiB"):
+        function_of_train("check_folder", **names)()
+    disk.free = 24 * sum(p.numel() for p in model.parameters())
+    function_of_train("check_folder", **names)()
+
+
+def test_a_file_system_without_second_names(tmp_path):
+    def refuse():
+        def link(*paths):
+            raise PermissionError("no hard links here")
+        os.link = link
+    Forked("train.py", *SMALL, "--steps", 4, "--save-every", 1, "--keep", 2, "--out-dir", tmp_path, folder=OUTPUTS,
+           prepare=refuse).wait()
+    assert sorted(p.name for p in tmp_path.glob("*.pt*")) == ["last.pt", "step_00000003.pt", "step_00000004.pt"]
+    assert torch.load(tmp_path / "step_00000003.pt", weights_only=True)["step"] == 3
+
+
+def test_a_signal_before_the_first_step_ends_at_once(tmp_path):
+    process = start("train.py", "--batch-size", 20000, "--steps", 2, "--out-dir", tmp_path)
+    wait_for(process, lambda: "2 steps of 20000" in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGTERM and "there is nothing to save" in process.stderr
 
 
 def test_resume_auto_passes_over_a_damaged_checkpoint(tmp_path):
@@ -626,6 +748,7 @@ def test_resumed_on_another_number_of_processes(exact, tmp_path):
     assert curve(tmp_path) == pytest.approx(curve(exact()), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_what_died(tmp_path):
     """A worker is killed; torchrun starts all again, and --resume auto goes on to the end."""
     process = torchrun("--nproc_per_node", 2, "--max-restarts", 1,
@@ -638,6 +761,7 @@ def test_torchrun_restarts_what_died(tmp_path):
     assert curve(tmp_path, "step")[-1] == 30 and len(curve(tmp_path)) == 30
 
 
+@pytest.mark.slow
 def test_one_dead_process_ends_all(tmp_path):
     process = torchrun("--nproc_per_node", 2, "train.py", *SMALL,
                     "--steps", 500, "--out-dir", tmp_path)
@@ -655,6 +779,218 @@ def test_steps_that_are_not_finite_are_left_out(tmp_path):
     assert done.returncode == 1 and left_out == [1, 2, 3] and "as 3 steps in a row (--max-skips 2)" in done.stderr
 
 
+# ------------------------------------------------------------------------------------------------- steps, watched
+
+# Runs train.py, and writes after each step what was compiled since the start.
+COMPILATIONS = """
+import json, os, runpy, sys
+from functools import partial
+import torch
+from torch._dynamo.utils import counters
+
+torch.compile = partial(torch.compile, backend=os.environ["BACKEND"])
+step = torch.optim.AdamW.step
+compiled = []
+
+def counted(optimizer):
+    compiled.append(counters["frames"]["total"])
+    with open(os.environ["COUNTS"] + os.environ.get("RANK", "0"), "w") as f:
+        json.dump(compiled, f)
+    return step(optimizer)
+
+torch.optim.AdamW.step = counted
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+# Runs train.py, and writes after each step how often a GPU would have been waited for, and how many collectives there
+# were. Not watched: the plan, which is made on the CPU, and the optimizer, which is fused on a GPU. DDP's own exchange
+# of gradients is in C++, and not counted.
+WAITS = """
+import contextlib, json, os, runpy
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+import losses
+
+READS = {"_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "unique_consecutive", "masked_select", "equal"}
+counts = {"waits": 0, "collectives": 0}
+steps = []
+unwatched = []
+
+
+class Waits(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), keywords=None):
+        name = function.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            torch.is_tensor(x) and x.dtype == torch.bool for x in (args[1] if isinstance(args[1], (list, tuple)) else ()))
+        if not unwatched and (name in READS or by_mask):
+            counts["waits"] += 1
+        return function(*args, **(keywords or {}))
+
+
+def counting(kind, function):
+    def counted(*args, **keywords):
+        if kind == "collectives" or not unwatched:
+            counts[kind] += 1
+        return function(*args, **keywords)
+    return counted
+
+
+def not_watched(function):
+    def called(*args, **keywords):
+        unwatched.append(1)
+        try:
+            return function(*args, **keywords)
+        finally:
+            unwatched.pop()
+    return called
+
+
+def after_step(function):
+    def called(*args, **keywords):
+        steps.append(dict(counts))
+        counts.update(waits=0, collectives=0)
+        with open(os.environ["COUNTS"] + os.environ.get("RANK", "0"), "w") as f:
+            json.dump(steps, f)
+        return function(*args, **keywords)
+    return called
+
+
+for name in ("all_gather", "all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor", "broadcast", "barrier",
+             "all_gather_object", "broadcast_object_list", "all_to_all"):
+    setattr(dist, name, counting("collectives", getattr(dist, name)))
+for name in ("tolist", "cpu", "numpy"):
+    setattr(torch.Tensor, name, counting("waits", getattr(torch.Tensor, name)))
+losses.plan_batch = not_watched(losses.plan_batch)
+torch.optim.AdamW.step = after_step(not_watched(torch.optim.AdamW.step))
+with Waits():
+    runpy.run_path("train.py", run_name="__main__")
+"""
+
+# Runs train.py, with a first step that takes three seconds longer, as one that compiles.
+SLOW_START = """
+import runpy, time
+import torch
+
+step = torch.optim.AdamW.step
+
+def slow_once(optimizer):
+    torch.optim.AdamW.step = step
+    time.sleep(3)
+    return step(optimizer)
+
+torch.optim.AdamW.step = slow_once
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def run_watched(source, folder, *args, processes=1, **environment):
+    """What each process has written, a list."""
+    (folder / "watched.py").write_text(source)
+    run(str(folder / "watched.py"), *args, "--out-dir", folder / "out", processes=processes,
+        COUNTS=str(folder / "counts"), **environment)
+    return [json.loads((folder / f"counts{rank}").read_text()) for rank in range(processes)]
+
+
+def varied_pairs(folder):
+    """Captions of one to five phrases, and rows without an image: all numbers vary from batch to batch."""
+    rng = random.Random(0)
+    rows = ["image,caption"]
+    for i in range(96):
+        Image.new("RGB", (40, 36), (7 * i % 256, 90, 255 - i)).save(folder / f"{i}.png")
+        things = []
+        for _ in range(rng.randint(1, 5)):
+            things.append(f"a {rng.choice(['red', 'big', 'old'])} {rng.choice('dog cat tree car house boat'.split())}")
+        name = f"missing{i}.png" if i % 9 == 4 else f"{i}.png"
+        rows.append(f"{name},{' and '.join(things)}")
+    (folder / "pairs.csv").write_text("\n".join(rows))
+    return ["--data", folder / "pairs.csv", "--image-root", folder, "--max-bad", 1, "--preset", "nano", "--init", "scratch"]
+
+
+@pytest.mark.parametrize("backend, processes, extra", [
+    ("eager", 1, ["--model", "micro"]),
+    ("eager", 2, ["--model", "nano"]),
+    pytest.param("eager", 2, ["--model", "nano", "--accum", "2", "--method", "ce_clip", "--npc-weight", "1",
+                              "--distill-weight", "1"], marks=pytest.mark.slow),
+    pytest.param("eager", 1, ["--model", "micro", "--concept-features", "span"], marks=pytest.mark.slow),
+    pytest.param("inductor", 1, ["--model", "nano"], marks=pytest.mark.slow),
+    pytest.param("inductor", 2, ["--model", "nano"], marks=pytest.mark.slow)],
+    ids=["causal", "two processes", "parts and negatives", "spans", "inductor", "inductor on two processes"])
+def test_all_shapes_are_compiled_at_the_start(tmp_path, backend, processes, extra):
+    args = [*varied_pairs(tmp_path), *SMALL, "--batch-size", 16, "--steps", 8, "--compile", *extra]
+    for compiled in run_watched(COMPILATIONS, tmp_path, *args, processes=processes, BACKEND=backend):
+        assert len(compiled) == 8 and compiled[0] >= 2      # both towers
+        assert compiled[2:] == compiled[2:3] * 6, compiled
+    if not extra[2:]:
+        assert compiled == [2] * 8      # not once more for phrases than for captions
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_waits_and_collectives_of_a_step(tmp_path, processes):
+    """A GPU is waited for at most twice a step, and the processes exchange at most five times."""
+    args = [*SMALL, "--steps", 5, "--workers", 1]
+    for steps in run_watched(WAITS, tmp_path, *args, processes=processes):
+        assert len(steps) == 5
+        for step in steps[2:-1]:        # the last one plans no other
+            assert 1 <= step["waits"] <= 2 and step["collectives"] <= 5, steps
+            assert processes == 1 or step["collectives"] == 5, steps    # they are counted at all
+
+
+def test_speed_is_that_of_the_rows_own_steps(tmp_path):
+    (tmp_path / "watched.py").write_text(SLOW_START)
+    run(str(tmp_path / "watched.py"), *SMALL, "--steps", 6, "--log-every", 2, "--out-dir", tmp_path / "out")
+    first, *later = curve(tmp_path / "out", "images_per_second")
+    assert len(later) == 2 and first < 64 / 3 and min(later) > first
+    assert all(0 <= share < 1 for share in curve(tmp_path / "out", "waiting"))
+
+
+def test_the_class_token_does_not_decay(tmp_path):
+    run("train.py", *SMALL, "--model", "micro", "--init", "scratch", "--preset", "nano", "--batch-size", 8, "--steps", 1,
+        "--weight-decay", 0.5, "--out-dir", tmp_path)
+    decayed, undecayed = torch.load(tmp_path / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    model = CLIP.load(tmp_path / "last.pt")
+    vectors = [name for name, p in model.named_parameters() if p.ndim < 2]
+    assert len(undecayed["params"]) == len(vectors) + 1
+    assert decayed["weight_decay"] == 0.5 and undecayed["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("name, own, chosen", [("cuda:1", "0", 1), ("cuda", "3", 3), ("cpu", "0", None)])
+def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch, name, own, chosen):
+    current = []
+
+    class Torch:
+        device = torch.device
+
+        class cuda:
+            set_device = current.append
+
+        def empty(size, device):
+            assert device == torch.device(name)
+
+    monkeypatch.setenv("LOCAL_RANK", own)
+    choose = function_of_train("choose_device")
+    choose.__globals__.update(os=os, torch=Torch)
+    assert choose(name) == torch.device(name) and current == ([] if chosen is None else [chosen])
+
+
+@pytest.mark.parametrize("given, torchruns", [({}, True), ({"OMP_NUM_THREADS": "1"}, False)])
+def test_threads_that_torchrun_set_are_told_from_the_users(monkeypatch, given, torchruns):
+    """torchrun is the parent process; what it set is not in the environment that it was started with."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    parent = subprocess.Popen([sys.executable, "-c", "input()"], env={**environment, **given}, stdin=subprocess.PIPE)
+    monkeypatch.setattr(os, "getppid", lambda: parent.pid)
+    ask = function_of_train("torchrun_set_threads")
+    ask.__globals__["os"] = os
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert not ask()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert ask() == torchruns
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert not ask()
+    parent.communicate(b"\n")
+
+
 # ------------------------------------------------------------------------------------------------- switches
 
 def test_frozen_weights_stay(tmp_path):
@@ -667,6 +1003,7 @@ def test_frozen_weights_stay(tmp_path):
     assert moved and not any(k.startswith("visual") for k in moved) and "text.norm.weight" in moved
 
 
+@pytest.mark.slow
 def test_average_of_the_weights(tmp_path):
     """--ema: each step the average moves by 1 - decay towards the weights, and it is evaluated beside them."""
     base = [*SMALL, "--dtype", "float64", "--warmup", 1]
@@ -728,6 +1065,42 @@ def test_too_many_bad_rows_end_training(tmp_path):
     done = run("train.py", *pairs(tmp_path, 20, 20), "--out-dir", tmp_path / "out", check=False)
     assert done.returncode == 1 and "rows could not be read, more than --max-bad 0.01" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_rows_that_a_file_has_lost_count_as_bad(tmp_path):
+    args = pairs(tmp_path, 20, 0)
+    rows = [json.dumps({"image": f"{i}.png", "caption": f"a wall number {i}"}) for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join([*rows[:9], '{"image": ', *rows[9:], "[1, 2]"]) + "\n")
+    args[1] = tmp_path / "pairs.jsonl"
+    done = run("train.py", *args, "--out-dir", tmp_path / "out", check=False)
+    assert done.returncode == 1 and "2 of 22 rows could not be read, more than --max-bad 0.01" in done.stderr
+    assert "the first is" in done.stderr and not (tmp_path / "out" / "last.pt").exists()
+    done = run("train.py", *args, "--max-bad", "0.2", "--out-dir", tmp_path / "out")
+    assert done.stdout.count("(2 in all)") == 2 and "2 rows were skipped" in done.stdout
+
+
+def test_images_of_too_many_pixels_are_bad_rows(tmp_path):
+    args = pairs(tmp_path, 20, 0)
+    Image.new("RGB", (80, 70)).save(tmp_path / "3.png")
+    done = run("train.py", *args, "--max-pixels", 2000, "--max-bad", "0.2", "--batch-size", 20, "--out-dir", tmp_path / "out")
+    assert "skipped 3.png (row 4): 80 x 70 pixels are more than --max-pixels 2000" in done.stdout + done.stderr
+    assert "1 rows were skipped" in done.stdout
+
+
+def test_exact_decoding_differs_by_a_little(tmp_path):
+    """JPEGs alone: the pixels differ by less than a level on average, and so the loss hardly does."""
+    rng, losses = random.Random(0), {}
+    for i in range(16):
+        picture = Image.new("RGB", (90, 70))
+        picture.putdata([(rng.randrange(256), 9 * i, (x * i) % 256) for x in range(90 * 70)])
+        picture.resize((300, 260)).save(tmp_path / f"{i}.jpg")
+    lines = [f"{i}.jpg,a picture of a wall number {i}" for i in range(16)]
+    (tmp_path / "jpegs.csv").write_text("\n".join(["image,caption", *lines]))
+    args = ["--data", tmp_path / "jpegs.csv", "--image-root", tmp_path, "--preset", "nano", "--batch-size", 16, "--steps", 1]
+    for flags in ([], ["--exact-decode"]):
+        run("train.py", *SMALL, *args, *flags, "--out-dir", tmp_path / f"out{len(flags)}")
+        losses[len(flags)] = curve(tmp_path / f"out{len(flags)}")
+    assert losses[0] == pytest.approx(losses[1], rel=0.01) and losses[0] != losses[1]
 
 
 # ------------------------------------------------------------------------------------------------- mistakes
@@ -793,6 +1166,7 @@ def test_on_a_terminal_an_error_stands_on_a_line_of_its_own(tmp_path):
     assert len(lines) == 1 and lines[0].startswith("train.py: ")
 
 
+@pytest.mark.slow
 def test_what_to_do_next_repeats_the_own_arguments(tmp_path):
     args = [*pairs(tmp_path, 32, 0), "--out-dir", tmp_path / "my out", "--val-data", tmp_path / "pairs.csv"]
     done = run("train.py", *args)
