@@ -287,6 +287,150 @@ def test_negate():
     assert concepts.negate("No dog") == "Some dog"
 
 
+# ------------------------------------------------------------------------------------------- substitutes
+KINDS = ("attribute", "noun", "number", "preposition")
+
+
+def changed(caption, negative):
+    """The words in which two texts differ: (old, new) between their common beginning and end."""
+    old, new = caption.split(), negative.split()
+    begin = 0
+    while begin < min(len(old), len(new)) and old[begin] == new[begin]:
+        begin += 1
+    end = 0
+    while end < min(len(old), len(new)) - begin and old[-1 - end] == new[-1 - end]:
+        end += 1
+    return " ".join(old[begin:len(old) - end]), " ".join(new[begin:len(new) - end])
+
+
+def substitutes_of(caption, kind, n=200):
+    found = (concepts.substitute_negatives(caption, random.Random(seed), (kind,)) for seed in range(n))
+    return {negative for negatives in found for negative in negatives}
+
+
+def test_substitutes():
+    for kind, caption, among, never in (
+            ("attribute", "a red ball", {"a green ball", "a white ball"}, {"a pink ball", "an orange ball"}),
+            ("attribute", "An old man", {"A young man"}, {"An elderly man"}),
+            ("attribute", "A tall woman in a large hat", {"A short woman in a large hat", "A tall woman in a small hat"}, ()),
+            ("attribute", "a man in red", {"a man in blue"}, ()),
+            ("noun", "A dog on a mat", {"A cat on a mat", "An elephant on a mat"}, {"A puppy on a mat"}),
+            ("noun", "two dogs", {"two cats", "two ponies"}, {"two cat"}),
+            ("noun", "a fire truck", {"a bus"}, {"a fire bus"}),
+            ("noun", "THREE WOMEN", {"THREE MEN"}, ()),
+            ("noun", "a dog with a Frisbee", {"a dog with a ball"}, {"a dog with a Ball"}),
+            ("noun", "a man eats an apple", {"a man eats a banana", "a woman eats an apple"}, {"a man eats bread"}),
+            ("noun", "a boy eats rice", {"a boy eats soup"}, {"a boy eats banana"}),
+            ("number", "Two dogs and 3 cats", {"Four dogs and 3 cats", "Two dogs and 5 cats"}, {"Three dogs and 3 cats"}),
+            ("preposition", "a dog in front of a house", {"a dog behind a house"}, ()),
+            ("preposition", "a man on a bench", {"a man under a bench"}, ())):
+        found = substitutes_of(caption, kind)
+        assert among <= found, (caption, found)
+        assert not found & set(never), (caption, found)
+    for caption in ("", "a", "running quickly", "a dog and a cat, a cow, a horse, pigs, bears and some more"):
+        assert concepts.substitute_negatives(caption, random.Random(0), ("attribute", "number")) == []
+    with pytest.raises(ValueError, match="adverb.*attribute, noun, number, preposition"):
+        concepts.substitute_negatives("a dog", random.Random(0), ("adverb",))
+
+
+def test_no_substitute_is_true_elsewhere():
+    for caption, words in (("a red ball and a blue hat and a green hat", {"blue", "green", "navy", "teal", "orange"}),
+                           ("a dog and two cats", {"a cat", "kitten", "a dog"}), ("a man and his wife", {"a woman"}),
+                           ("a man with no shirt", {"jacket", "coat"}), ("a dog and another dog", {"another cat"}),
+                           ("a girl with a soccer ball and a ball", {"ball"})):
+        for kind in KINDS:
+            for negative in substitutes_of(caption, kind):
+                _, new = changed(caption, negative)
+                assert new not in words, negative
+
+
+def assert_one_place_differs(caption, rng, kind):
+    state = rng.getstate()
+    negatives = concepts.substitute_negatives(caption, rng, (kind,))
+    rng.setstate(state)
+    assert negatives == concepts.substitute_negatives(caption, rng, (kind,))
+    assert len(negatives) <= 1
+    for negative in negatives:
+        old, new = changed(caption, negative)
+        assert old.lower() != new.lower() and len(old.split()) <= 4 and len(new.split()) <= 4, (caption, negative)
+        here = {word.lower() for word in re.findall(r"\w+", caption)}
+        put_in = [word for word in re.findall(r"\w+", new.lower()) if word not in re.findall(r"\w+", old.lower())]
+        if kind != "preposition":  # "behind" may be there twice
+            assert here.isdisjoint(put_in[-1:]), (caption, negative)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_place_differs(kind):
+    found = 0
+    for i, caption in enumerate(REAL + ODD + template_captions(200, 3)):
+        found += bool(concepts.substitute_negatives(caption, random.Random(i), (kind,)))
+        assert_one_place_differs(caption, random.Random(i), kind)
+    assert found >= {"attribute": 150, "noun": 200, "number": 50, "preposition": 150}[kind]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from("A a an the two 3 red old large wooden dog cats man women bus truck 's on in of under "
+                                "front next to with another no ORANGE Frisbee , . hats is".split()), max_size=15),
+       st.integers(0, 99), st.sampled_from(KINDS))
+def test_one_place_differs_in_anything(words, seed, kind):
+    assert_one_place_differs(" ".join(words), random.Random(seed), kind)
+
+
+def test_substitutes_are_as_frequent_as_words():
+    captions = ["a red dog", "a black dog", "a black cat", "two cats"] * 10
+    frequency = concepts.word_frequency(captions)
+    assert frequency["black"] == 20 and frequency["cats"] == 10
+    found = [concepts.substitute_negatives("a brown dog", random.Random(seed), KINDS, frequency) for seed in range(50)]
+    assert {text for texts in found for text in texts} == {"a black dog", "a brown cat"}
+    found = [concepts.substitute_negatives("a yellow car", random.Random(seed), ("attribute",), frequency)[0]
+             for seed in range(300)]
+    assert 150 < found.count("a black car") < 250 and found.count("a red car") == 300 - found.count("a black car")
+    assert concepts.substitute_negatives("a man", random.Random(0), KINDS, frequency) == []
+
+
+def test_substitutes_do_not_depend_on_the_process():
+    code = ("import concepts, random; print([concepts.substitute_negatives(c, random.Random(i)) for i, c in "
+            "enumerate(['A red dog on a bench', 'two old men in front of a house', 'a boy in a blue hat'] * 9)])")
+    texts = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                            env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in "123"]
+    assert len(set(texts)) == 1 and "house" in texts[0]
+
+
+def test_lexicon_of_substitutes():
+    """Sets that exclude one another, without slips: no word twice in a set, no rule that can never hold."""
+    table = concepts.substitutes()
+    for kind in ("attribute", "noun", "number"):
+        for row in table[kind]:
+            assert set(row) <= {"words", "heads", "kind", "after", "mass", "plural", "unless"}, row
+            assert len(row["words"]) > 1
+            for words in row["words"]:
+                assert len(set(words)) == len(words) and all(word == word.strip().lower() != "" for word in words)
+        for word, rules in concepts.rules_of(kind).items():
+            assert any(rule.options for rule in rules), word
+            for rule in rules:
+                assert word not in rule.options
+    known = {word for kind in ("attribute", "noun") for row in table[kind] for words in row["words"] for word in words}
+    assert set(table["never put in"]) <= known
+    for row in table["preposition"]:
+        assert set(row) <= {"from", "to", "heads"} and not set(row["from"]) & set(row["to"])
+    for noun, plural in (("police officer", "police officers"), ("pony", "ponies"), ("woman", "women"),
+                         ("wolf", "wolves"), ("bus", "buses"), ("toy", "toys"), ("bench", "benches")):
+        assert concepts.plural_of(noun) == plural
+
+
+@pytest.mark.parametrize("text", ["a red dog on a bench, ", "two old men in front of a house and ", "red ", "dog ", "a "])
+def test_negatives_take_linear_time(text):
+    def best(n):
+        times = []
+        for _ in range(2):
+            began = time.process_time()
+            concepts.substitute_negatives((text * (n // len(text) + 1))[:n], random.Random(0))
+            times.append(time.process_time() - began)
+        return min(times)
+    best(1000)
+    assert best(100_000) < 16 * best(25_000) + 0.3  # linear would be 4
+
+
 # ------------------------------------------------------------------------------------------- command line
 def run(*args, **kwargs):
     return subprocess.run([sys.executable, str(ROOT / "concepts.py"), *map(str, args)], capture_output=True,
@@ -352,6 +496,7 @@ def test_help_and_mistakes(tmp_path):
                          (1, ("extract", tmp_path / "fine.txt", "--output", tmp_path / "no" / "o")),
                          (1, ("extract", tmp_path / "fine.txt", "--output", tmp_path / "fine.txt")),
                          (1, ("extract", tmp_path / "fine.txt", "--output", tmp_path / "fine")),
+                         (1, ("extract", tmp_path / "fine.txt", "--output", tmp_path)),
                          (1, ("train", "--corpus", tmp_path / "missing", "--output", out)),
                          (1, ("train", "--corpus", tmp_path / "t.txt", "--output", out)),
                          (1, ("eval", tmp_path / "fine", "--weights", tmp_path / "gold"))):
@@ -577,6 +722,27 @@ def test_resume_after_kill(tmp_path):
     p = run("extract", tmp_path / "other.txt", "--output", out)
     assert p.returncode == 1 and "other inputs" in p.stderr
     assert out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_killed_worker_and_a_full_disk_are_one_line(tmp_path):
+    """Neither hangs, and the same command goes on."""
+    source, out = tmp_path / "caps.txt", tmp_path / "o"
+    source.write_text("\n".join(f"{c} number {i}" for i, c in enumerate(REAL * 40)) + "\n")
+    command = [sys.executable, str(ROOT / "concepts.py"), "extract", str(source), "--output", str(out)]
+    p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while p.poll() is None and (not out.exists() or out.stat().st_size < 100_000):
+        time.sleep(0.005)
+    [worker] = Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    error = p.communicate(timeout=120)[1]
+    assert p.returncode == 1 and "memory" in error and error.count("\n") == 1, error
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000,) * 2); " \
+              "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    p = subprocess.run([sys.executable, "-c", limited, *command[1:]], capture_output=True, text=True, timeout=120)
+    assert p.returncode == 1 and p.stderr.startswith("error: ") and p.stderr.count("\n") == 1, p.stderr
+    p = run(*command[2:])
+    assert p.returncode == 0 and len(rows_of(out)) == 16_000
 
 
 def test_training_is_reproducible(tmp_path):

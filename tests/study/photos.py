@@ -25,7 +25,6 @@ import csv
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -200,7 +199,11 @@ def train(args, arm, seed, folder, deadline):
         try:
             process.wait(max(1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
+            process.terminate()  # it saves after its step
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
             process.wait()
     if not (folder / "last.pt").exists():
         tail = (folder / "output.txt").read_text()[-1500:]
