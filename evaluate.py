@@ -1396,7 +1396,7 @@ def orders(caption):
             for place, word in zip(group, rng.sample(group, len(group))):
                 order[place] = word
         shuffles.append(order)
-    shuffles.append([i for three in rng.sample(threes, len(threes)) for i in three])
+    shuffles.append(list(itertools.chain(*rng.sample(threes, len(threes)))))
     spellings = [caption[start:end] for start, end, _ in words]
     texts = [" ".join(spellings[i] for i in order) for order in shuffles[1:]]
     return tuple(clean_order(text) for text in (caption, *texts))
@@ -1848,7 +1848,9 @@ def read_boxes(source):
             rows = [(names[a["image_id"]], [categories[a["category_id"]], *a["bbox"]])
                     for a in content["annotations"]]
         else:
-            rows = [(name, row) for name, some in content.items() for row in some]
+            rows = []
+            for name, some in content.items():
+                rows += [(name, row) for row in some]
         for name, row in rows:
             if not has_keys(row, {0: str, 1: number, 2: number, 3: number, 4: number}):
                 raise ValueError(f"a box is {row!r:.60}")
@@ -2328,6 +2330,11 @@ def read_results(path):
     return model_name(file["checkpoint"]), found
 
 
+def all_keys(dicts):
+    """The different keys of several dicts, in order of first appearance."""
+    return list(dict.fromkeys(itertools.chain(*dicts)))
+
+
 def model_name(label):
     """out/nano/last.pt -> nano; a hub id stays as it is."""
     path = Path(label)
@@ -2344,7 +2351,7 @@ def compare(files, items=False, form=None, columns=None, reference=False):
     if form is None and not columns and not reference and len(files) == 2:
         compare_two(*results, items)
         return
-    for bench in dict.fromkeys(bench for file in results for bench in file):
+    for bench in all_keys(results):
         having = [i for i, file in enumerate(results) if bench in file]
         published = TABLE.get(bench, {}).get("published") if reference else None
         print(format_table(bench, [names[i] for i in having], [results[i][bench] for i in having],
@@ -2434,7 +2441,7 @@ def format_table(bench, names, tables, form="text", columns=None, published=None
     commas, "all", or None: the means, if there are any. The best is marked where the paired
     interval of its lead over the second excludes 0. published: as for print_published.
     """
-    known = list(dict.fromkeys(name for table in tables for name in table))
+    known = all_keys(tables)
     means = [name for name in known if any("parts" in table.get(name, {}) for table in tables)]
     chosen = means or known
     if columns == "all":
@@ -2589,7 +2596,7 @@ def plot(files, keys=None, output="curves.png"):
         save_figure(draw_bars(names, results, keys), output)
         return
     logs = [read_log(path) for path in files]
-    known = list(dict.fromkeys(key for log in logs for key in log))
+    known = all_keys(logs)
     if keys is None:
         chosen = [key for key in known if key == "loss" or "." in key]
     else:
@@ -2634,14 +2641,14 @@ def draw_bars(names, results, keys=None):
     """results: for each model {bench: {subset or mean: results}}. A panel for each benchmark, in it
     a group of bars for each subset and mean (or those of keys, joined by commas), with 95 %
     intervals and chance as a line -> Figure."""
-    benches = list(dict.fromkeys(bench for file in results for bench in file))
+    benches = all_keys(results)
     if len(names) > len(CURVES):
         raise ValueError(f"plot takes up to {len(CURVES)} files")
     figure = new_figure(10, 3.2 * len(benches) + 0.4)
     panels = figure.subplots(len(benches), 1, squeeze=False).flatten()
     for bench, panel in zip(benches, panels):
         tables = [file.get(bench, {}) for file in results]
-        subsets = list(dict.fromkeys(subset for table in tables for subset in table))
+        subsets = all_keys(tables)
         if keys:
             subsets = [subset for subset in subsets if subset in keys.split(",")]
         width = 0.8 / len(names)
@@ -3033,7 +3040,8 @@ def data_digests(tasks):
     for bench, parts in tasks.items():
         content = []
         for task in parts:
-            names = [Path(x.name).name for row in task.images for x in row]
+            pictures = itertools.chain(*task.images)
+            names = [Path(picture.name).name for picture in pictures]
             content.append((names, task.texts))
         digests[bench] = hashlib.sha256(repr(content).encode()).hexdigest()
     return digests
