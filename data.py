@@ -10,14 +10,17 @@ A row is a dict with
     neighbour       optional row, a hard negative for this one
 A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
 """
+import concurrent.futures
 import contextlib
 import fcntl
+import functools
 import glob
 import hashlib
 import io
 import json
 import math
 import mmap
+import multiprocessing
 import os
 import random
 import re
@@ -255,6 +258,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # Train the tokenizer on the captions of so many rows at most, and on so many letters of a word.
 TOKENIZER_ROWS = 200_000
 TOKENIZER_LETTERS = 100
+# Files of so many bytes, several of them, are read by several processes.
+PARALLEL_FROM = 2**26
 # So many reports of a file are kept; all of them are counted.
 MAX_REPORTS = 1000
 # The longest name that a tar may give to a member, in bytes.
@@ -408,21 +413,56 @@ class Options:
 def open_parts(paths, options):
     """Open the rows of each file, with a progress bar where that takes time.
 
-    Files without an index are read now. The ranks of a host begin with different ones, and each
-    waits for those that another one is reading.
+    Files without an index are read now, large ones by several processes. The ranks of a host begin
+    with different files, and each waits for those that another one is reading.
     """
     rank = int(os.environ.get("LOCAL_RANK", 0))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     # None: no bar where nobody sees it, which is not on a terminal.
     quiet = True if os.environ.get("RANK", "0") != "0" else None
     with tqdm(desc="reading", unit=" rows", delay=1, disable=quiet) as bar:
-        for path in paths[rank::ranks] if ranks > 1 else ():
-            Part(path, options, bar)
+        new = []
+        for path in paths[rank::ranks]:
+            if is_large(path) and not has_index(path, options):
+                new.append(path)
+        workers = min(default_workers(), len(new))
+        if workers > 1:
+            count = functools.partial(count_rows, options=options)
+            # Forked, as the loader's workers are: they import nothing anew.
+            context = multiprocessing.get_context("fork")
+            with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+                for number, rows in enumerate(pool.map(count, new), 1):
+                    bar.set_description(f"read {number:,} of {len(new):,} files", refresh=False)
+                    bar.update(rows)
+        elif ranks > 1:
+            for path in new:
+                count_rows(path, options)
         parts = []
         for number, path in enumerate(paths, 1):
             bar.set_description(f"reading file {number:,} of {len(paths):,}", refresh=False)
             parts.append(Part(path, options, bar))
     return parts
+
+
+def is_large(path):
+    """Whether it takes a while to read a file."""
+    return os.path.getsize(file_and_split(path)[0]) >= PARALLEL_FROM
+
+
+def has_index(path, options):
+    file, split = file_and_split(path)
+    identity = [*options.identity(), split]
+    folders = index_folders(file, options.index_dir)
+    return any(os.path.exists(index_path(file, identity, folder)) for folder in folders)
+
+
+def count_rows(path, options):
+    """Open the rows of a file, so that it has an index; returns their number. What is wrong with
+    it is said when it is opened again."""
+    try:
+        return len(Part(path, options, tqdm(disable=True)))
+    except (ValueError, OSError):
+        return 0
 
 
 class Part:
@@ -898,8 +938,7 @@ def open_index(path, identity, index_dir, write):
         return write_index(path, None, write), []
     remarks = []
     for folder in index_folders(path, index_dir):
-        name = index_name(path, identity, folder)
-        target = os.path.join(folder, f"{name}.{stamp[0]}.{stamp[1]}.index")
+        target = index_path(path, identity, folder)
         index, _ = find_index(target)
         if index:
             return index, remarks
@@ -909,7 +948,7 @@ def open_index(path, identity, index_dir, write):
                 if why:
                     remarks.append((path, f"its index was damaged ({why}) and is made anew"))
                 if index is None:
-                    remove_old(target, name)
+                    remove_old(target)
                     index = write_index(path, target, write)
             return index, remarks
         except CannotWrite as error:
@@ -954,22 +993,24 @@ def index_folders(path, index_dir):
             os.path.join(cache, "c2lip", "index")]
 
 
-def index_name(path, identity, folder):
-    """The name of an index without the stamp of its file. In a folder that is not beside the
-    file it depends on the file's place, too."""
+def index_path(path, identity, folder):
+    """The index of a file in a folder: its name has a hash of what the rows depend on, and the
+    file's size and time. In a folder that is not beside the file the hash is of its place, too."""
     place = None
     if os.path.basename(folder) != INDEX_FOLDER:
         place = os.path.abspath(path)
     name = os.path.basename(path)
     text = json.dumps([INDEX_FORMAT, name, place, identity])
-    return f"{name[:100]}.{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
+    hashed = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    size, time = file_stamp(path)
+    return os.path.join(folder, f"{name[:100]}.{hashed}.{size}.{time}.index")
 
 
-def remove_old(target, name):
+def remove_old(target):
     """Remove the indices of former states of a file, and what a kill has left of one. A process
     that still uses one keeps its pages."""
-    folder = os.path.dirname(target)
-    for old in glob.glob(os.path.join(glob.escape(folder), glob.escape(name) + ".*")):
+    name = target.rsplit(".", 3)[0]         # without size, time and ending
+    for old in glob.glob(glob.escape(name) + ".*"):
         if old.endswith((".index", ".partial", ".lock")) and old != f"{target}.lock":
             with contextlib.suppress(OSError):
                 os.remove(old)

@@ -65,6 +65,7 @@ BENCHES = {
     "vl_checklist": "objects, attributes and relations: 56 sets of captions with one word changed",
     "retrieval": "R@1, 5, 10 both ways on COCO and Flickr30k, or on your own --data",
     "flickr8k": "R@1, 5, 10 both ways on the 1,000 test images of Flickr8k",
+    "long_retrieval": "R@1 of long descriptions, and of their sentences: DOCCI, IIW, Urban-1k",
     "pointing": "on COCO val2017, the patch most similar to a category lies in a box of it",
     "imagenet": "zero-shot classification, 1,000 classes, 80 prompts (by hand)",
     "imagenet_v2": "zero-shot classification, 10,000 new photographs of the 1,000 classes",
@@ -81,6 +82,13 @@ BENCHES = {
     "aircraft": "zero-shot classification, 100 variants of aircraft",
     "dtd": "zero-shot classification, 47 textures",
     "sun397": "zero-shot classification, 397 places",
+    "flowers": "zero-shot classification, 102 flowers",
+    "cars": "zero-shot classification, 196 models of cars",
+    "eurosat": "zero-shot classification, 10 uses of land from a satellite",
+    "gtsrb": "zero-shot classification, 43 traffic signs",
+    "country211": "zero-shot classification, 211 countries",
+    "mnist": "zero-shot classification, 10 digits written by hand",
+    "svhn": "zero-shot classification, 10 digits of house numbers",
 }
 COMMANDS = {
     "evaluate": "score a model on benchmarks; the word itself may be left out",
@@ -417,6 +425,7 @@ class Ranking:
     texts: list                     # M tuples of strings, whose features are averaged
     positive: torch.Tensor          # (N, M) bool
     recalls: dict                   # {name of the result: ("i2t" or "t2i", k)}
+    labels: list | None = None      # of the images, as in Choices, for k = 1
     partial: str = ""               # as in Choices
 
     def outcomes(self, image_features, text_features):
@@ -434,7 +443,8 @@ class Ranking:
             if way == "i2t":
                 margins = rank(images, texts, self.positive, k)
                 chance = blind_recall(self.positive, k)
-                yield subset, margins, chance, image_names, image_names, None
+                labels = self.labels if k == 1 else None
+                yield subset, margins, chance, image_names, image_names, labels
             else:
                 margins = rank(texts, images, self.positive.T, k)
                 chance = blind_recall(self.positive.T, k)
@@ -1029,7 +1039,7 @@ class Source:
 def parse_rows(content, suffix):
     """The rows of a .csv or .jsonl file, of a json list, of Karpathy's json files, which have them
     under images, or the values of another json dict."""
-    if suffix == ".jsonl":
+    if suffix in (".jsonl", ".jsonlines"):
         return [json.loads(line) for line in content.splitlines()]
     if suffix == ".csv":
         return list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
@@ -1216,10 +1226,13 @@ def scene_captions(data, n, seed):
 
 
 def scene_retrieval(images, captions):
-    objects = [sorted(caption.split(" and ")) for caption in captions]
-    same = [[a == b for a in objects] for b in objects]
-    texts = [(caption,) for caption in captions]
-    return Ranking(images, texts, torch.tensor(same), {"i2t_r1": ("i2t", 1), "t2i_r1": ("t2i", 1)})
+    numbers = {}        # {objects of a caption: a number}
+    for caption in captions:
+        numbers.setdefault(tuple(sorted(caption.split(" and "))), len(numbers))
+    found = torch.tensor([numbers[tuple(sorted(caption.split(" and ")))] for caption in captions])
+    same = found[:, None] == found      # (n, n)
+    recalls = {"i2t_r1": ("i2t", 1), "t2i_r1": ("t2i", 1)}
+    return Ranking(images, tuples(captions), same, recalls)
 
 
 def single_objects(data, n, seed):
@@ -1713,6 +1726,52 @@ def flickr8k(source):
     yield pairs_to_ranking(source.pictures(images), range(len(texts)), texts, prefix="")
 
 
+def long_retrieval(source):
+    """R@1 both ways between images and long descriptions; fine_t2i_r1: from each sentence of them,
+    split after full stops, to its image. Descriptions are cut at the model's context, and counted.
+
+        docci_descriptions.jsonlines  {"split": "test", "image_file": "test_00000.jpg",
+            "description": "...", ...}: the 5,000 of the test split
+        iiw_400.jsonl  {"image/key": "aar_test_04600", "IIW": "...", ...}: 400, images of DOCCI-AAR
+        urban1k/Urban1k  image/1.jpg and caption/1.txt: 1,000
+    """
+    if source.subset == "urban1k":
+        names, texts = urban_descriptions(source)
+    elif source.subset == "docci":
+        rows = source.rows({"split": str, "image_file": str, "description": str})
+        rows = [row for row in rows if row["split"] == "test"]
+        names, texts = column(rows, "image_file"), column(rows, "description")
+    else:
+        rows = source.rows({"image/key": str, "IIW": str})
+        names, texts = [f"{key}.jpg" for key in column(rows, "image/key")], column(rows, "IIW")
+    pictures = source.pictures(names)
+    whole = pairs_to_ranking(pictures, range(len(texts)), texts, f"{source.subset}_")
+    whole.recalls = {name: found for name, found in whole.recalls.items() if found[1] == 1}
+    yield whole
+    images, sentences = [], []
+    for picture, text in zip(pictures, texts):
+        for sentence in re.split(r"(?<=[.!?])\s+", text.strip()):
+            images.append(picture)
+            sentences.append(sentence)
+    fine = pairs_to_ranking(images, range(len(sentences)), sentences, prefix="")
+    fine.recalls = {f"{source.subset}_fine_t2i_r1": ("t2i", 1)}
+    yield fine
+
+
+def urban_descriptions(source):
+    """File names and texts of Urban-1k."""
+    folder = Path(source.options.data_dir, "urban1k/Urban1k/caption")
+    paths = sorted(folder.glob("*.txt"), key=lambda path: (len(path.stem), path.stem))
+    if not paths:
+        raise Missing(f"{source.bench}: no {folder}; get it: {GET} {source.bench}")
+    n = source.spec["files"]["urban1k"]["n"]
+    if len(paths) != n:
+        if not source.options.allow_missing:
+            raise ValueError(f"{folder}: {len(paths)} texts instead of {n}")
+        source.partial = f"partial: {len(paths):,} of the official {n:,} texts"
+    return [f"{path.stem}.jpg" for path in paths], [path.read_text("utf-8") for path in paths]
+
+
 def own_retrieval(options):
     """Pairs of a table or of tar shards; in a shard an image is [tar, offset, size]."""
     data = CaptionFile(options.data, options.image_root, options.image_key, options.caption_key)
@@ -1895,7 +1954,9 @@ def image_folder(source, path):
         raise Missing(f"{source.bench}: {error}; {how}") from None
 
 
-TORCHVISION = {     # name: its class in torchvision.datasets, what selects the test split, a prompt
+# name: its class in torchvision.datasets, what selects the test split, and a prompt; where that is
+# None, prompts (and names, if torchvision has none) are CLIP_benchmark's, in assets/classes.json
+TORCHVISION = {
     "cifar10": ("CIFAR10", {"train": False}, "a photo of a {}."),
     "cifar100": ("CIFAR100", {"train": False}, "a photo of a {}."),
     "food101": ("Food101", {"split": "test"}, "a photo of {}, a type of food."),
@@ -1904,19 +1965,33 @@ TORCHVISION = {     # name: its class in torchvision.datasets, what selects the 
     "aircraft": ("FGVCAircraft", {"split": "test"}, "a photo of a {}, a type of aircraft."),
     "dtd": ("DTD", {"split": "test"}, "a photo of a {} texture."),
     "sun397": ("SUN397", {}, "a photo of a {}."),
+    "flowers": ("Flowers102", {"split": "test"}, None),
+    "cars": ("StanfordCars", {"split": "test"}, None),
+    "eurosat": ("EuroSAT", {}, None),
+    "gtsrb": ("GTSRB", {"split": "test"}, None),
+    "country211": ("Country211", {"split": "test"}, None),
+    "mnist": ("MNIST", {"train": False}, None),
+    "svhn": ("SVHN", {"split": "test"}, None),
 }
 
 
 def torchvision_set(source, download=False):
     """Zero-shot classification of a test split of torchvision.datasets, top 1 and 5, by its class
-    names and one prompt, such as "a photo of a {}."; prompts are of Radford et al. 2021."""
+    names and one prompt, such as "a photo of a {}." (Radford et al. 2021); flowers and those behind
+    it by CLIP_benchmark's names and prompts. top1_macro is the mean over classes."""
     name, split, prompt = TORCHVISION[source.bench]
     path = os.path.join(source.options.data_dir, source.spec["folder"])
     try:
         data = getattr(torchvision.datasets, name)(path, download=download, **split)
     except (RuntimeError, OSError) as error:
+        error = " ".join(str(error).split())
         raise Missing(f"{source.bench}: {error}; get it: {GET} {source.bench}") from None
-    yield classification(source, data, data.classes, [prompt])
+    if prompt:
+        yield classification(source, data, data.classes, [prompt])
+    else:
+        known = json.loads((ASSETS / "classes.json").read_text("utf-8"))[source.bench]
+        classes = known.get("classes") or data.classes
+        yield classification(source, data, classes, known["templates"])
 
 
 def classification(source, data, classes, templates, count=None):
@@ -1927,21 +2002,23 @@ def classification(source, data, classes, templates, count=None):
         path = os.path.join(source.options.data_dir, source.spec["folder"])
         names = [f"{path} {i}" for i in range(len(data))]
     wrong_count = count is not None and len(names) != count and not source.options.allow_missing
-    if len(data.classes) != len(classes) or wrong_count:
-        raise ValueError(f"{source.bench}: {len(data.classes)} classes, {len(names)} images "
-                         f"instead of {len(classes)}, {count or len(names)}")
+    found = len(getattr(data, "classes", classes))      # not all of torchvision's have names
+    if found != len(classes) or wrong_count:
+        raise ValueError(f"{source.bench}: {found} classes, {len(names)} images instead of "
+                         f"{len(classes)}, {count or len(names)}")
 
     def load(name, i):
         return data[i][0]
 
     pictures = [Picture(name, (i,), load) for i, name in enumerate(names)]
-    labels = class_numbers(data)
+    labels = torch.as_tensor(class_numbers(data))
     texts = []
     for name in classes:
         name = name.replace("_", " ")
         texts.append(tuple(template.replace("{}", name) for template in templates))
-    positive = F.one_hot(torch.as_tensor(labels), len(classes)).bool()
-    return Ranking(tuples(pictures), texts, positive, {"top1": ("i2t", 1), "top5": ("i2t", 5)})
+    positive = F.one_hot(labels, len(classes)).bool()
+    recalls = {"top1": ("i2t", 1), "top5": ("i2t", 5)}
+    return Ranking(tuples(pictures), texts, positive, recalls, labels=labels.tolist())
 
 
 def class_numbers(data):
@@ -1949,6 +2026,8 @@ def class_numbers(data):
     for name in ("targets", "labels", "_labels"):
         if hasattr(data, name):
             return getattr(data, name)
+    if hasattr(data, "_samples"):       # [(path, label), ...]
+        return column(data._samples, 1)
     raise ValueError(f"{type(data).__name__} has no labels")
 
 
@@ -1972,6 +2051,7 @@ READERS = {
     "vl_checklist": vl_checklist,
     "retrieval": retrieval,
     "flickr8k": flickr8k,
+    "long_retrieval": long_retrieval,
     "pointing": pointing,
     "imagenet": imagenet,
     "imagenet_v2": imagenet_variant,

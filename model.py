@@ -18,6 +18,7 @@ The second half of the file, behind a rule, reads and writes the weights of othe
 CLIP.from_pretrained, export, and `python model.py export`. Nothing there is needed for training.
 """
 import argparse
+import hashlib
 import html
 import json
 import math
@@ -28,6 +29,18 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+
+if __name__ == "__main__":  # read here, as the imports below take seconds
+    parser = argparse.ArgumentParser(
+        description="Writes a new folder that open_clip, transformers or timm loads by itself.")
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("--checkpoint", required=True,
+                        help="A checkpoint of train.py, or any source that train.py --init takes.")
+    parser.add_argument("--model", help="Its architecture, where --checkpoint does not say it.")
+    parser.add_argument("--format", required=True, choices=["open_clip", "transformers", "timm"],
+                        help="Who is to load it. timm loads the image tower.")
+    parser.add_argument("--output", required=True, help="A new folder.")
+    args = parser.parse_args()
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +146,8 @@ def is_number(x):
 
 def check_size(what, size, largest, smallest=1):
     if type(size) is not int or not smallest <= size <= largest:
-        raise ValueError(f"{what} is {size!r}, expected a whole number from {smallest} to {largest}")
+        raise ValueError(f"{what} is {size!r}, expected a whole number "
+                         f"from {smallest} to {largest}")
 
 
 def clip_config(patch_size, image_size, vision, text, act="gelu"):
@@ -453,8 +467,9 @@ class CLIP(nn.Module):
         return out
 
     def checkpoint(self):
-        """What CLIP.load needs, in plain types and tensors."""
-        return {"config": asdict(self.config), "model": self.state_dict()}
+        """What CLIP.load needs, in plain types and tensors. The digest tells later damage."""
+        fields, state = asdict(self.config), self.state_dict()
+        return {"config": fields, "model": state, "digest": digest(fields, state)}
 
     @classmethod
     def load(cls, path):
@@ -462,13 +477,13 @@ class CLIP(nn.Module):
 
         Raises ValueError for any other file.
         """
-        state, config = {}, None
+        config = None
         if os.path.isfile(path):
-            state, config = read_weights(str(path))
+            state, config, intact = read_weights(str(path))
         if config is None:
             raise ValueError(f"no checkpoint at {path} that train.py wrote "
                              "(--init reads weights of other projects)")
-        return fill(cls(config), state, path)
+        return build(cls, config, state, intact, path)
 
     @classmethod
     def from_pretrained(cls, source=None, model=None, image_size=None):
@@ -488,17 +503,28 @@ class CLIP(nn.Module):
             raise ValueError(f"no released weights are known for model {model}: "
                              "give a hub id, a folder or a file")
         if os.path.isfile(source):
-            state, config = read_weights(source)
+            state, config, intact = read_weights(source)
         else:
             config, path = read_folder(source)
-            state, _ = read_weights(path)
+            state, _, intact = read_weights(path)
         if config is None:
             config = config_of_bare_file(state, source, model)
+            config = replace(config, tokenizer=released_tokenizer(model))
         elif model is not None:
             config = config_as_named(config, source, model)
         if image_size is not None:
             config = replace(config, image_size=image_size)
-        return fill(cls(config), state, source)
+        return build(cls, config, state, intact, source)
+
+
+def digest(fields, state):
+    """sha256 of a checkpoint's config and weights, in hex: half a second for a ViT-B/16."""
+    sha = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha.update(tensor.flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def unit(x):
@@ -569,9 +595,8 @@ class Tokenizer:
     def encode(self, texts):
         """list of str -> list of tokenizers.Encoding, cleaned and cut to the context length."""
         if self.backend is None:
-            raise ValueError(
-                "this model has no tokenizer: set_tokenizer(model, path), or --tokenizer, "
-                "gives it one")
+            raise ValueError("this model has no tokenizer: set_tokenizer(model, path), or "
+                             f"--tokenizer, gives it one{tokenizer_hint(self.config.name)}")
         cleaned = [clean_text(text, self.config.text_clean) for text in texts]
         with tokenizer_errors("the model's tokenizer fails"):
             return self.backend.encode_batch(cleaned)
@@ -676,7 +701,11 @@ def to_rgb(image):
 
 
 def image_transform(config):
-    """PIL image -> (3, S, S) float32: open_clip's transform for evaluation, bit by bit."""
+    """PIL image -> (3, S, S) float32: open_clip's transform for evaluation, bit by bit.
+
+    As open_clip it drops transparency and shows what was hidden. data.load_image puts white beneath
+    first, as transformers' processors do.
+    """
     size = config.image_size
     interpolation = transforms.InterpolationMode(config.interpolation)
     resize = (size, size) if config.resize == "squash" else size
@@ -863,6 +892,19 @@ def find_layout(state, source):
         f"SiglipModel), this project: its names are {', '.join(list(state)[:3])}, ...")
 
 
+def build(cls, config, state, intact, source):
+    """A model of the config with the weights. Raises ValueError, whatever is wrong with either."""
+    try:
+        model = cls(config)
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{source}: {error}") from None
+    fill(model, state, source)
+    if not intact:
+        raise ValueError(f"{source} is damaged: its weights or its config are not those that were "
+                         "saved (their sha256 differs). Take another checkpoint")
+    return model
+
+
 def fill(model, state, source):
     """Copies weights in any layout into the model, and returns it.
 
@@ -909,7 +951,7 @@ def fill(model, state, source):
 
 
 def check_finite(tensor, name, source):
-    """Raises a ValueError for a tensor that is no weight: not of numbers, or with NaN among them."""
+    """Raises a ValueError for a tensor that is no weight: not of floats, or NaN among them."""
     if not tensor.is_floating_point() or tensor.layout != torch.strided:
         raise ValueError(f"{source}: {name} is {tensor.dtype} ({tensor.layout}), expected a dense "
                          "tensor of floats: another file, or a damaged one")
@@ -950,7 +992,8 @@ def resample_positions(tensor, shape, config, source):
 
 
 def read_weights(path):
-    """(state dict with the file's own names, CLIPConfig if this project wrote the file or None).
+    """(state dict with the file's own names, CLIPConfig if this project wrote the file or None,
+    whether the weights are those that were saved, as far as the file tells).
 
     Runs no code of the file. Raises ValueError.
     """
@@ -959,9 +1002,10 @@ def read_weights(path):
             saved = load_file(path)
         else:
             saved = torch.load(path, "cpu", weights_only=True)
-        config = None
+        config, expected = None, None
         if "config" in saved and "model" in saved:
-            config = read_own(saved["config"])
+            fields, expected = dict(saved["config"]), saved.get("digest")
+            config = read_own(fields)
             saved = saved["model"]
         state = {}
         for name, tensor in saved.get("state_dict", saved).items():
@@ -970,7 +1014,9 @@ def read_weights(path):
                 state[name.removeprefix("module.")] = tensor  # DistributedDataParallel
         if "visual.class_embedding" in state:  # open_clip's CustomTextCLIP: a CLIP all the same
             state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
-        return state, config
+        # Earlier versions wrote no digest.
+        intact = expected is None or digest(fields, state) == expected
+        return state, config, intact
     except Exception as error:
         lines = str(error).splitlines() or [""]
         why = f"{type(error).__name__}: {lines[0].split('. ')[0]}"
@@ -983,8 +1029,7 @@ def read_weights(path):
 
 
 def read_own(fields):
-    """The config in a checkpoint of this project -> CLIPConfig."""
-    fields = dict(fields)
+    """The config in a checkpoint of this project -> CLIPConfig. Removes what earlier ones had."""
     variant = fields.pop("value_tokens", "A")  # earlier versions had other patch tokens, too
     if variant != "A":
         raise ValueError(f"value_tokens is {variant!r}, but this code can only do 'A'")
@@ -1004,6 +1049,30 @@ def config_of_bare_file(state, source, model):
         warnings.warn(f"{source} is loaded with the exact GELU; "
                       f"OpenAI's and DFN's need {quick.name}")
     return named
+
+
+def released_tokenizer(model):
+    """The text of the tokenizer.json of a named model's default source, or "" and a warning."""
+    hub = SOURCES.get(model)
+    if hub is None:
+        return ""
+    try:
+        names, path_of = find_source(hub)
+        if "tokenizer.json" in names:
+            return read_tokenizer(path_of("tokenizer.json"))
+        why = f"{hub} has no tokenizer.json"
+    except (ValueError, OSError):
+        why = "the hub cannot be reached"
+    warnings.warn(f"{model} has no tokenizer yet, as {why}: set_tokenizer(model, path), or "
+                  f"--tokenizer, gives it one{tokenizer_hint(model)}")
+    return ""
+
+
+def tokenizer_hint(model):
+    """Where the tokenizer of a named model is to be had, as the end of a sentence."""
+    if model not in SOURCES:
+        return ""
+    return f", that of https://huggingface.co/{SOURCES[model]}/blob/main/tokenizer.json"
 
 
 STRUCTURE = (  # what a source must have in common with the model that it is said to be
@@ -1038,6 +1107,10 @@ def find_source(source):
         return os.listdir(source), partial(os.path.join, source)
     source = source.removeprefix("hf-hub:")
     is_file = source.endswith((".pt", ".bin", ".safetensors"))
+    if source in MODELS:
+        loads = f", which loads {SOURCES[source]}" if source in SOURCES else ""
+        raise ValueError(f"{source} is the name of a model, not of weights: give it as --model"
+                         f"{loads}")
     if source.count("/") != 1 or source[0] in "./~" or is_file:
         raise ValueError(f"{source}: no such file or folder, nor a hub id (owner/name)")
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -1461,7 +1534,8 @@ def export(model, format, directory):
     elif format == "transformers":
         tensors, files = export_transformers(model)
         [architecture] = files["config.json"]["architectures"]
-        call = f'{architecture}.from_pretrained("{directory}")'
+        call = (f'{architecture}.from_pretrained("{directory}"), '
+                f'AutoProcessor.from_pretrained("{directory}")')
     elif format == "timm":
         tensors, files = export_timm(model)
         call = f'timm.create_model("local-dir:{directory}", pretrained=True)'
@@ -1567,19 +1641,12 @@ CLEAN_TEXT = {"lower": SINGLE_SPACES, "canonicalize": NO_PUNCTUATION + SINGLE_SP
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Writes a new folder that open_clip, transformers or timm loads by itself.")
-    parser.add_argument("command", choices=["export"])
-    parser.add_argument("--checkpoint", required=True,
-                        help="a checkpoint of train.py, or any source that train.py --init takes")
-    parser.add_argument("--model", help="its architecture, where --checkpoint does not say it")
-    parser.add_argument("--format", required=True, choices=["open_clip", "transformers", "timm"],
-                        help="who is to load it; timm loads the image tower")
-    parser.add_argument("--output", required=True, help="a new folder")
-    args = parser.parse_args()
     try:
         model = CLIP.from_pretrained(args.checkpoint, args.model)
         call = export(model, args.format, args.output)
     except (ValueError, OSError) as error:
         raise SystemExit(f"model.py: {error}")
     print(f"wrote {args.output}; load it with\n    {call}")
+    if args.format != "transformers":
+        print("Put white beneath transparent images, as data.load_image does, before you give them "
+              f"to {args.format}, which would drop the transparency.")

@@ -255,8 +255,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import evaluate
-from data import (CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers, normalize_images,
-                  train_tokenizer, train_transform)
+from data import (ORDER, CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers,
+                  normalize_images, train_tokenizer, train_transform)
 from losses import (METHODS, Features, extra_terms, gather_features, gather_together,
                     plan_batch)
 from model import CLIP, MODELS, no_decay, read_tokenizer, set_tokenizer
@@ -483,10 +483,10 @@ if args.data:
     dataset = guard(CaptionFile, args.data, args.image_root, args.image_key, args.caption_key,
                     args.captions, max_pixels=args.max_pixels,
                     fast_decode=not args.exact_decode, index_dir=args.index_dir)
-    rows = len(dataset) + dataset.lost_rows
-    if dataset.lost_rows > args.max_bad * rows:
+    row_count = len(dataset) + dataset.lost_rows
+    if dataset.lost_rows > args.max_bad * row_count:
         name, why = dataset.skipped[0]
-        stop(f"{dataset.lost_rows:,} of {rows:,} rows could not be read, more than --max-bad "
+        stop(f"{dataset.lost_rows:,} of {row_count:,} rows could not be read, more than --max-bad "
              f"{args.max_bad:g}; the first is {name}: {why}. Mend the file, or raise --max-bad")
 else:
     scenes = args.steps * args.batch_size if args.steps else 100_000
@@ -598,6 +598,9 @@ def read_header(path):
     if "optimizer" not in header:
         stop_all(f"--resume {path} holds weights but no optimizer: to start from them, give "
                  f"--init {path}")
+    if header.get("order") != ORDER and step > 0:
+        stop_all(f"--resume {path}: an earlier version made it, whose order of rows this version "
+                 f"cannot continue: give it as --init {path}, or train on with that version")
     return name, step, saved_args
 
 
@@ -629,7 +632,7 @@ def digest(path):
 
 
 # what each process or node may have of its own
-OWN = {"device", "workers", "out_dir", "data_dir", "image_root", "index_dir"}
+OWN = {"device", "workers", "out_dir", "data_dir", "image_root", "val_image_root", "index_dir"}
 
 
 def check_agreement():
@@ -669,8 +672,6 @@ sampler.start = first_step
 sampler.stop = args.steps
 
 # ---- model -----------------------------------------------------------------
-
-
 def model_from_scratch():
     config = replace(MODELS[args.model])
     if args.tokenizer:
@@ -798,11 +799,11 @@ loader = DataLoader(
     multiprocessing_context="fork" if args.workers else None,
     worker_init_fn=ignore_signals)
 
-
 seen = 0        # rows of this process that were read, and that could not be
 bad = 0
 fallback = 0    # captions that are their own concept, for want of a noun phrase in them
 left_out = 0    # steps in a row that were not finite
+
 
 def check_rows(rows, step):
     """Rows that could not be read are reported; training stops when they are too many."""
@@ -869,7 +870,7 @@ def agree(rows):
             pad_id=model.config.pad_id,
             multiple=rows_multiple)
     except RuntimeError as error:
-        end_if_others_died(error)
+        end_with_a_line(error)
         raise
 
 
@@ -1137,8 +1138,8 @@ def save(step):
     if rank != 0:
         return
     checkpoint = {
-        **model.checkpoint(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
-        "thresholds": thresholds, "initial_scale": initial_scale, "args": vars(args)}
+        **model.checkpoint(), "optimizer": optimizer.state_dict(), "step": step, "order": ORDER,
+        "best": best, "thresholds": thresholds, "initial_scale": initial_scale, "args": vars(args)}
     if teacher is not None:
         checkpoint["teacher"] = teacher.state_dict()
     write(checkpoint, "last.pt")
@@ -1175,8 +1176,6 @@ def keep_copy(path):
 # ---- the log ---------------------------------------------------------------
 # TFLOP/s in bfloat16, without sparsity
 PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "4090": 165}
-
-
 torn_line = ""      # a line break, after a line of the log that was not written to its end
 
 
@@ -1364,7 +1363,7 @@ def check_evaluation():
 from_process_0(check_folder)
 from_process_0(check_evaluation)
 
-# ---- the plan --------------------------------------------------------------
+# ---- what is going to happen -----------------------------------------------
 def prepare_folder():
     """Makes room in --out-dir; returns whether the step to go on from was evaluated."""
     if args.overwrite:
@@ -1413,6 +1412,7 @@ if args.dry_run:
            f"{peak_mib():.0f} MiB. Nothing was trained")
     sys.exit()
 
+
 def commit():
     """Of the code, "" without git or a repository."""
     command = ["git", "rev-parse", "HEAD"]
@@ -1457,8 +1457,14 @@ def ask_all(terms, grad_norm):
     return dict(zip(terms, values)), norm, any_bad, any_interrupted
 
 
-def end_if_others_died(error):
-    """The exchange with a process that hangs or has died is an error, and this step is lost."""
+def end_with_a_line(error):
+    """For errors of a step that its user can understand and mend; this step is lost."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        saved_words = save_what_is_done()
+        stop("the GPU has too little memory for this batch: give --accum 2 or more, or "
+             "--grad-checkpointing, which change no figure, or a smaller --batch-size. "
+             f"{saved_words}")
+    # the exchange with a process that hangs or has died
     if isinstance(error, dist.DistError) or (world_size > 1 and "gloo" in str(error)):
         reason = " ".join(str(error).split())[-100:]
         saved_words = save_what_is_done()
@@ -1502,7 +1508,7 @@ for step in range(first_step + 1, args.steps + 1):
         window.waiting += time.time() - asked
         values, grad_norm, any_bad, any_interrupted = ask_all(terms, norm)
     except RuntimeError as error:
-        end_if_others_died(error)
+        end_with_a_line(error)
         raise
     if any_bad:
         leave_out(step, rows, values["loss"], grad_norm)

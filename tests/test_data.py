@@ -17,6 +17,8 @@ import numpy as np
 import PIL
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -743,6 +745,21 @@ def test_another_folder_for_indices(folder, large, tmp_path_factory):
     assert len(CaptionFile(two, str(folder), index_dir=str(place / "new/folder"))) == 20
 
 
+def test_many_files_are_indexed_by_several_processes(shards, monkeypatch):
+    expected = CaptionFile(shards, caption_key="caption").captions
+    monkeypatch.setattr(data_module, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(data_module, "default_workers", lambda: 3)
+    parent, written = os.getpid(), data_module.write_index
+    monkeypatch.setattr(data_module, "write_index", lambda *args: written(*args) if os.getpid() != parent else None)
+    data = CaptionFile(shards, caption_key="caption,alt")
+    assert [row["captions"][0] for row in rows_of(data)] == expected == [f"json {i}" for i in range(41)]
+    folder = os.path.dirname(shards)
+    open(f"{folder}/00001.tar", "wb").close()       # what is wrong with one is said as ever
+    monkeypatch.setattr(data_module, "write_index", written)
+    data = CaptionFile(shards)
+    assert len(data) == 24 and data.lost_rows == 12 and "00001.tar is damaged" in data.skipped[0][0]
+
+
 def test_an_index_moves_with_its_folder(tmp_path, monkeypatch):
     os.makedirs(tmp_path / "old")
     shard(tmp_path / "old" / "a.tar", samples(0, 4))
@@ -776,6 +793,73 @@ def test_joined_captions_by_their_index(shards, tmp_path, large):
     write(tmp_path, "c.csv", "key,caption\n" + "".join(f"{i:09d},newer {i}\n" for i in range(41)))
     data = CaptionFile(shards, captions=table)
     assert data.captions == [f"newer {i}" for i in range(41)] and data.skipped == []
+
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\t"), max_size=30).filter(
+    lambda text: not text.lstrip().startswith("["))
+ONE_LINE = TEXTS.filter(lambda text: not set(text) & set("\n\r"))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kind=st.sampled_from(["csv", "tsv", "jsonl"]), indexed=st.booleans(), seed=st.integers(0, 99), data=st.data())
+def test_random_tables_are_read_as_a_naive_reader_reads_them(tmp_path_factory, kind, indexed, seed, data):
+    """Any texts, written as they should be: every row with an image and a caption, in order, and the others counted."""
+    rows = data.draw(st.lists(st.tuples(ONE_LINE if kind == "tsv" else TEXTS, ONE_LINE if kind == "tsv" else TEXTS),
+                              min_size=1, max_size=12))
+    folder = tmp_path_factory.mktemp("random")
+    path = folder / f"t.{kind}"
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        if kind == "jsonl":
+            f.writelines(json.dumps({"image": image, "caption": text}, ensure_ascii=bool(seed % 2)) + "\n"
+                         for image, text in rows)
+        elif kind == "tsv":
+            f.writelines("\t".join(row) + "\r\n" * (seed % 2) + "\n" * (1 - seed % 2) for row in [("image", "caption"), *rows])
+        else:
+            csv.writer(f, lineterminator=("\n", "\r\n")[seed % 2]).writerows([("image", "caption"), *rows])
+    expected = [(image, text.strip()) for image, text in rows if image and text.strip()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_module, "INDEX_FROM", 0 if indexed else 10 ** 9)
+        if not expected:
+            with pytest.raises(ValueError, match="no images with captions"):
+                CaptionFile(str(path))
+            return
+        found = CaptionFile(str(path))
+    assert [(row["image"], *row["captions"]) for row in rows_of(found)] == expected
+    assert found.lost_rows == len(rows) - len(expected) == len(found.skipped)
+
+
+@settings(max_examples=40, deadline=None)
+@given(members=st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["jpg", "txt", "json", "pdf"]), TEXTS),
+                        max_size=14), format=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
+def test_random_tars_are_read_as_a_naive_reader_reads_them(tmp_path_factory, members, format):
+    """Any members in any order, against one loop over tarfile's."""
+    path = tmp_path_factory.mktemp("random") / "t.tar"
+    contents = [(f"{'long/' * 40 * (name == 'd')}{name}.{ending}",
+                 json.dumps({"caption": text}).encode() if ending == "json" else text.encode())
+                for name, ending, text in members]
+    shard(path, contents, format=format)
+    expected, latest = [], {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            name, ending = member.name.rsplit(".", 1)
+            if ending == "pdf":
+                continue
+            if name not in latest or latest[name].get(ending):
+                latest[name] = {}
+                expected.append(latest[name])
+            text = tar.extractfile(member).read().decode()
+            latest[name][ending] = (member.offset_data, member.size) if ending == "jpg" else text
+    for sample in expected:
+        sample["caption"] = (sample.get("txt") or json.loads(sample.get("json") or "{}").get("caption", "")).strip()
+    kept = [sample for sample in expected if sample.get("jpg") and sample["caption"]]
+    if not kept:
+        with pytest.raises(ValueError, match="no images with captions"):
+            CaptionFile(str(path))
+        return
+    found = CaptionFile(str(path))
+    assert [(tuple(row["image"][1:]), row["captions"]) for row in rows_of(found)] == [
+        (sample["jpg"], [sample["caption"]]) for sample in kept]
+    assert found.lost_rows == len(expected) - len(kept)
 
 
 # ----------------------------------------------------------------------------------- nothing lost, nothing silent

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 import evaluate
 from bench_tokenizer import openai_tokenizer
-from data import load_image, train_tokenizer
+from data import COLOURS, SHAPES, load_image, train_tokenizer
 from evaluate import TABLE, Options, fetch, first_text_wins, orders, print_table, rank, run, summarize
 from model import CLIP, MODELS, set_tokenizer
 
@@ -584,6 +584,79 @@ def test_flickr8k(nano, official, tmp_path):
     assert results["mean_r5"]["accuracy"] == (results["i2t_r5"]["accuracy"] + results["t2i_r5"]["accuracy"]) / 2
 
 
+def test_long_retrieval(nano, official, tmp_path):
+    rng, plain, whole = random.Random(17), Plain(nano), {}
+    for part, folder in ("docci", "docci/images"), ("iiw", "docci/images_aar"), ("urban1k", "urban1k/Urban1k/image"):
+        whole[part] = []
+        for i in range(12):
+            text = ". ".join(caption(rng) for _ in range(rng.randint(1, 3))) + "."
+            prefix = {"docci": "test_", "iiw": "aar_test_", "urban1k": ""}[part]
+            whole[part].append((f"{tmp_path}/{folder}/{prefix}{i + 1}.jpg", text))
+            picture(whole[part][-1][0], rng)
+    official(tmp_path, "long_retrieval", "docci", [
+        {"split": "test", "image_file": os.path.basename(path), "description": text} for path, text in whole["docci"]] + [
+        {"split": "train", "image_file": "x.jpg", "description": "a dog"}])
+    with open(tmp_path / official.table["long_retrieval"]["files"]["docci"]["path"], "r+") as f:    # a row a line
+        rows = json.load(f)
+        f.seek(0)
+        f.write("\n".join(map(json.dumps, rows)))
+        f.truncate()
+    official(tmp_path, "long_retrieval", "iiw", [
+        {"image/key": os.path.basename(path)[:-4], "IIW": text} for path, text in whole["iiw"]])
+    os.makedirs(tmp_path / "urban1k/Urban1k/caption")
+    for i, (_, text) in enumerate(whole["urban1k"]):
+        (tmp_path / f"urban1k/Urban1k/caption/{i + 1}.txt").write_text(text)
+    official.table["long_retrieval"]["files"]["urban1k"]["n"] = 12
+    results = run(nano, ["long_retrieval"], **arguments(data_dir=str(tmp_path)))["long_retrieval"]
+    assert len(results) == 9
+    for part, pairs in whole.items():
+        scores = [[plain.cos(path, text) for _, text in pairs] for path, _ in pairs]
+        assert results[f"{part}_i2t_r1"]["correct"] == recall(scores, [{i} for i in range(12)], 1)
+        assert results[f"{part}_t2i_r1"]["correct"] == recall(np.array(scores).T.tolist(), [{i} for i in range(12)], 1)
+        fine = [(i, sentence.rstrip(".")) for i, (_, text) in enumerate(pairs) for sentence in text.split(". ")]
+        scores = [[plain.cos(path, text) for path, _ in pairs] for _, text in fine]
+        assert results[f"{part}_fine_t2i_r1"]["correct"] == recall(scores, [{i} for i, _ in fine], 1)
+    os.remove(tmp_path / "urban1k/Urban1k/caption/3.txt")
+    with pytest.raises(ValueError, match="11 texts instead of 12"):
+        run(nano, ["long_retrieval"], **arguments(data_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("bench", ["flowers", "cars", "eurosat", "gtsrb", "country211", "mnist", "svhn"])
+def test_sets_with_names_and_prompts_of_clip_benchmark(nano, tmp_path, monkeypatch, bench):
+    known = json.loads((evaluate.ASSETS / "classes.json").read_text())[bench]
+    names = known.get("classes") or [f"car {i}" for i in range(196)]
+    rng, labels = random.Random(18), [0, 1, 1, len(names) - 1]
+    for i in range(4):
+        picture(f"{tmp_path}/{i}.png", rng)
+
+    class Fake:
+        def __init__(self, root, download, **split):
+            assert root == str(tmp_path / bench) and split == evaluate.TORCHVISION[bench][1]
+            if bench == "cars":
+                self.classes = names
+            if bench in ("cars", "gtsrb"):
+                self._samples = [(f"{tmp_path}/{i}.png", label) for i, label in enumerate(labels)]
+            else:
+                self.targets = labels
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return load_image(f"{tmp_path}/{i}.png"), labels[i]
+
+    monkeypatch.setattr(evaluate.torchvision.datasets, evaluate.TORCHVISION[bench][0], Fake)
+    results = run(nano, [bench], **arguments(data_dir=str(tmp_path)))[bench]
+    plain, means = Plain(nano), []
+    for name in names:
+        texts = [template.replace("{}", name.replace("_", " ")) for template in known["templates"]]
+        means.append(torch.stack([plain.text(text) for text in texts]).mean(0))
+    scores = [[(plain.image(f"{tmp_path}/{i}.png") @ m / m.norm()).item() for m in means] for i in range(4)]
+    right = recall(scores, [{label} for label in labels], 1)
+    assert results["top1"]["correct"] == right
+    assert results["top1_macro"]["accuracy"] == pytest.approx((right[0] + (right[1] + right[2]) / 2 + right[3]) / 3)
+
+
 @pytest.mark.parametrize("bench, folders", [
     ("imagenet_v2", {"0": 0, "10": 10, "2": 2}), ("imagenet_a", {"n01498041": 6, "n01531178": 11}),
     ("imagenet_r", {"n01443537": 1, "n01484850": 2, "n01498041": 6}), ("imagenet_sketch", {"n01440764": 0, "n15075141": 999})])
@@ -796,7 +869,7 @@ def test_scenes_compare_what_they_say(nano):
             else:
                 assert (true, false) == (one, f"a {c1} {s2}")
     results = evaluate.score(nano, {"scenes": tasks}, Options())["scenes"]
-    colours, shapes = list(evaluate.COLOURS), evaluate.SHAPES
+    colours, shapes = list(COLOURS), SHAPES
     texts = [f"a {c} {s}" for c in colours for s in shapes]
     single = next(t for t in tasks if "single" in getattr(t, "recalls", {}))
     text = torch.stack([Plain(nano).text(t) for t in texts])
@@ -935,7 +1008,7 @@ def test_all_runs_what_is_there_and_lists_the_rest(table):
 
 
 @pytest.mark.parametrize("args, says", [
-    (["--bench", "sugarcrape"], "no bench 'sugarcrape': expected all, or one of scenes, sugarcrepe"),
+    (["--bench", "sugarcrape"], "no bench 'sugarcrape': expected all, or one of scenes, "),
     (["--bench", "sugarcrepe"], "download sugarcrepe"), (["--bench", "folder"], "folder: "),
     (["--bench", "winoground"], "examples.jsonl"),
     (["--bench", "retrieval", "--data", "none.csv"], "no file none.csv"),
@@ -1265,7 +1338,7 @@ def test_the_table_is_whole():
     assert len(TABLE["valse"]["files"]) == 11 and TABLE["cola"]["files"]["multi_objects"]["n"] == 210
     for bench, spec in TABLE.items():
         for subset, f in spec.get("files", {}).items():
-            assert "url" in f or "by_hand" in spec or "hub" in spec, (bench, subset)
+            assert "url" in f or {"by_hand", "hub", "archives"} & set(spec), (bench, subset)
             # counts that could not be looked up: of files that no mirror holds
             assert f.get("n") or bench in ("vl_checklist", "negbench", "hard_positives"), (bench, subset)
             assert "raw.githubusercontent" not in f.get("url", "") or not f.get("n") or len(f["sha256"]) == 64

@@ -29,7 +29,7 @@ OURS = {
 PACKAGES = {
     "pooling.py": {"torch"},
     "losses.py": {"torch"},
-    "concepts.py": {"nltk", "numpy", "torch"},
+    "concepts.py": {"nltk", "numpy", "torch", "tqdm"},
 }
 INSTALLED_AS = {"PIL": "pillow"}
 OPTIONAL = {"matplotlib", "tensorboard"}        # imported where they are used, with a line on how to install them

@@ -495,6 +495,27 @@ def test_hub(hub, clip_tokenizer, siglip_tokenizer, monkeypatch):
     assert same_state(CLIP.from_pretrained("google/siglip"), model)
 
 
+def test_a_bare_file_gets_the_tokenizer_of_its_name(hub, tmp_path, clip_tokenizer, monkeypatch):
+    """A state dict says nothing of texts: the tokenizer comes from the hub, or an error says where it is to be had."""
+    for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
+        monkeypatch.setitem(MODELS, name, layers(MODELS[name], vision=1, text=1))
+    folder, _ = write_open_clip(tmp_path / "oc", "ViT-B-32", clip_tokenizer[0], layers=1)
+    weights = os.path.join(folder, "open_clip_model.safetensors")
+    os.makedirs(hub / M.SOURCES["ViT-B-32"])
+    with pytest.warns(UserWarning, match="openai has no tokenizer.json: set_tokenizer"):
+        assert CLIP.from_pretrained(weights, "ViT-B-32").config.tokenizer == ""
+    write_text(hub / M.SOURCES["ViT-B-32"], "tokenizer.json", clip_tokenizer[0])
+    model = CLIP.from_pretrained(weights, "ViT-B-32-quickgelu")
+    assert torch.equal(model.tokenize(TEXTS), clip_tokenizer[1](TEXTS))
+    shutil.rmtree(tmp_path / "cache")
+    point_to("http://127.0.0.1:9", monkeypatch)
+    with pytest.warns(UserWarning, match="ViT-B-32 has no tokenizer yet, as the hub cannot be reached.*--tokenizer"):
+        model = CLIP.from_pretrained(weights, "ViT-B-32")
+    with pytest.raises(ValueError, match="no tokenizer.*--tokenizer, gives it one, that of https://huggingface.co/"
+                                         "timm/vit_base_patch32_clip_224.openai/blob/main/tokenizer.json"):
+        model.tokenize(["a"])
+
+
 @pytest.mark.parametrize("how", ["refused", "unresolved", "flag"])
 def test_offline_fails_at_once(how, hub, monkeypatch):
     from huggingface_hub import constants
@@ -533,6 +554,8 @@ def test_mistakes_say_what_to_do(tmp_path, clip_tokenizer, siglip_tokenizer):
     fails("no such file or folder", "missing/folder/x")
     fails("no such file or folder", "missing.safetensors")
     fails("no such file or folder", "./a/b")
+    fails("ViT-B-32 is the name of a model, not of weights: give it as --model, which loads timm/vit_base", "ViT-B-32")
+    fails("nano is the name of a model, not of weights: give it as --model$", "nano")
     fails("is no ViT-B-32: it has embed_dim 48, not 512", folder, "ViT-B-32")
     fails("lacks open_clip_config.json and .* or config.json and", str(tmp_path))
     fails("in the format of transformers clip, but ViT-B-16-SigLIP is a siglip", weights, "ViT-B-16-SigLIP")
@@ -774,6 +797,30 @@ def test_weights_that_are_not_finite_are_refused(value, tmp_path, siglip_tokeniz
     CLIP.from_pretrained(folder)
 
 
+def test_a_checkpoint_tells_that_it_was_altered(tmp_path, siglip_tokenizer):
+    model = nano(siglip_tokenizer)
+    saved = model.checkpoint()
+    for name, change in (("weight", lambda s: s["model"]["text.head.weight"][3, 4].mul_(1.001)),
+                         ("tokenizer", lambda s: s["config"].update(tokenizer=s["config"]["tokenizer"] + " ")),
+                         ("swapped", lambda s: s["model"].update({"text.norm.bias": s["model"]["text.norm.weight"],
+                                                                  "text.norm.weight": s["model"]["text.norm.bias"]}))):
+        bad = copy.deepcopy(saved)
+        change(bad)
+        for call in (CLIP.load, CLIP.from_pretrained):
+            with pytest.raises(ValueError, match=f"{name}.pt is damaged: .* sha256 differs.. Take another"):
+                call(save(tmp_path / f"{name}.pt", bad))
+    good = save(tmp_path / "good.pt", saved)
+    assert same_state(CLIP.load(good), model) and same_state(CLIP.from_pretrained(good), model)
+    # half precision; names of torch.compile and DistributedDataParallel; earlier versions, without a digest
+    half = save(tmp_path / "half.pt", CLIP(model.config).bfloat16().checkpoint())
+    assert CLIP.load(half).logit_scale.dtype == torch.float32
+    saved["model"] = {f"module._orig_mod.{k}": v for k, v in saved["model"].items()}
+    assert same_state(CLIP.load(save(tmp_path / "names.pt", saved)), model)
+    del saved["digest"]
+    saved["model"]["module._orig_mod.logit_scale"] = torch.tensor(1.0)
+    assert CLIP.load(save(tmp_path / "old.pt", saved)).logit_scale == 1
+
+
 def make_originals(tmp_path, siglip_tokenizer):
     """Small folders of each kind."""
     size = dict(image_size=16, vision=(32, 1, 2, 64), text=(32, 1, 2, 64), embed_dim=32)
@@ -876,6 +923,24 @@ def test_export_transformers(any_model, tmp_path):
     assert_round_trip(back, folder + "2")
 
 
+def test_transparent_images(tmp_path, siglip_tokenizer):
+    """load_image puts white beneath them, as transformers' processor does; open_clip's transform needs load_image."""
+    from data import load_image
+    model = nano(siglip_tokenizer, image_size=48)
+    export(model, "transformers", str(tmp_path / "a"))
+    export(model, "open_clip", str(tmp_path / "b"))
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "a")
+    transform = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'b'}")[1]
+    pixels = np.random.RandomState(0).randint(0, 256, (64, 64, 4), dtype=np.uint8)
+    pixels[:20] = 0         # wholly transparent, and black underneath
+    Image.fromarray(pixels, "RGBA").save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as image:
+        theirs = processor(images=image, text=["a"], return_tensors="pt")["pixel_values"][0]
+    ours = model.transform(load_image(str(tmp_path / "x.png")))
+    assert difference(theirs, ours) < 2.5 / 255 / 0.5 and (ours[:, :12] == 1).all()
+    assert torch.equal(transform(load_image(str(tmp_path / "x.png"))), ours)
+
+
 @torch.no_grad()
 def test_export_timm(any_model, tmp_path):
     model, folder = any_model, str(tmp_path / "out")
@@ -948,6 +1013,15 @@ def test_command_line(tmp_path, siglip_tokenizer, monkeypatch, capsys):
             (1, "no such file", ["export", "--checkpoint", "none.pt", "--format", "timm", "--output", "o"])):
         found, text = run(*args)
         assert found == status and word in text and (status != 1 or "\n" not in text), (args, found, text)
+
+
+def test_help_takes_no_imports(tmp_path):
+    """It must not load torch: less than two seconds, whatever else the machine does."""
+    for args in (["--help"], ["export", "--format", "onnx"]):
+        done = subprocess.run([sys.executable, "-X", "importtime", os.path.join(ROOT, "model.py"), *args],
+                              capture_output=True, text=True)
+        assert "--checkpoint" in done.stdout + done.stderr
+        assert not [line for line in done.stderr.splitlines() if line.endswith((" torch", " timm", " torchvision"))]
 
 
 def test_works_alone(tmp_path, siglip_tokenizer):

@@ -441,7 +441,7 @@ def make_tables(data, rng):
 
 
 # subsets and means that came after these pins
-ADDED = {f"{data}mean_r{k}" for data in ("", "coco_", "flickr30k_") for k in (1, 5)}
+ADDED = {f"{data}mean_r{k}" for data in ("", "coco_", "flickr30k_") for k in (1, 5)} | {"top1_macro"}
 
 
 def find_benchmarks(folder):

@@ -13,6 +13,7 @@ The files are made in --folder, and removed. Figures for 12 and 128 million rows
 from these, per row, and say so.
 """
 import argparse
+import io
 import json
 import multiprocessing
 import os
@@ -46,7 +47,7 @@ def make_tars(folder, samples, each=10_000):
                 for ending, content in (("jpg", picture), ("txt", f"a dog {i}".encode()), ("json", about.encode())):
                     info = tarfile.TarInfo(f"{i:09d}.{ending}")
                     info.size = len(content)
-                    tar.addfile(info, __import__("io").BytesIO(content))
+                    tar.addfile(info, io.BytesIO(content))
     return f"{folder}/*.tar"
 
 
