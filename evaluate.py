@@ -108,7 +108,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def list_lines(title, table):
-    lines = [f"  {name:14s} {text}" for name, text in table.items()]
+    lines = [f"  {name:16s} {text}" for name, text in table.items()]
     return "\n".join([title, *lines])
 
 

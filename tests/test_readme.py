@@ -134,6 +134,8 @@ def shorten(name, args):
             found += ["--data", "pairs.csv", "--image-root", "images"]
         if "--init" not in given:
             found += ["--init", "scratch"]
+        if "--resume" not in given:
+            found += ["--overwrite"]                        # shortened, all write into few folders
     words = ("download", "compare", "describe", "plot", "show")
     if script == "evaluate.py" and given[0] not in (*words, "--help", "-h"):
         benches = given[given.index("--bench") + 1].split(",") if "--bench" in given else ["scenes"]
