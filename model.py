@@ -1010,6 +1010,8 @@ def read_weights(path):
         state = {}
         for name, tensor in saved.get("state_dict", saved).items():
             if torch.is_tensor(tensor):
+                if not name.isprintable():
+                    raise ValueError(f"a tensor is called {name!r}")
                 name = name.replace("_orig_mod.", "")  # torch.compile
                 state[name.removeprefix("module.")] = tensor  # DistributedDataParallel
         if "visual.class_embedding" in state:  # open_clip's CustomTextCLIP: a CLIP all the same
@@ -1299,11 +1301,11 @@ def check_open_clip(model_cfg, tower):
     vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     other = None
     if tower and tower not in TOWERS and not tower.startswith("local-dir:"):
-        other = f"the image tower is timm's {tower}"
+        other = f"the image tower is timm's {tower!r}"
     elif not tower and isinstance(vision_cfg.get("layers"), list):
         other = "the image tower is a ResNet"
     elif text_cfg.get("hf_model_name"):
-        other = f"the text tower is transformers' {text_cfg['hf_model_name']}"
+        other = f"the text tower is transformers' {text_cfg['hf_model_name']!r}"
     elif model_cfg.get("multimodal_cfg"):
         other = "this is a CoCa, with a decoder of captions"
     if other:
