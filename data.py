@@ -820,7 +820,8 @@ class IndexWriter:
 
     def __init__(self, path=None):
         self.path = path
-        self.columns = {}
+        self.columns = {}           # name -> file
+        self.waiting = {}           # name -> numbers that are not in the file yet
         self.size = 0
         try:
             if path is None:
@@ -843,7 +844,10 @@ class IndexWriter:
         """Write the next number of a column."""
         if column not in self.columns:
             self._add(column)
-        self._write(self.columns[column], value.to_bytes(8, "little"))
+        waiting = self.waiting[column]
+        waiting.append(value)
+        if len(waiting) == 8192:
+            self._flush(column)
 
     def numbers(self, column, values):
         """Write a whole column."""
@@ -851,11 +855,16 @@ class IndexWriter:
         self._write(self.columns[column], values.astype(np.int64).tobytes())
 
     def _add(self, column):
+        self.waiting[column] = array("q")
         if self.path is None:
             self.columns[column] = io.BytesIO()
         else:
             folder = os.path.dirname(self.path)
             self.columns[column] = tempfile.SpooledTemporaryFile(max_size=2**20, dir=folder)
+
+    def _flush(self, column):
+        self._write(self.columns[column], self.waiting[column].tobytes())
+        del self.waiting[column][:]
 
     def _write(self, file, content):
         try:
@@ -870,6 +879,7 @@ class IndexWriter:
             position = self.size + -self.size % 8
             self.file.write(bytes(position - self.size))
             for name, column in self.columns.items():
+                self._flush(name)
                 count = column.tell() // 8
                 places[name] = (position, count)
                 column.seek(0)
@@ -1129,7 +1139,7 @@ def read_rows(path):
         lines = odd_lines.watch(f, "\ufffd")
         rows = read_json_lines(lines) if kind == ".jsonl" else read_table(lines, DELIMITERS[kind])
         for number, (row, problem) in enumerate(rows, 1):
-            if row and runs_over(row, problem):
+            if row and problem and runs_over(row, problem):
                 row = None
                 problem = "a quote that is not closed"
             if row is None:
@@ -1314,9 +1324,10 @@ def parse_tar_header(block):
     """Name, size and kind from the 512 bytes of a tar header. Raises ValueError."""
     without_checksum = block[:148] + b" " * 8 + block[156:]
     checksum = parse_tar_number(block[148:156])
-    signed = sum(np.frombuffer(without_checksum, np.int8).tolist())     # as some old tars have it
-    if checksum not in (sum(without_checksum), signed):
-        raise ValueError("a damaged header")
+    if checksum != sum(without_checksum):
+        signed = sum(np.frombuffer(without_checksum, np.int8).tolist())
+        if checksum != signed:          # some old tars have it so
+            raise ValueError("a damaged header")
     length = parse_tar_number(block[124:136])
     if length < 0:
         raise ValueError("a header with a negative size")

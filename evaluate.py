@@ -1010,8 +1010,7 @@ class Source:
                 raise ValueError(f"{len(rows)} rows, {extent} with {', '.join(map(str, keys))}")
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not the official file of {n or 'unknown'} rows ({error}): "
-                             f"delete it and get it: {GET} {self.bench}"
-                             ) from None
+                             f"delete it and get it: {GET} {self.bench}") from None
         return rows
 
     def pictures(self, names, boxes=None):
@@ -1094,20 +1093,24 @@ def read(benches, options, image_size=32, has_patches=True):
     every = list(benches) == ["all"]
     tasks, missing = {}, []
     for bench in BENCHES if every else benches:
-        tasks[bench] = []
+        tasks[bench], absent = [], []
         parts = parts_of(bench, options)
         for part in parts:
             source = Source(bench, part, options, image_size, has_patches)
             try:
                 found = list(READERS[bench](source))
-                for task in found:
-                    task.partial = source.partial
-                tasks[bench].extend(found)
             except Missing as error:
-                missing.append(str(error))
+                absent.append(str(error))
                 rest = tasks[bench] or part != parts[-1]
                 if not every and not (options.allow_missing and rest):
                     raise
+                continue
+            for task in found:
+                task.partial = source.partial
+            tasks[bench].extend(found)
+        if absent:
+            more = f" (and {len(absent) - 1} files more)" if len(absent) > 1 else ""
+            missing.append(absent[0] + more)
     return {bench: found for bench, found in tasks.items() if found}, missing
 
 
@@ -1277,16 +1280,16 @@ def sugarcrepe(source):
                               "negative_caption": "..."}, "1": ...}
     """
     rows = source.rows({"filename": str, "caption": str, "negative_caption": str})
-    images = source.pictures(column(rows, "filename"))
-    texts = columns(rows, "caption", "negative_caption")
+    images = source.pictures(pick(rows, "filename"))
+    texts = pick_tuples(rows, "caption", "negative_caption")
     yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
 
 
-def column(rows, key):
+def pick(rows, key):
     return [row[key] for row in rows]
 
 
-def columns(rows, *keys):
+def pick_tuples(rows, *keys):
     """A list of tuples: the values of several keys in each row."""
     return list(map(itemgetter(*keys), rows))
 
@@ -1319,8 +1322,8 @@ def sugarcrepe_pp(source):
                          "caption2": "...", "negative_caption": "..."}, ...]
     """
     rows = source.rows({"filename": str, "caption": str, "caption2": str, "negative_caption": str})
-    images = tuples(source.pictures(column(rows, "filename")))
-    texts = columns(rows, "caption", "caption2", "negative_caption")
+    images = tuples(source.pictures(pick(rows, "filename")))
+    texts = pick_tuples(rows, "caption", "caption2", "negative_caption")
     yield Choices(f"{source.subset}_itt", both_captions_win, 1 / 3, images, texts)
     yield Choices(f"{source.subset}_tot", captions_are_nearest, 1 / 3, images, texts)
 
@@ -1352,9 +1355,9 @@ def aro_swap(source, label_key, label_type, least):
     box = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
     rows = source.rows({"image_path": str, "true_caption": str, "false_caption": str,
                         label_key: label_type, **dict.fromkeys(box, (int, float))})
-    boxes = columns(rows, *box)
-    images = source.pictures(column(rows, "image_path"), boxes)
-    texts = columns(rows, "true_caption", "false_caption")
+    boxes = pick_tuples(rows, *box)
+    images = source.pictures(pick(rows, "image_path"), boxes)
+    texts = pick_tuples(rows, "true_caption", "false_caption")
     labels = [str(row[label_key]) for row in rows]
     count = Counter(labels)
     left_out = source.spec["files"][source.subset].get("left_out", ())
@@ -1393,7 +1396,7 @@ def orders(caption):
             for place, word in zip(group, rng.sample(group, len(group))):
                 order[place] = word
         shuffles.append(order)
-    shuffles.append([i for three in rng.sample(threes, len(threes)) for i in three])
+    shuffles.append(list(itertools.chain(*rng.sample(threes, len(threes)))))
     spellings = [caption[start:end] for start, end, _ in words]
     texts = [" ".join(spellings[i] for i in order) for order in shuffles[1:]]
     return tuple(clean_order(text) for text in (caption, *texts))
@@ -1425,8 +1428,8 @@ def valse(source):
     """
     rows = source.rows({"image_file": str, "caption": str, "foil": str, "mturk": dict})
     rows = [row for row in rows if row["mturk"]["caption"] >= 2]
-    images = source.pictures(column(rows, "image_file"))
-    texts = columns(rows, "caption", "foil")
+    images = source.pictures(pick(rows, "image_file"))
+    texts = pick_tuples(rows, "caption", "foil")
     yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
 
 
@@ -1442,7 +1445,7 @@ def winoground(source):
         PAIRED,
         source.pictures([f"{row['image_0']}.png" for row in rows]),
         source.pictures([f"{row['image_1']}.png" for row in rows]),
-        columns(rows, "caption_0", "caption_1"))
+        pick_tuples(rows, "caption_0", "caption_1"))
 
 
 def paired_choices(rules, first_images, second_images, texts):
@@ -1461,9 +1464,9 @@ def colorswap(source):
     rows = source.rows({"image_1": str, "image_2": str, "caption_1": str, "caption_2": str})
     yield from paired_choices(
         PAIRED,
-        source.pictures(column(rows, "image_1")),
-        source.pictures(column(rows, "image_2")),
-        columns(rows, "caption_1", "caption_2"))
+        source.pictures(pick(rows, "image_1")),
+        source.pictures(pick(rows, "image_2")),
+        pick_tuples(rows, "caption_1", "caption_2"))
 
 
 WHATSUP_MEANS = {
@@ -1493,13 +1496,13 @@ def whatsup(source):
         names = [f"val2017/{str(row[0]):0>12}.jpg" for row in rows]
     else:
         names = [f"data/vg_images/{row[0]}.jpg" for row in rows]
-    texts = columns(rows, 1, 2)
+    texts = pick_tuples(rows, 1, 2)
     yield Choices(source.subset, first_text_wins, 1 / 2, tuples(source.pictures(names)), texts)
 
 
 def whatsup_controlled(source):
     rows = source.rows({"image_path": str, "caption_options": [str]})
-    images = source.pictures(column(rows, "image_path"))
+    images = source.pictures(pick(rows, "image_path"))
     texts = [tuple(row["caption_options"]) for row in rows]
     yield Choices(source.subset, first_text_wins, 1 / 4, tuples(images), texts)
     pairs, sets = {}, {}        # {objects: [images, texts]} in which all must be right
@@ -1528,7 +1531,7 @@ def cola(source):
         {source.subset: PAIRED["image"]},
         source.pictures([file_name(row[0]) for row in rows]),
         source.pictures([file_name(row[2]) for row in rows]),
-        columns(rows, 1, 3))
+        pick_tuples(rows, 1, 3))
 
 
 def file_name(url):
@@ -1548,9 +1551,9 @@ def bivlc(source):
     rows = source.rows(dict.fromkeys(keys, str))
     yield from paired_choices(
         PAIRED,
-        source.pictures(column(rows, "image")),
-        source.pictures(column(rows, "negative_image")),
-        columns(rows, "caption", "negative_caption"))
+        source.pictures(pick(rows, "image")),
+        source.pictures(pick(rows, "negative_image")),
+        pick_tuples(rows, "caption", "negative_caption"))
 
 
 def vismin(source):
@@ -1568,9 +1571,9 @@ def vismin(source):
         some = [row for row in rows if row["category"] == category]
         yield from paired_choices(
             {f"{category}_{rule}": found for rule, found in PAIRED.items()},
-            source.pictures(column(some, "image_0")),
-            source.pictures(column(some, "image_1")),
-            columns(some, "text_0", "text_1"))
+            source.pictures(pick(some, "image_0")),
+            source.pictures(pick(some, "image_1")),
+            pick_tuples(some, "text_0", "text_1"))
 
 
 def mmvp(source):
@@ -1644,7 +1647,7 @@ def hard_positives(source):
         raise ValueError(f"hard_positives {source.subset}: {len(rows)} captions and "
                          f"{len(positives)} hard positives")
     names = [row["image_path"].removeprefix("data/") for row in rows]
-    boxes = columns(rows, *box) if source.subset == "swap" else None
+    boxes = pick_tuples(rows, *box) if source.subset == "swap" else None
     texts = [(row["true_caption"], other["true_caption"], other["false_caption"])
              for row, other in zip(rows, positives)]
     images = tuples(source.pictures(names, boxes))
@@ -1740,10 +1743,10 @@ def long_retrieval(source):
     elif source.subset == "docci":
         rows = source.rows({"split": str, "image_file": str, "description": str})
         rows = [row for row in rows if row["split"] == "test"]
-        names, texts = column(rows, "image_file"), column(rows, "description")
+        names, texts = pick(rows, "image_file"), pick(rows, "description")
     else:
         rows = source.rows({"image/key": str, "IIW": str})
-        names, texts = [f"{key}.jpg" for key in column(rows, "image/key")], column(rows, "IIW")
+        names, texts = [f"{key}.jpg" for key in pick(rows, "image/key")], pick(rows, "IIW")
     pictures = source.pictures(names)
     whole = pairs_to_ranking(pictures, range(len(texts)), texts, f"{source.subset}_")
     whole.recalls = {name: found for name, found in whole.recalls.items() if found[1] == 1}
@@ -1845,7 +1848,9 @@ def read_boxes(source):
             rows = [(names[a["image_id"]], [categories[a["category_id"]], *a["bbox"]])
                     for a in content["annotations"]]
         else:
-            rows = [(name, row) for name, some in content.items() for row in some]
+            rows = []
+            for name, some in content.items():
+                rows += [(name, row) for row in some]
         for name, row in rows:
             if not has_keys(row, {0: str, 1: number, 2: number, 3: number, 4: number}):
                 raise ValueError(f"a box is {row!r:.60}")
@@ -2027,7 +2032,7 @@ def class_numbers(data):
         if hasattr(data, name):
             return getattr(data, name)
     if hasattr(data, "_samples"):       # [(path, label), ...]
-        return column(data._samples, 1)
+        return pick(data._samples, 1)
     raise ValueError(f"{type(data).__name__} has no labels")
 
 
@@ -2325,6 +2330,11 @@ def read_results(path):
     return model_name(file["checkpoint"]), found
 
 
+def all_keys(dicts):
+    """The different keys of several dicts, in order of first appearance."""
+    return list(dict.fromkeys(itertools.chain(*dicts)))
+
+
 def model_name(label):
     """out/nano/last.pt -> nano; a hub id stays as it is."""
     path = Path(label)
@@ -2341,7 +2351,7 @@ def compare(files, items=False, form=None, columns=None, reference=False):
     if form is None and not columns and not reference and len(files) == 2:
         compare_two(*results, items)
         return
-    for bench in dict.fromkeys(bench for file in results for bench in file):
+    for bench in all_keys(results):
         having = [i for i, file in enumerate(results) if bench in file]
         published = TABLE.get(bench, {}).get("published") if reference else None
         print(format_table(bench, [names[i] for i in having], [results[i][bench] for i in having],
@@ -2431,7 +2441,7 @@ def format_table(bench, names, tables, form="text", columns=None, published=None
     commas, "all", or None: the means, if there are any. The best is marked where the paired
     interval of its lead over the second excludes 0. published: as for print_published.
     """
-    known = list(dict.fromkeys(name for table in tables for name in table))
+    known = all_keys(tables)
     means = [name for name in known if any("parts" in table.get(name, {}) for table in tables)]
     chosen = means or known
     if columns == "all":
@@ -2586,7 +2596,7 @@ def plot(files, keys=None, output="curves.png"):
         save_figure(draw_bars(names, results, keys), output)
         return
     logs = [read_log(path) for path in files]
-    known = list(dict.fromkeys(key for log in logs for key in log))
+    known = all_keys(logs)
     if keys is None:
         chosen = [key for key in known if key == "loss" or "." in key]
     else:
@@ -2631,14 +2641,14 @@ def draw_bars(names, results, keys=None):
     """results: for each model {bench: {subset or mean: results}}. A panel for each benchmark, in it
     a group of bars for each subset and mean (or those of keys, joined by commas), with 95 %
     intervals and chance as a line -> Figure."""
-    benches = list(dict.fromkeys(bench for file in results for bench in file))
+    benches = all_keys(results)
     if len(names) > len(CURVES):
         raise ValueError(f"plot takes up to {len(CURVES)} files")
     figure = new_figure(10, 3.2 * len(benches) + 0.4)
     panels = figure.subplots(len(benches), 1, squeeze=False).flatten()
     for bench, panel in zip(benches, panels):
         tables = [file.get(bench, {}) for file in results]
-        subsets = list(dict.fromkeys(subset for table in tables for subset in table))
+        subsets = all_keys(tables)
         if keys:
             subsets = [subset for subset in subsets if subset in keys.split(",")]
         width = 0.8 / len(names)
@@ -3030,7 +3040,8 @@ def data_digests(tasks):
     for bench, parts in tasks.items():
         content = []
         for task in parts:
-            names = [Path(x.name).name for row in task.images for x in row]
+            pictures = itertools.chain(*task.images)
+            names = [Path(picture.name).name for picture in pictures]
             content.append((names, task.texts))
         digests[bench] = hashlib.sha256(repr(content).encode()).hexdigest()
     return digests

@@ -1398,6 +1398,21 @@ for name, why in skipped_rows[:5]:
 for name, what in getattr(dataset, "remarks", []):
     print0(f"{name}: {what}")
 
+def end():
+    """Ends the process, with status 0.
+
+    The interpreter's own end would wait for ever for the loader's workers, which ignore SIGTERM, by
+    which it ends them. With gloo's threads it aborts now and then.
+    """
+    if world_size > 1:
+        dist.destroy_process_group()
+    if world_size > 1 or args.workers:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)     # the workers see within five seconds that they are alone, and end
+    sys.exit()
+
+
 step_function = train_step if args.accum == 1 else train_step_in_parts
 if args.dry_run:
     stream = batches()
@@ -1411,7 +1426,7 @@ if args.dry_run:
            f"{images:,} images, {images / len(dataset):.2f} epochs; {seconds:.2f} s a step, "
            f"{args.steps * seconds / 3600:.2f} hours and the time to read data; peak memory "
            f"{peak_mib():.0f} MiB. Nothing was trained")
-    sys.exit()
+    end()
 
 
 def commit():
@@ -1623,6 +1638,4 @@ if not was_interrupted:
     print0(next_commands())
 if board is not None:
     board.close()
-if world_size > 1:
-    dist.destroy_process_group()
-    os._exit(0)     # the interpreter's own end aborts now and then, with gloo's threads
+end()

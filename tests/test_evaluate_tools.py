@@ -446,7 +446,7 @@ def test_a_wrong_flag_costs_two_lines():
     done = evaluate_py("download", "sugarcrepe", "--date-dir", "x")
     assert done.returncode == 2 and done.stderr.splitlines() == [
         "evaluate.py: unrecognized arguments: --date-dir x", "see: evaluate.py --help"]
-    done = evaluate_py("compare", "a.json")
+    done = evaluate_py("compare")
     assert done.stderr.splitlines()[1] == "see: evaluate.py compare --help"
 
 

@@ -32,7 +32,7 @@ PACKAGES = {
     "concepts.py": {"nltk", "numpy", "torch", "tqdm"},
 }
 INSTALLED_AS = {"PIL": "pillow"}
-OPTIONAL = {"matplotlib", "tensorboard"}        # imported where they are used, with a line on how to install them
+OPTIONAL = {"matplotlib", "tensorboard", "open_clip", "datasets"}        # imported where they are used, with a line on how to install them
 
 
 def imports(name):

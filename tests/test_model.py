@@ -214,6 +214,7 @@ def test_open_clip_clip(name, reduce, tmp_path, clip_tokenizer):
     assert torch.equal(model.tokenize(CAPTIONS), clip_tokenizer[1](CAPTIONS))
 
 
+@pytest.mark.slow
 def test_open_clip_real_shape_and_memory(tmp_path, clip_tokenizer):
     """A whole ViT-B/32 (605 MB). Loading it must not need three copies: peak below 2.4 times its size, of which one is
     the file's mapped pages."""
@@ -265,6 +266,7 @@ def test_transformers_tiny(kind, act, tmp_path, clip_tokenizer, siglip_tokenizer
     assert_parity(model, peer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_transformers_real_shape(kind, tmp_path, clip_tokenizer, siglip_tokenizer):
     """The image towers of openai/clip-vit-base-patch32 and google/siglip-base-patch16-224, whole."""
@@ -849,7 +851,7 @@ def small_clip(clip_tokenizer, **kwargs):
                                 **kwargs)))
 
 
-@pytest.fixture(params=["nano", "clip", "siglip", "nano-tanh"])
+@pytest.fixture(params=["nano", "clip", pytest.param("siglip", marks=pytest.mark.slow), "nano-tanh"])
 def any_model(request, clip_tokenizer, siglip_tokenizer):
     if request.param == "clip":
         return small_clip(clip_tokenizer)

@@ -1231,3 +1231,10 @@ def test_checkpoint_of_another_architecture(whole, tmp_path):
 def test_batch_larger_than_the_data(tmp_path):
     done = run("train.py", *pairs(tmp_path, 8, 0), "--out-dir", tmp_path / "out", check=False)
     assert done.returncode == 1 and "--batch-size 16 is more than the 8 rows" in done.stderr
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_run_with_workers_ends_by_itself(tmp_path, more):
+    done = run("train.py", *SMALL, "--steps", "2", "--workers", "1", "--bench", "none", *more,
+               "--out-dir", tmp_path)
+    assert ("Nothing was trained" if more else "2 steps in") in done.stdout

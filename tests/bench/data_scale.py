@@ -86,7 +86,8 @@ def rank_process(rank, ranks, source, warm, results):
     if warm:
         step = 10 * (len(data) // 768) - len(data) // 1536
         stream = Epochs(len(data), min(768, len(data)), 0, rank, ranks, start_step=step, stop_step=step + 4)
-        loader = DataLoader(Rows(data), batch_sampler=stream, num_workers=2, collate_fn=only_keys)
+        loader = DataLoader(Rows(data), batch_sampler=stream, num_workers=2, collate_fn=only_keys,
+                            multiprocessing_context="fork")
         batches = iter(loader)
         next(batches)
         found["resume"] = time.perf_counter() - start

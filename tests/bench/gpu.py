@@ -16,6 +16,8 @@ The parts, of which --parts chooses some:
 What is measured is printed at once, and written to gpu.json and gpu.md in --output after every row,
 so that a run which is cut off leaves what it had. A part that fails is reported, and the others go
 on. What does not fit into the card's memory, or into --minutes, is left out, and its row says so.
+On one H200 and 16 cores parity took 57 s, compile 55, train 117; all steps of one model without
+torch.compile took 45, and torch.compile 84 to start one kind of step of ViT-B-16-SigLIP.
 
 Weights, pixels and captions are random: speed and parity depend on shapes, not on what is learnt.
 """
@@ -847,18 +849,19 @@ def step_batches(report, args, model):
 
 
 def measure_steps(report, args):
-    """Every model eager, with open_clip beside it, then compiled, which is slowest to start."""
+    """Every model eager, with open_clip beside it, then all compiled, which is slow to start."""
     set_tf32(True)  # as in train.py
     args.operations = {}  # TFLOP of a step, by (model, batch size, kind)
-    for name, config in args.step_models.items():
-        torch._dynamo.reset()
-        model = make_model(config, args.seed).to(args.device)
-        batches = step_batches(report, args, model)
-        our_steps(report, args, name, model, batches, None)
-        open_clip_steps(report, args, name, model, batches)
-        our_steps(report, args, name, model, batches, args.backend)
-        del model, batches
-        gc.collect()
+    for backend in (None, args.backend):
+        for name, config in args.step_models.items():
+            torch._dynamo.reset()
+            model = make_model(config, args.seed).to(args.device)
+            batches = step_batches(report, args, model)
+            our_steps(report, args, name, model, batches, backend)
+            if backend is None:
+                open_clip_steps(report, args, name, model, batches)
+            del model, batches
+            gc.collect()
     for line in step_summary(report.data["step"]):
         report.say(f"step: {line}")
 

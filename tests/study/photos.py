@@ -13,7 +13,8 @@ of its own, --jobs at once. Judged are, on the test photographs:
     retrieval    by evaluate.py: R@1, 5, 10 from photograph to caption and back
     swaps        the photograph must prefer its caption to the same one with two nouns, adjectives,
                  verbs or noun phrases exchanged (concepts.swap_negatives)
-    substitutes  ... with one noun phrase replaced by a phrase of another photograph's captions
+    substitutes  ... with one attribute, noun, number or preposition replaced by another of its
+                 class (concepts.substitute_negatives)
     negations    ... with one statement negated (concepts.negate)
 
 The last three are made by rules: some are odd as sentences, and a few are true of the photograph.
@@ -38,7 +39,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from concepts import default_extractor, extract_batch, negate, swap_negatives  # noqa: E402
+from concepts import (extract_batch, negate, substitute_negatives, swap_negatives,  # noqa: E402
+                      word_frequency)
 from data import load_image, train_tokenizer  # noqa: E402
 from model import CLIP, MODELS  # noqa: E402
 
@@ -51,6 +53,7 @@ ARMS = {  # flags of train.py beside those that all arms share; --loss is shared
     "ce_clip": ["--method", "ce_clip"],
 }
 SWAPS = ("noun", "adjective", "verb", "phrase")
+SUBSTITUTES = ("attribute", "noun", "number", "preposition")
 RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 SETTINGS = ("model", "loss", "batch_size", "lr", "dtype")  # a kept result must agree in these
 T_975 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t, by the number of seeds
@@ -97,34 +100,27 @@ def prepare(source, target, pixels):
 
 
 # ---- what the captions are compared with -----------------------------------
-def substitute(caption, phrases, rng):
-    """The caption with one of its noun phrases replaced by another phrase; "" if that cannot be."""
-    spans = default_extractor().extract(caption, spans=True)
-    held = [caption[start:end].lower() for start, end in spans]
-    others = [phrase for phrase in phrases if phrase.lower() not in held]
-    if not others or held == [caption.lower()]:
-        return ""
-    start, end = rng.choice(spans)
-    phrase = rng.choice(others)
-    if start == 0:
-        phrase = phrase[0].upper() + phrase[1:]
-    return caption[:start] + phrase + caption[end:]
+def make_items(rows, frequency, seed=0):
+    """{kind: [(image, caption, wrong caption), ...]}, the same for every model.
 
-
-def make_items(rows, seed=0):
-    """{kind: [(image, caption, wrong caption), ...]}, the same for every model."""
+    frequency: how often the training captions use a word, so that no wrong caption is betrayed by
+    a word that is rare.
+    """
     rng = random.Random(seed)
-    items = {f"swap {kind}": [] for kind in SWAPS} | {"substitute": [], "negate": []}
+    items = {}
+    for kind in SWAPS:
+        some = items[f"swap {kind}"] = []
+        for row in rows:
+            for wrong in swap_negatives(row["caption"], rng, (kind,)):
+                some.append((row["image"], row["caption"], wrong))
+    for kind in SUBSTITUTES:
+        some = items[f"substitute {kind}"] = []
+        for row in rows:
+            for wrong in substitute_negatives(row["caption"], rng, (kind,), frequency):
+                some.append((row["image"], row["caption"], wrong))
+    some = items["negate"] = []
     for row in rows:
-        caption = row["caption"]
-        for kind in SWAPS:
-            for wrong in swap_negatives(caption, rng, (kind,)):
-                items[f"swap {kind}"].append((row["image"], caption, wrong))
-        other = rng.choice(rows)
-        wrong = substitute(caption, other["concepts"], rng)
-        if wrong and other["image"] != row["image"]:
-            items["substitute"].append((row["image"], caption, wrong))
-        items["negate"].append((row["image"], caption, negate(caption, rng)))
+        some.append((row["image"], row["caption"], negate(row["caption"], rng)))
     return items
 
 
@@ -169,6 +165,8 @@ def judge_items(checkpoint, items, image_folder, device):
     images, texts = encode_all(model, device, list(image_rows), image_folder, list(text_rows))
     results = {}
     for kind, some in items.items():
+        if not some:  # in a small table
+            continue
         photographs = [image_rows[image] for image, _, _ in some]
         captions = texts[[text_rows[caption] for _, caption, _ in some]]  # (n, D)
         wrongs = texts[[text_rows[wrong] for _, _, wrong in some]]  # (n, D)
@@ -355,7 +353,8 @@ def main():
     args.output.mkdir(parents=True, exist_ok=True)
     rows = prepare_output(args)
     photographs = len({row["image"] for row in rows})
-    items = make_items(read_pairs(args.data / "test.csv"))
+    frequency = word_frequency([row["caption"] for row in rows])
+    items = make_items(read_pairs(args.data / "test.csv"), frequency)
     counts = ", ".join(f"{kind} {len(some):,}" for kind, some in items.items())
     print(f"{len(rows):,} captions of {photographs:,} photographs; items: {counts}", flush=True)
 
