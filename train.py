@@ -838,7 +838,7 @@ def batches():
     for step in range(first_step + 1, args.steps + 1):
         try:
             rows = next(iterator)
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             end_with_a_line(error)
             raise
         if not rows["keys"]:
@@ -1475,7 +1475,9 @@ def ask_all(terms, grad_norm):
 
 def end_with_a_line(error):
     """For errors of a step or evaluation that a user can understand; what it did is lost."""
-    if "DataLoader worker (pid" in str(error):
+    # one that died while it sent a batch only leaves a connection that is broken
+    worker_died = isinstance(error, (ConnectionError, EOFError))
+    if worker_died or "DataLoader worker (pid" in str(error):
         saved_words = save_what_is_done()
         if interrupted:     # in an evaluation, whose workers a signal to all ends
             stop(f"interrupted. {saved_words}", 0)

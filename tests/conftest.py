@@ -1,8 +1,8 @@
 """Puts the project on the path, keeps torch to one thread a process, and leaves out the slow tests.
 
-    python -m pytest -q tests                   the fast tests, at most four minutes on two cores
-    python -m pytest -q tests -m slow           the slow ones
-    python -m pytest -q tests -m "slow or not slow"     all
+    python -m pytest -q -n 2 tests              the fast tests, at most four minutes on two cores
+    python -m pytest -q -n 2 tests -m slow      the slow ones
+    python -m pytest -q -n 2 tests -m "slow or not slow"    all
 
 A slow test that is named, as tests/test_train.py::test_frozen_weights_stay, runs without -m.
 """
@@ -58,10 +58,15 @@ SLOW = (
     "test_evaluate.py::test_other_crafted_archives",
     "test_evaluate.py::test_processes_share_the_work_and_count_nothing_twice",
     "test_evaluate.py::test_sugarcrepe_equals_the_official_protocol_item_by_item",
+    "test_evaluate.py::test_hard_positives_and_vl_checklist",
+    "test_evaluate.py::test_long_retrieval",
+    "test_evaluate.py::test_sets_with_names_and_prompts_of_clip_benchmark[[]c*",
+    "test_evaluate_tools.py::test_verify_tells_a_wrong_figure",
     "test_evaluate_tools.py::test_a_wrong_flag_costs_two_lines",
     "test_evaluate_tools.py::test_open_clip_models_pick_as_open_clip_does*",
     # runs of train.py; of each kind the shortest stays
     "test_train.py::test_a_new_run_does_not_begin_in_the_folder_of_another",
+    "test_train.py::test_a_signal_to_all_during_an_evaluation",
     "test_train.py::test_a_signal_is_not_deaf_while_others_hang",
     "test_train.py::test_all_shapes_are_compiled_at_the_start*",
     "test_train.py::test_average_of_the_weights",

@@ -437,7 +437,7 @@ def test_each_command_has_its_own_help_and_imports_nothing_for_it(command):
     assert done.returncode == 0 and done.stdout.startswith("usage: evaluate.py") and seconds < 2
     if command in ("", "evaluate"):
         for name, text in {**evaluate.BENCHES, **evaluate.COMMANDS}.items():
-            assert f"  {name:14s} {text}\n" in done.stdout
+            assert f"  {name:16s} {text}\n" in done.stdout
     else:
         assert f"usage: evaluate.py {command}" in done.stdout and "--interpolate" not in done.stdout
 
