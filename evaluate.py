@@ -946,8 +946,9 @@ def print_table(bench, results, published=None):
         count = f"mean over {r['n']:6d} items"
         if "right" in r:
             count = f"{r['right']:6d} / {r['n']:<6d} {r['ties']:5d}"
-        line = (f"{name:{width}s}  {100 * r['chance']:8.1f}  {100 * r['accuracy']:8.1f}  {count:21s}"
-                f"    {100 * r['low']:5.1f} .. {100 * r['high']:5.1f}  {r.get('partial', '')}")
+        line = (f"{name:{width}s}  {100 * r['chance']:8.1f}  {100 * r['accuracy']:8.1f}  "
+                f"{count:21s}    {100 * r['low']:5.1f} .. {100 * r['high']:5.1f}  "
+                f"{r.get('partial', '')}")
         print0(line.rstrip())
     if published:
         print_published(results, published, width)
