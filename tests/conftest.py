@@ -101,7 +101,13 @@ def is_slow(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Mark what SLOW names; leave out the slow ones, unless -m or the name of a test asks for them."""
+    """Put test_train.py first, mark what SLOW names, and leave out the slow tests, unless -m or the name asks for them.
+
+    test_train.py runs train.py in forks of this process, which autograd refuses in the child once a test here has run
+    a backward within a backward, as checkpointing does. pytest-xdist hands out tests in their order, so that first is
+    first on each of its processes.
+    """
+    items.sort(key=lambda item: not item.location[0].endswith("test_train.py"))
     for item in items:
         if is_slow(item):
             item.add_marker(pytest.mark.slow)
