@@ -289,6 +289,7 @@ class CaptionFile(Dataset):
     Opening takes the same memory for any number of rows. Raises ValueError for files that cannot
     be used. Nothing else is lost without a trace:
 
+    source_sizes    the number of rows of each of the sources
     skipped    [(name, why)] of what was lost
     lost_rows  how many rows that was. A damaged tar is reckoned to have had as many rows as the
                whole ones beside it have on average, or twice what is left if it is alone.
@@ -311,8 +312,10 @@ class CaptionFile(Dataset):
             self.remarks += joined.remarks
             columns |= joined.columns
         paths = []
+        last_parts = [0]
         for source in sources.split("::"):
             paths += expand(source)
+            last_parts.append(len(paths))
         options = Options(image_key, caption_keys, joined, index_dir)
         self.parts = open_parts(paths, options)
         for part in self.parts:
@@ -323,6 +326,7 @@ class CaptionFile(Dataset):
             self.skipped = joined.unused(self.parts) + self.skipped
         # The first row of each file in the whole data set, and the number of all rows.
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+        self.source_sizes = np.diff(self.starts[last_parts]).tolist()
         self.lost_rows = count_lost(self.parts)
         self._check(sources, caption_keys, columns)
 
@@ -1679,31 +1683,42 @@ def concepts_of(rows):
 # the second; the first shuffled an array of all rows.
 ORDER = 2
 FEISTEL_ROUNDS = 6
+# The largest weight of a source.
+MAX_WEIGHT = 1_000_000
 
 
 class Epochs(Sampler):
-    """Batches of (epoch, index) for one process, over all epochs.
+    """Batches of (turn, index) for one process, over all epochs: the index of a row, and how many
+    times it was shown before, which without weights is the epoch.
 
     The order is a function of (seed, epoch) and nothing else, and of constant cost: a process
     computes its own rows only, at any step, for any length. An epoch has
     ceil(length / batch_size) batches, equal up to one row, and every row once; the batch of all
     processes together is the same for any world_size.
 
+    With sources an epoch shows some rows more often than others. Each source goes through its own
+    rows again and again, each time in another order, and an epoch takes the next so many of them:
+    over the epochs the rows of a source are shown equally often, up to once. A row that an epoch
+    shows twice may be twice in a batch.
+
     length      number of rows of the data
     batch_size  rows of a batch, of all processes together
     start_step, stop_step    the first batch, and the one behind the last (default: one epoch)
+    sources     [(rows, shown)]: how many rows each source has, in the order of the data, and how
+                many of them an epoch shows, see weigh; None: every row once
     """
 
     def __init__(self, length, batch_size, seed=0, rank=0, world_size=1, start_step=0,
-                 stop_step=None):
-        if batch_size > length:
-            raise ValueError(f"--batch-size {batch_size} is more than the {length} rows of data: "
-                             f"give at most {length}")
-        self.length = length
+                 stop_step=None, sources=None):
+        self.sources = sources or [(length, length)]
+        self.length = sum(shown for _, shown in self.sources)       # of an epoch
+        if batch_size > self.length:
+            raise ValueError(f"--batch-size {batch_size} is more than the {self.length} rows of "
+                             f"data: give at most {self.length}")
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.steps_per_epoch = -(-length // batch_size)
+        self.steps_per_epoch = -(-self.length // batch_size)
         self.start = start_step
         self.stop = self.steps_per_epoch if stop_step is None else stop_step
 
@@ -1716,8 +1731,56 @@ class Epochs(Sampler):
             first, size = share(self.length, self.steps_per_epoch, step_in_epoch)
             offset, size = share(size, self.world_size, self.rank)
             positions = np.arange(first + offset, first + offset + size)
-            rows = permute(positions, self.length, f"{self.seed} {epoch}")
-            yield [(epoch, row) for row in rows.tolist()]
+            slots = permute(positions, self.length, f"{self.seed} {epoch}")
+            turns, rows = self._rows(epoch, slots)
+            yield list(zip(turns.tolist(), rows.tolist()))
+
+    def _rows(self, epoch, slots):
+        """Turns and rows that stand in some slots of an epoch, which are numbered by source."""
+        turns = np.empty_like(slots)
+        rows = np.empty_like(slots)
+        first_row = 0
+        first_slot = 0
+        for number, (size, shown) in enumerate(self.sources):
+            own = (slots >= first_slot) & (slots < first_slot + shown)
+            shown_before = epoch * shown + slots[own] - first_slot
+            turn, place = np.divmod(shown_before, max(1, size))
+            # An epoch that shows the whole source needs no order here: its slots have one.
+            if size and shown % size:
+                for t in np.unique(turn):
+                    key = f"{self.seed} source {number} {t}"
+                    place[turn == t] = permute(place[turn == t], size, key)
+            turns[own] = turn
+            rows[own] = first_row + place
+            first_row += size
+            first_slot += shown
+        return turns, rows
+
+
+def weigh(sizes, weights):
+    """Return [(rows, shown)] for Epochs: with weight 2 an epoch shows each row of a source twice,
+    with 0.5 half of the rows, and the other half in the next epoch.
+
+    sizes    the number of rows of each source
+    weights  text such as "1,2", a number for each source
+    Raises ValueError for weights that are none.
+    """
+    words = weights.split(",")
+    if len(words) != len(sizes):
+        raise ValueError(f"--data-weights {weights}: {len(words)} weights for {len(sizes)} sources "
+                         "of --data, which are joined by '::'; give one for each")
+    sources = []
+    for word, size in zip(words, sizes):
+        try:
+            weight = float(word)
+        except ValueError:
+            weight = math.nan
+        if not 0 < weight <= MAX_WEIGHT:
+            raise ValueError(f"--data-weights {weights}: {word.strip()!r} is not a number above 0 "
+                             f"and up to {MAX_WEIGHT:,}")
+        shown = max(1, round(weight * size)) if size else 0
+        sources.append((size, shown))
+    return sources
 
 
 def share(length, parts, number):
@@ -1767,7 +1830,8 @@ def scramble(values, key):
 
 
 class Seeded(Dataset):
-    """Rows by (epoch, index), each with a seed of its own, a function of (seed, epoch, index).
+    """Rows by (turn, index), see Epochs, each with a seed of its own, a function of (seed, turn,
+    index).
 
     By this seed one caption of several is drawn and, if neighbours are asked for, one neighbour.
     """
@@ -1778,8 +1842,8 @@ class Seeded(Dataset):
         self.neighbours = neighbours
 
     def __getitem__(self, item):
-        epoch, index = item
-        seed = zlib.crc32(f"{self.seed} {epoch} {index}".encode())
+        turn, index = item
+        seed = zlib.crc32(f"{self.seed} {turn} {index}".encode())
         rng = random.Random(seed)
         row = {**self.dataset[index], "seed": seed}
         if "captions" in row:
@@ -1787,7 +1851,7 @@ class Seeded(Dataset):
         if self.neighbours and row.get("neighbours"):
             chosen = rng.choice(row["neighbours"])
             without = Seeded(self.dataset, self.seed, neighbours=False)     # it brings none itself
-            row["neighbour"] = without[epoch, chosen]
+            row["neighbour"] = without[turn, chosen]
         return row
 
 

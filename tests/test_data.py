@@ -26,7 +26,7 @@ from torchvision import transforms
 import data as data_module
 from concepts import negate, swap_negatives
 from data import (COLOURS, SHAPES, WORLDS, CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers, load_fast,
-                  load_image, normalize_images, permute, string_id, train_tokenizer, train_transform)
+                  load_image, normalize_images, permute, string_id, train_tokenizer, train_transform, weigh)
 from model import MODELS, Tokenizer, image_transform
 
 
@@ -1381,6 +1381,87 @@ def test_the_order_of_huge_data_takes_no_array():
     rows = [index for batch in batches for _, index in batch]
     assert len(set(rows)) == len(rows) and 0 <= min(rows) < length / 100 and 0.99 * length < max(rows) < length
     assert {epoch for batch in batches for epoch, _ in batch} == {10 ** 10 // stream.steps_per_epoch}
+
+
+def epochs_of(stream, count):
+    """The items of each of so many epochs."""
+    stream.start, stream.stop = 0, count * stream.steps_per_epoch
+    steps = list(stream)
+    return [sum(steps[i * stream.steps_per_epoch:(i + 1) * stream.steps_per_epoch], []) for i in range(count)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any), batch=st.integers(1, 30),
+       weights=st.lists(st.sampled_from([0.07, 0.3, 0.5, 1, 1.5, 2, 3]), min_size=4, max_size=4), seed=st.integers(0, 9))
+def test_weights_show_rows_as_often_as_they_say(sizes, batch, weights, seed):
+    """Against counting: each epoch so many of each source, in the long run all equally often, each turn of a row once;
+    the same batches on 1, 2 and 3 processes, and from any step on."""
+    weights = weights[:len(sizes)]
+    sources = weigh(sizes, ",".join(map(str, weights)))
+    starts = np.cumsum([0, *sizes])
+    length = sum(shown for _, shown in sources)
+    stream = Epochs(sum(sizes), min(batch, length), seed, sources=sources)
+    epochs = epochs_of(stream, 4)
+    seen = Counter()
+    for epoch in epochs:
+        assert len(epoch) == length
+        for first, last, weight in zip(starts, starts[1:], weights):
+            own = Counter(row for _, row in epoch if first <= row < last)
+            assert sum(own.values()) == (max(1, round(weight * (last - first))) if last > first else 0)
+            if weight in (1, 2, 3):
+                assert set(own.values()) <= {weight} and len(own) == last - first
+        seen.update(row for _, row in epoch)
+        for first, last in zip(starts, starts[1:]):
+            counts = [seen[row] for row in range(first, last)]
+            assert not counts or max(counts) - min(counts) <= 1
+    items = sum(epochs, [])
+    # The turns of a row are 0, 1, 2, ...: each showing of it has a seed of its own.
+    assert len(set(items)) == len(items) and all(turn < seen[row] for turn, row in items)
+    steps = list(stream)
+    if min(batch, length) >= 3:
+        for world in (2, 3):
+            ranks = [list(Epochs(sum(sizes), min(batch, length), seed, rank, world, 0, stream.stop, sources))
+                     for rank in range(world)]
+            assert [sum(parts, []) for parts in zip(*ranks)] == steps
+    half = stream.stop // 2
+    assert list(Epochs(sum(sizes), min(batch, length), seed, 0, 1, half, stream.stop, sources)) == steps[half:]
+
+
+def test_weights_of_one_change_nothing_and_others_shuffle():
+    plain = epochs_of(Epochs(50, 8, 3), 3)
+    assert epochs_of(Epochs(50, 8, 3, sources=weigh([20, 30], "1,1.0")), 3) == plain
+    halves = [{row for _, row in epoch if row < 1000} for epoch in epochs_of(
+        Epochs(2000, 100, sources=weigh([1000, 1000], "0.5,1")), 4)]
+    assert halves[0] | halves[1] == halves[2] | halves[3] == set(range(1000))
+    assert halves[0] not in halves[2:]                  # halves are drawn anew
+    assert 200 < len(halves[0] & set(range(500))) < 300
+    tracemalloc.start()
+    stream = Epochs(2 * 10 ** 12, 768, sources=weigh([10 ** 12, 10 ** 12], "0.3,2.7"), start_step=10 ** 10)
+    stream.stop = stream.start + 2
+    assert sum(map(len, stream)) in (767 * 2, 767 + 768, 768 * 2) and tracemalloc.get_traced_memory()[1] < 3e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("weights, says", [
+    ("1", "1 weights for 2 sources"), ("1,2,3", "3 weights for 2 sources"), ("", "1 weights for 2 sources"),
+    ("1,x", "'x' is not a number above 0"), ("1,", "'' is not a number"), ("0,1", "'0' is not"), ("1,-2", "'-2' is not"),
+    ("nan,1", "'nan' is not"), ("1,inf", "'inf' is not a number above 0 and up to 1,000,000"), ("1,1e400", "'1e400'")])
+def test_weights_that_are_none(weights, says):
+    with pytest.raises(ValueError, match=f"--data-weights {weights}: .*{says}") as error:
+        weigh([5, 6], weights)
+    assert "\n" not in str(error.value)
+
+
+def test_sources_of_several_files_have_one_weight(shards, folder):
+    table = write(folder, "t.csv", "image,caption\na.png,a red wall\nb.jpg,a blue wall\n")
+    data = CaptionFile(f"{shards}::{table}::{table}", str(folder))
+    assert data.source_sizes == [41, 2, 2]
+    assert weigh(data.source_sizes, "0.5, 3,1") == [(41, 20), (2, 6), (2, 2)]
+    stream = Epochs(len(data), 8, sources=weigh(data.source_sizes, "0.5,3,1"))
+    [epoch] = epochs_of(stream, 1)
+    captions = Counter(Seeded(data, 0)[item]["caption"] for item in epoch)
+    assert captions["a red wall"] == captions["a blue wall"] == 4 and sum(captions.values()) == 28
+    assert len({Seeded(data, 0)[item]["seed"] for item in epoch}) == 28
 
 
 def test_batch_larger_than_the_data():
