@@ -524,10 +524,19 @@ def write_rows(path, options, writer, bar):
     numbers  the number of each row in the file, where some are not usable
     used     the places of the joined captions that were used
     Returns what is to be remembered of the file, see Part."""
+    try:
+        return write_each(read_pairs(path), path, options, writer, bar)
+    except ScatteredTar:
+        writer.clear()
+        return write_each(read_shard(path, scattered=True), path, options, writer, bar)
+
+
+def write_each(rows, path, options, writer, bar):
+    """Write rows, and keep Reports, see write_rows."""
     reports = Reports()
     columns = {}            # an ordered set
     number = 0
-    for row in read_pairs(path):
+    for row in rows:
         if isinstance(row, Report):
             reports.add(row)
             number += row.rows
@@ -858,6 +867,14 @@ class IndexWriter:
         self._add(column)
         self._write(self.columns[column], values.astype(np.int64).tobytes())
 
+    def clear(self):
+        """Begin anew."""
+        self.file.seek(0)
+        self.file.truncate()
+        self.columns.clear()
+        self.waiting.clear()
+        self.size = 0
+
     def _add(self, column):
         self.waiting[column] = array("q")
         if self.path is None:
@@ -993,6 +1010,9 @@ def write_index(path, target, write):
             about = write(writer)
             if file_stamp(path) == stamp:
                 return writer.finish({**about, "stamp": stamp})
+        except ValueError:
+            if file_stamp(path) == stamp:
+                raise
         finally:
             writer.abandon()
     raise ValueError(f"{path} is being written: it changed twice while it was read")
@@ -1200,46 +1220,85 @@ def read_json_lines(lines):
             yield None, "not an object in json"
 
 
-def read_shard(path):
-    """Return the samples of a tar, as img2dataset and webdataset write them, as dicts; a Report
-    at the end if it is damaged.
+def read_shard(path, scattered=False):
+    """Yield the samples of a tar, as img2dataset and webdataset write them, as dicts; a Report at
+    the end if it is damaged.
 
     Each has key, image ([offset, size] in the tar, or None), txt if there is one, and the keys of
     its json. Members of one name, but for the ending, are one sample; a second image or text of
     that name begins another one.
+
+    scattered  the members of a sample may stand anywhere, and all samples are in memory. Without
+               it they stand side by side: raises ScatteredTar at the end if they did not
     """
     size = os.path.getsize(path)
-    samples = []
-    reports = []
-    latest = {}         # the sample that a name belongs to now
+    damages = []
+    join = join_scattered if scattered else join_neighbours
+    count = 0
     with open(path, "rb") as f:
-        try:
-            for name, offset, length in tar_members(f, size):
-                key, ending = os.path.splitext(name.removeprefix("./"))
-                kind = MEMBERS.get(ending.lower())
-                if kind is None:
-                    continue
-                if key not in latest or latest[key].get(kind):
-                    latest[key] = {"key": key, "image": None}
-                    samples.append(latest[key])
-                content = [offset, length]
-                if kind != "image":
-                    content = read_at(f, offset, length).decode("utf-8", "replace")
-                latest[key][kind] = content
-            if not samples:
-                raise DamagedTar("no image and no caption is in it", 0)
-        except DamagedTar as damage:
-            lost = 1
-            if damage.position:
-                lost = max(1, math.ceil((size / damage.position - 1) * len(samples)))
-            reports.append(Report(
-                f"{path} is damaged or cut off from byte {damage.position:,} on",
-                f"{damage}; rows lost: {lost:,} or more", lost, torn=True))
-    rows = []
-    for sample in samples:
-        about = parse_json(sample.pop("json", ""))
-        rows.append({"image": None, **about, **sample})
-    return rows + reports
+        for sample in join(useful_members(f, size, damages)):
+            about = parse_json(sample.pop("json", ""))
+            yield {"image": None, **about, **sample}
+            count += 1
+    if not damages and not count:
+        damages.append(DamagedTar("no image and no caption is in it", 0))
+    for damage in damages:      # one at most
+        lost = 1
+        if damage.position:
+            lost = max(1, math.ceil((size / damage.position - 1) * count))
+        yield Report(f"{path} is damaged or cut off from byte {damage.position:,} on",
+                     f"{damage}; rows lost: {lost:,} or more", lost, torn=True)
+
+
+def useful_members(f, size, damages):
+    """Yield (key, kind, content) of the members of a tar that MEMBERS names: [offset, size] of an
+    image, else a text. Where the tar is damaged it ends, and adds the DamagedTar to a list."""
+    try:
+        for name, offset, length in tar_members(f, size):
+            key, ending = os.path.splitext(name.removeprefix("./"))
+            kind = MEMBERS.get(ending.lower())
+            if kind == "image":
+                yield key, kind, [offset, length]
+            elif kind:
+                yield key, kind, read_at(f, offset, length).decode("utf-8", "replace")
+    except DamagedTar as damage:
+        damages.append(damage)
+
+
+def join_neighbours(members):
+    """Yield the sample of members that follow one another under one name. Raises ScatteredTar at
+    the end if a name came back."""
+    sample = {}
+    names = array("q")          # 8 bytes for each sample: all that stays in memory
+    for key, kind, content in members:
+        if sample.get("key") != key:
+            names.append(hash(key))
+        if sample.get("key") != key or sample.get(kind):
+            if sample:
+                yield sample
+            sample = {"key": key, "image": None}
+        sample[kind] = content
+    if sample:
+        yield sample
+    hashes = np.sort(names)
+    if (hashes[1:] == hashes[:-1]).any():
+        raise ScatteredTar
+
+
+def join_scattered(members):
+    """The samples of members in any order, a list in the order of their first members."""
+    samples = []
+    latest = {}         # the sample that a name belongs to now
+    for key, kind, content in members:
+        if key not in latest or latest[key].get(kind):
+            latest[key] = {"key": key, "image": None}
+            samples.append(latest[key])
+        latest[key][kind] = content
+    return samples
+
+
+class ScatteredTar(Exception):
+    """The members of a sample do not stand side by side in a tar."""
 
 
 class DamagedTar(ValueError):

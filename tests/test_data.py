@@ -578,6 +578,40 @@ def test_large_tables_are_read_row_by_row(tmp_path, kind):
     assert peak < 8e6, peak     # all rows at once: 19e6
 
 
+def test_shards_are_read_sample_by_sample(tmp_path, monkeypatch):
+    """As above; only where the members of a sample stand apart, all samples are in memory."""
+    members = [(f"{i:09}.{ending}", content) for i in range(3000) for ending, content in (
+        ("jpg", b"x"), ("txt", b"a wall %d" % i), ("json", json.dumps({"raw": "y" * 2000}).encode()))]
+    near = shard(tmp_path / "near.tar", members)
+    apart = shard(tmp_path / "apart.tar", sorted(members, key=lambda member: member[0][-3:]))
+    CaptionFile(shard(tmp_path / "first.tar", members[:6]))
+    tracemalloc.start()
+    data = CaptionFile(near)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6, peak     # all samples at once: 7e6
+    passes, scan = [], data_module.tar_members
+    monkeypatch.setattr(data_module, "tar_members", lambda *args: passes.append(args) or scan(*args))
+    expected = [f"a wall {i}" for i in range(3000)]
+    assert data.captions == CaptionFile(apart).captions == expected and data.lost_rows == 0 and len(passes) == 2
+    assert CaptionFile(apart).captions == expected and len(passes) == 2
+
+
+def test_a_tar_that_is_cut_while_it_is_read(tmp_path, monkeypatch):
+    path = shard(tmp_path / "a.tar", samples(0, 9))
+    content, read = open(path, "rb").read(), data_module.read_at
+
+    def cut(f, position, length):
+        if position > 20_000 and os.path.getsize(path) == len(content):
+            with open(path, "r+b") as same_file:
+                same_file.truncate(15_000)
+        return read(f, position, length)
+    monkeypatch.setattr(data_module, "read_at", cut)
+    data = CaptionFile(path)
+    assert 0 < len(data) < 9 and "a.tar is damaged or cut off from byte" in data.skipped[-1][0]
+    assert len(CaptionFile(path)) == len(data) and len(os.listdir(tmp_path / ".c2lip-index")) == 1
+
+
 # ------------------------------------------------------------------------------------------- indices of large files
 
 @pytest.fixture
