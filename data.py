@@ -43,7 +43,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from concepts import (CAPTION_KEYS, DELIMITERS, extract_batch, index_phrases, negate, read_table,
-                      string_id, swap_negatives)
+                      start_worker, string_id, swap_negatives)
 from model import clean_text
 
 # The loader's workers are the parallelism; threads of the tokenizer would only get in their way.
@@ -258,7 +258,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # Train the tokenizer on the captions of so many rows at most, and on so many letters of a word.
 TOKENIZER_ROWS = 200_000
 TOKENIZER_LETTERS = 100
-# Files of so many bytes, several of them, are read by several processes.
+# Several files of so many bytes together are read by several processes.
 PARALLEL_FROM = 2**26
 # So many reports of a file are kept; all of them are counted.
 MAX_REPORTS = 1000
@@ -415,32 +415,11 @@ class Options:
 
 
 def open_parts(paths, options):
-    """Open the rows of each file, with a progress bar where that takes time.
-
-    Files without an index are read now, large ones by several processes. The ranks of a host begin
-    with different files, and each waits for those that another one is reading.
-    """
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Open the rows of each file, with a progress bar where that takes time."""
     # None: no bar where nobody sees it, which is not on a terminal.
     quiet = True if os.environ.get("RANK", "0") != "0" else None
     with tqdm(desc="reading", unit=" rows", delay=1, disable=quiet) as bar:
-        new = []
-        for path in paths[rank::ranks]:
-            if is_large(path) and not has_index(path, options):
-                new.append(path)
-        workers = min(default_workers(), len(new))
-        if workers > 1:
-            count = functools.partial(count_rows, options=options)
-            # Forked, as the loader's workers are: they import nothing anew.
-            context = multiprocessing.get_context("fork")
-            with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-                for number, rows in enumerate(pool.map(count, new), 1):
-                    bar.set_description(f"read {number:,} of {len(new):,} files", refresh=False)
-                    bar.update(rows)
-        elif ranks > 1:
-            for path in new:
-                count_rows(path, options)
+        index_new(paths, options, bar)
         parts = []
         for number, path in enumerate(paths, 1):
             bar.set_description(f"reading file {number:,} of {len(paths):,}", refresh=False)
@@ -448,9 +427,32 @@ def open_parts(paths, options):
     return parts
 
 
-def is_large(path):
-    """Whether it takes a while to read a file."""
-    return os.path.getsize(file_and_split(path)[0]) >= PARALLEL_FROM
+def index_new(paths, options, bar):
+    """Read the files that have no index yet by several processes, if there is much to read.
+
+    The ranks of a host read different files. Later each waits for those that another is reading.
+    """
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    new = []
+    for path in paths[rank::ranks]:
+        if has_place(file_and_split(path)[0]) and not has_index(path, options):
+            new.append(path)
+    size = sum(os.path.getsize(file_and_split(path)[0]) for path in new)
+    if len(paths) == 1 or size < PARALLEL_FROM:
+        return
+    # Forked, as the loader's workers are: they import nothing anew.
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(default_workers(), len(new)), multiprocessing.get_context("fork"), start_worker)
+    with pool:
+        counts = pool.map(functools.partial(count_rows, options=options), new)
+        try:
+            for number, rows in enumerate(counts, 1):
+                bar.set_description(f"read {number:,} of {len(new):,} files", refresh=False)
+                bar.update(rows)
+        except concurrent.futures.BrokenExecutor:
+            raise OSError("a process that reads --data was killed, most often for want of memory: "
+                          "start again, it goes on with the next file") from None
 
 
 def has_index(path, options):
@@ -758,8 +760,7 @@ def first_present(keys, row):
 INDEX_FORMAT = 1
 INDEX_MARK = b"c2lip-1\n"           # the last bytes of an index that is whole
 INDEX_FOLDER = ".c2lip-index"       # beside the file
-# A smaller table is read into memory each time: it takes a moment, and no file is left behind.
-INDEX_FROM = 2**22
+INDEX_FROM = 2**22                  # bytes of a table that has one, see has_place
 # The digest of an index is over so many blocks at most, of so many bytes.
 DIGEST_BLOCKS = 32
 DIGEST_SIZE = 2**16
@@ -793,9 +794,12 @@ class Index:
     @classmethod
     def map(cls, path):
         """Open an index by its file. Raises ValueError or OSError."""
-        with open(path, "rb") as f:
-            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        return cls(np.frombuffer(mapped, np.uint8), path)
+        size = os.path.getsize(path)
+        if size == 0:
+            raise ValueError("it is empty")
+        # As mmap does, but without a file that stays open: of those a process may have 1,024.
+        mapped = torch.from_file(path, size=size, dtype=torch.uint8)
+        return cls(mapped.numpy(), path)
 
     def __reduce__(self):
         # A worker that is spawned, not forked, maps the file itself.
@@ -869,8 +873,13 @@ class IndexWriter:
 
     def clear(self):
         """Begin anew."""
-        self.file.seek(0)
-        self.file.truncate()
+        try:
+            self.file.seek(0)
+            self.file.truncate()
+            for column in self.columns.values():
+                column.close()
+        except OSError as error:
+            raise CannotWrite(error.strerror) from error
         self.columns.clear()
         self.waiting.clear()
         self.size = 0
@@ -932,8 +941,9 @@ class IndexWriter:
 
     def abandon(self):
         """Remove what was written, unless it is finished."""
-        with contextlib.suppress(OSError):          # a full disk again
-            self.file.close()
+        for file in (self.file, *self.columns.values()):
+            with contextlib.suppress(OSError):      # a full disk again
+                file.close()
         if self.path:
             with contextlib.suppress(OSError):
                 os.remove(self.partial)
@@ -964,30 +974,42 @@ def open_index(path, identity, index_dir, write):
                 user's cache folder. Where neither can be, they are in this process's memory.
     Returns the Index, and remarks about it as CaptionFile has them.
     """
-    stamp = file_stamp(path)
-    if not path.endswith(".tar") and stamp[0] < INDEX_FROM:
+    if not has_place(path):
         return write_index(path, None, write), []
-    remarks = []
     for folder in index_folders(path, index_dir):
-        target = index_path(path, identity, folder)
-        index, _ = find_index(target)
-        if index:
-            return index, remarks
         try:
-            with locked(target):
-                index, why = find_index(target)     # another process may have written it
-                if why:
-                    remarks.append((path, f"its index was damaged ({why}) and is made anew"))
-                if index is None:
-                    remove_old(target)
-                    index = write_index(path, target, write)
-            return index, remarks
+            return find_or_write(path, index_path(path, identity, folder), write)
         except CannotWrite as error:
             problem = error
     # The text names the folder, so that Python shows this warning once a folder.
     warnings.warn(f"{index_dir or os.path.dirname(path)}: {problem}: indices of its files are kept "
                   "in memory only, and made anew at each start. Give a folder with --index-dir")
-    return write_index(path, None, write), remarks
+    return write_index(path, None, write), []
+
+
+def has_place(path):
+    """Whether the index of a file is kept on disk. A small table is read into memory each time: it
+    takes a moment, and no file is left behind."""
+    return path.endswith(".tar") or os.path.getsize(path) >= INDEX_FROM
+
+
+def find_or_write(path, target, write):
+    """Open the index of a file at its place, or write it there; see open_index.
+
+    Raises CannotWrite if it is not there, and cannot be.
+    """
+    index, _ = find_index(target)
+    if index:
+        return index, []
+    with locked(target):
+        index, problem = find_index(target)         # another process may have written it
+        if index:
+            return index, []
+        remarks = []
+        if problem:
+            remarks.append((path, f"its index was damaged ({problem}) and is made anew"))
+        remove_old(target)
+        return write_index(path, target, write), remarks
 
 
 def find_index(target):
@@ -996,13 +1018,13 @@ def find_index(target):
         return Index.map(target), ""
     except FileNotFoundError:
         return None, ""
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except Exception as error:      # damage raises nearly anything
         return None, str(error) or type(error).__name__
 
 
 def write_index(path, target, write):
     """Write the index of a file to its place, None for memory; reads the file a second time if it
-    is changed meanwhile."""
+    is changed meanwhile. Raises ValueError and OSError for a file that cannot be read."""
     for _ in range(2):
         stamp = file_stamp(path)
         writer = IndexWriter(target)
@@ -1013,6 +1035,8 @@ def write_index(path, target, write):
         except ValueError:
             if file_stamp(path) == stamp:
                 raise
+        except OSError as error:
+            raise OSError(f"{path} cannot be read to its end: {error}") from None
         finally:
             writer.abandon()
     raise ValueError(f"{path} is being written: it changed twice while it was read")
