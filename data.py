@@ -9,6 +9,10 @@ A row is a dict with
     negative_image  optional PIL image that the caption does not describe
     neighbour       optional row, a hard negative for this one
 A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
+
+In this order: Scenes; CaptionFile, which are the pairs on disk; the index of a file; the readers of
+tables and tars; images; TrainTransform and Collate, from rows to batches; Epochs and Seeded, the
+order of the rows; how many workers; the tokenizer of a model from scratch.
 """
 import concurrent.futures
 import contextlib
@@ -399,14 +403,13 @@ class CaptionFile(Dataset):
             row["neighbours"] = [first + place for place in places]
 
 
+@dataclass
 class Options:
-    """How files are read, see CaptionFile; joined is the open JoinedCaptions, or None."""
-
-    def __init__(self, image_key, caption_keys, joined, index_dir):
-        self.image_key = image_key
-        self.caption_keys = caption_keys
-        self.joined = joined
-        self.index_dir = index_dir
+    """How files are read, see CaptionFile."""
+    image_key: str | None
+    caption_keys: list
+    joined: "JoinedCaptions | None"
+    index_dir: str | None
 
     def identity(self):
         """What an index depends on beside its file."""
@@ -543,7 +546,8 @@ def write_each(rows, path, options, writer, bar):
             reports.add(row)
             number += row.rows
             continue
-        columns.update(dict.fromkeys(row))
+        if row.keys() != columns.keys():
+            columns.update(dict.fromkeys(row))
         sample = make_sample(path, number, row, options, writer)
         if isinstance(sample, Report):
             reports.add(sample)
@@ -661,18 +665,13 @@ def write_captions(path, caption_keys, writer):
             "name_column": name_column}
 
 
+@dataclass
 class Report:
-    """What a reader gives in place of rows: how many are lost, or a remark if it is none.
-
-    name, why   for the user: which row or file, and what is the matter
-    torn        the file itself is damaged, and rows an estimate
-    """
-
-    def __init__(self, name, why, rows=0, torn=False):
-        self.name = name
-        self.why = why
-        self.rows = rows
-        self.torn = torn
+    """What a reader gives in place of rows that are lost, or as a remark."""
+    name: str           # for the user: which row or file,
+    why: str            # and what is the matter
+    rows: int = 0       # so many are lost
+    torn: bool = False  # the file itself is damaged, and rows an estimate
 
 
 def count_lost(parts):
@@ -739,12 +738,18 @@ def captions_of(rows, caption_keys):
     CAPTION_KEYS that is not empty."""
     texts = []
     for row in rows:
-        keys = caption_keys
-        if not keys:
-            keys = [key for key in CAPTION_KEYS if row.get(key)][:1]
+        keys = caption_keys or first_filled(CAPTION_KEYS, row)
         for key in keys:
             texts += parse_list(row.get(key), separator=None)
     return texts
+
+
+def first_filled(keys, row):
+    """A list of the first of the keys that is not empty in the row, [] without one."""
+    for key in keys:
+        if row.get(key):
+            return [key]
+    return []
 
 
 def first_present(keys, row):
@@ -838,8 +843,7 @@ class IndexWriter:
     def __init__(self, path=None):
         self.path = path
         self.columns = {}           # name -> file
-        self.waiting = {}           # name -> numbers that are not in the file yet
-        self.size = 0
+        self.size = 0               # of the texts
         try:
             if path is None:
                 self.file = io.BytesIO()
@@ -861,15 +865,12 @@ class IndexWriter:
         """Write the next number of a column."""
         if column not in self.columns:
             self._add(column)
-        waiting = self.waiting[column]
-        waiting.append(value)
-        if len(waiting) == 8192:
-            self._flush(column)
+        self._write(self.columns[column], value.to_bytes(8, "little"))
 
     def numbers(self, column, values):
-        """Write a whole column."""
+        """Write a whole column, int64."""
         self._add(column)
-        self._write(self.columns[column], values.astype(np.int64).tobytes())
+        self._write(self.columns[column], values.tobytes())
 
     def clear(self):
         """Begin anew."""
@@ -881,20 +882,15 @@ class IndexWriter:
         except OSError as error:
             raise CannotWrite(error.strerror) from error
         self.columns.clear()
-        self.waiting.clear()
         self.size = 0
 
     def _add(self, column):
-        self.waiting[column] = array("q")
-        if self.path is None:
-            self.columns[column] = io.BytesIO()
-        else:
-            folder = os.path.dirname(self.path)
-            self.columns[column] = tempfile.SpooledTemporaryFile(max_size=2**20, dir=folder)
-
-    def _flush(self, column):
-        self._write(self.columns[column], self.waiting[column].tobytes())
-        del self.waiting[column][:]
+        self.columns[column] = io.BytesIO()
+        if self.path:
+            try:
+                self.columns[column] = tempfile.TemporaryFile(dir=os.path.dirname(self.path))
+            except OSError as error:
+                raise CannotWrite(error.strerror) from error
 
     def _write(self, file, content):
         try:
@@ -909,7 +905,6 @@ class IndexWriter:
             position = self.size + -self.size % 8
             self.file.write(bytes(position - self.size))
             for name, column in self.columns.items():
-                self._flush(name)
                 count = column.tell() // 8
                 places[name] = (position, count)
                 column.seek(0)

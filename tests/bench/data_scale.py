@@ -4,15 +4,19 @@
 
 For each size and number of ranks, each rank a process with 2 loader workers:
     build       seconds until the slowest rank has opened files without an index, which it writes
-    rate        rows (or samples) a second of this
+    rows/s      rows (or samples) a second of this
+    a core      the same for each second of a processor, which other programs on the machine do not change
     warm        seconds of the same with the index there
     private     MiB of memory of one rank's own that opening and reading 1,000 rows added (warm), and shared: pages of files
+    worker      MiB of its own that reading 1,000 rows added to a process that was forked, as a loader's worker is
     resume      seconds from a warm start to the first batch, at a step in the middle of the tenth epoch
     read        rows a second that one process reads then, without their images
-The files are made in --folder, and removed. Figures for 12 and 128 million rows that the README gives are extrapolated
-from these, per row, and say so.
+    index       size of the index, in MiB
+The files are made in --folder, and removed. assets/data.md has the figures, and what follows from them for 12 and 128
+million rows.
 """
 import argparse
+import glob
 import io
 import json
 import multiprocessing
@@ -59,6 +63,27 @@ def memory():
     return own, int(sizes["Rss:"]) / 1024 - own
 
 
+def processor_seconds():
+    """Of this process and those that it started and that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def read_some(data):
+    for i in range(1000):
+        data.sample(i * 7919 % len(data))
+
+
+def worker(data, results):
+    """MiB of memory that is this process's alone, after reading less before."""
+    sizes = []
+    for _ in range(2):
+        with open("/proc/self/smaps_rollup") as f:
+            sizes.append(sum(int(line.split()[1]) / 1024 for line in f if line.startswith("Private_Dirty")))
+        read_some(data)
+    results.put(sizes[1] - sizes[0])
+
+
 def only_keys(rows):
     return [row["key"] for row in rows]
 
@@ -80,9 +105,9 @@ def rank_process(rank, ranks, source, warm, results):
     from data import CaptionFile, Epochs
     torch.set_num_threads(1)
     private, shared = memory()
-    start = time.perf_counter()
+    start, used = time.perf_counter(), processor_seconds()
     data = CaptionFile(source)
-    found = {"rows": len(data), "open": time.perf_counter() - start}
+    found = {"rows": len(data), "open": time.perf_counter() - start, "processor": processor_seconds() - used}
     if warm:
         step = 10 * (len(data) // 768) - len(data) // 1536
         stream = Epochs(len(data), min(768, len(data)), 0, rank, ranks, start_step=step, stop_step=step + 4)
@@ -92,15 +117,18 @@ def rank_process(rank, ranks, source, warm, results):
         next(batches)
         found["resume"] = time.perf_counter() - start
         begin = time.perf_counter()
-        for i in range(1000):
-            data.sample(i * 7919 % len(data))
+        read_some(data)
         found["read"] = 1000 / (time.perf_counter() - begin)
         found["private"], found["shared"] = (after - before for after, before in zip(memory(), (private, shared)))
+        context = multiprocessing.get_context("fork")
+        answers = context.Queue()
+        context.Process(target=worker, args=(data, answers)).start()
+        found["worker"] = answers.get()
     results.put(found)
 
 
 def measure(source, ranks, warm):
-    """The slowest rank's figures."""
+    """The slowest rank's figures; the processor's time is that of all."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [context.Process(target=rank_process, args=(rank, ranks, source, warm, results))
@@ -110,7 +138,8 @@ def measure(source, ranks, warm):
     found = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    return {name: (min if name == "read" else max)(row[name] for row in found) for name in found[0]}
+    combine = {"read": min, "processor": sum}
+    return {name: combine.get(name, max)(row[name] for row in found) for name in found[0]}
 
 
 def main():
@@ -120,8 +149,8 @@ def main():
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the files are made")
     args = parser.parse_args()
-    print(f"{'':6}{'rows':>11}{'ranks':>7}{'build s':>9}{'rows/s':>9}{'warm s':>8}{'private':>9}{'shared':>8}"
-          f"{'resume s':>10}{'read/s':>9}")
+    print(f"{'':6}{'rows':>11}{'ranks':>6}{'build s':>9}{'rows/s':>9}{'a core':>9}{'warm s':>8}{'private':>9}{'worker':>8}"
+          f"{'shared':>8}{'resume s':>10}{'read/s':>9}{'index':>8}")
     for kind, sizes in (("table", args.rows), ("tars", args.samples)):
         for size in sizes:
             folder = tempfile.mkdtemp(dir=args.folder)
@@ -135,8 +164,10 @@ def main():
                 cold = measure(source, ranks, warm=False)
                 warm = measure(source, ranks, warm=True)
                 assert cold["rows"] == warm["rows"] == size
-                print(f"{kind:6}{size:11,}{ranks:7}{cold['open']:9.2f}{size / cold['open']:9.0f}{warm['open']:8.2f}"
-                      f"{warm['private']:9.1f}{warm['shared']:8.1f}{warm['resume']:10.2f}{warm['read']:9.0f}", flush=True)
+                index = sum(map(os.path.getsize, glob.glob(f"{folder}/.c2lip-index/*")))
+                print(f"{kind:6}{size:11,}{ranks:6}{cold['open']:9.2f}{size / cold['open']:9.0f}"
+                      f"{size / cold['processor']:9.0f}{warm['open']:8.2f}{warm['private']:9.1f}{warm['worker']:8.1f}"
+                      f"{warm['shared']:8.1f}{warm['resume']:10.2f}{warm['read']:9.0f}{index / 2**20:8.0f}", flush=True)
             shutil.rmtree(folder)
 
 
