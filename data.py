@@ -537,33 +537,32 @@ def write_rows(path, options, writer, bar):
 
 
 def write_each(rows, path, options, writer, bar):
-    """Write rows, and keep Reports, see write_rows."""
-    reports = Reports()
-    columns = {}            # an ordered set
+    """Write rows, and note what there is to report, see write_rows."""
+    notes = Notes()
     number = 0
     for row in rows:
         if isinstance(row, Report):
-            reports.add(row)
+            notes.add(row)
             number += row.rows
             continue
-        if row.keys() != columns.keys():
-            columns.update(dict.fromkeys(row))
+        notes.add_columns(row)
         sample = make_sample(path, number, row, options, writer)
         if isinstance(sample, Report):
-            reports.add(sample)
+            notes.add(sample)
         else:
             writer.text(sample)
             writer.number("numbers", number)
         number += 1
         if number % 1000 == 0:
             bar.update(1000)
-    return {**vars(reports), "columns": [to_text(name) for name in columns]}
+    return vars(notes)
 
 
-class Reports:
-    """What was wrong with a file: see Part."""
+class Notes:
+    """What is remembered of a file beside its rows: see Part."""
 
     def __init__(self):
+        self.columns = {}       # an ordered set of names
         self.skipped = []
         self.remarks = []
         self.lost = 0
@@ -575,6 +574,10 @@ class Reports:
             pairs.append((report.name, report.why))
         self.lost += report.rows
         self.torn |= report.torn
+
+    def add_columns(self, row):
+        if row.keys() != self.columns.keys():       # most rows have those of the first
+            self.columns.update(dict.fromkeys(row))
 
 
 class JoinedCaptions:
@@ -643,16 +646,15 @@ def write_captions(path, caption_keys, writer):
     hashes  of the names, sorted
     order   the numbers of the texts in this order
     Returns what is to be remembered of the table, see JoinedCaptions."""
-    reports = Reports()
-    columns = {}            # an ordered set
+    notes = Notes()
     name_column = ""
     wanted = {*(caption_keys or CAPTION_KEYS), "concepts", "negatives"}
     hashes = array("q")
     for row in read_rows(path):
         if isinstance(row, Report):
-            reports.add(row)
+            notes.add(row)
             continue
-        columns.update(dict.fromkeys(row))
+        notes.add_columns(row)
         name_column = first_present(JOIN_KEYS, row)
         name = str(row.get(name_column) or "")
         about = {key: value for key, value in row.items() if key in wanted}
@@ -661,8 +663,7 @@ def write_captions(path, caption_keys, writer):
     order = np.argsort(hashes, kind="stable")
     writer.numbers("hashes", np.array(hashes)[order])
     writer.numbers("order", order)
-    return {**vars(reports), "columns": [to_text(name) for name in columns],
-            "name_column": name_column}
+    return {**vars(notes), "name_column": name_column}
 
 
 @dataclass

@@ -591,7 +591,7 @@ def test_shards_are_read_sample_by_sample(tmp_path, monkeypatch):
     data = CaptionFile(near)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1e6, peak     # all samples at once: 7e6
+    assert peak < 2e6, peak     # all samples at once: 7e6
     passes, scan = [], data_module.tar_members
     monkeypatch.setattr(data_module, "tar_members", lambda *args: passes.append(args) or scan(*args))
     expected = [f"a wall {i}" for i in range(3000)]
