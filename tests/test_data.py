@@ -9,6 +9,8 @@ import random
 import re
 import resource
 import shutil
+import subprocess
+import sys
 import tarfile
 import time
 import tracemalloc
@@ -1610,6 +1612,35 @@ def test_sources_of_several_files_have_one_weight(shards, folder):
     captions = Counter(Seeded(data, 0)[item]["caption"] for item in epoch)
     assert captions["a red wall"] == captions["a blue wall"] == 4 and sum(captions.values()) == 28
     assert len({Seeded(data, 0)[item]["seed"] for item in epoch}) == 28
+
+
+def train(*args):
+    """(exit status, what it printed) of train.py."""
+    root = os.path.dirname(os.path.abspath(data_module.__file__))
+    done = subprocess.run([sys.executable, os.path.join(root, "train.py"), *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_weights_in_training(folder):
+    """The plan, the same bits after a resume, other weights refused."""
+    one, two = table_of(folder, 30, "one.csv"), table_of(folder, 10, "two.csv")
+    run = ["--data", f"{one}::{two}", "--image-root", folder, "--batch-size", 8, "--bench", "none", "--save-every", 3,
+           "--keep", 9, "--epochs", 2, "--data-weights"]
+    status, said = train(*run, "0.5,2", "--out-dir", folder / "whole")
+    assert status == 0 and "one.csv: 30 rows, of which an epoch shows 15\n" in said
+    assert "two.csv: 10 rows, of which an epoch shows 20\n" in said
+    os.makedirs(folder / "resumed")
+    shutil.copy(folder / "whole/step_00000006.pt", folder / "resumed")
+    status, said = train(*run, "0.5,1", "--out-dir", folder / "resumed", "--resume", "auto")
+    assert status == 1 and "was trained with --data-weights 0.5,2, now it is 0.5,1" in said and "Traceback" not in said
+    status, said = train(*run, "0.5,2", "--out-dir", folder / "resumed", "--resume", "auto")
+    assert status == 0
+    whole, resumed = (torch.load(folder / name / "last.pt", weights_only=True)["model"] for name in ("whole", "resumed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    status, said = train(*run, "0,1", "--out-dir", folder / "none")
+    assert status == 1 and said.splitlines()[-1].startswith("train.py: --data-weights 0,1: '0' is not a number above 0")
 
 
 def test_batch_larger_than_the_data():
