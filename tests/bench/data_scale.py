@@ -17,8 +17,6 @@ million rows.
 """
 import argparse
 import glob
-import io
-import json
 import multiprocessing
 import os
 import shutil
@@ -43,15 +41,24 @@ def make_table(path, rows):
 
 def make_tars(folder, samples, each=10_000):
     """Shards as img2dataset's, with pictures of 1 kB that nobody decodes here."""
-    picture = os.urandom(1000)
+    contents = {"jpg": os.urandom(1000), "txt": b"a dog 000000000",
+                "json": b'{"url": "https://example.com/000000000", "caption": "a dog", "width": 256}'}
+    headers = {}
+    for ending, content in contents.items():
+        info = tarfile.TarInfo(f"000000000.{ending}")
+        info.size = len(content)
+        headers[ending] = info.tobuf(tarfile.USTAR_FORMAT)
     for first in range(0, samples, each):
-        with tarfile.open(f"{folder}/{first // each:05d}.tar", "w") as tar:
+        with open(f"{folder}/{first // each:05d}.tar", "wb") as f:
             for i in range(first, min(samples, first + each)):
-                about = json.dumps({"url": f"https://example.com/{i}", "caption": f"a dog {i}", "width": 256})
-                for ending, content in (("jpg", picture), ("txt", f"a dog {i}".encode()), ("json", about.encode())):
-                    info = tarfile.TarInfo(f"{i:09d}.{ending}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+                digits = b"%09d" % i        # in place of the zeros: several times as fast as tarfile
+                more = sum(digits) - 9 * ord("0")
+                for ending, content in contents.items():
+                    header = headers[ending]
+                    checksum = b"%06o" % (int(header[148:154], 8) + more)
+                    f.write(digits + header[9:148] + checksum + header[154:])
+                    f.write(content.replace(b"000000000", digits) + bytes(-len(content) % 512))
+            f.write(bytes(1024))
     return f"{folder}/*.tar"
 
 
