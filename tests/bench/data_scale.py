@@ -32,11 +32,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def make_table(path, rows):
     """A csv with a path, a caption of natural length and a url a row, as CC3M's."""
+    thousand = "".join(f'train/{i:03}/MMMMMM{i:03}.jpg,"a person, number MMMMMM{i:03}, walks along the beach with a dog '
+                       f'and a ball",https://example.com/images/MMMMMM{i:03}.jpg\n' for i in range(1000))
     with open(path, "w") as f:
         f.write("image,caption,url\n")
-        for i in range(rows):
-            f.write(f'train/{i % 1000:03}/{i:09}.jpg,"a person, number {i}, walks along the beach '
-                    f'with a dog and a ball",https://example.com/images/{i}.jpg\n')
+        for number in range(rows // 1000):
+            f.write(thousand.replace("MMMMMM", f"{number:06}"))
 
 
 def make_tars(folder, samples, each=10_000):
