@@ -23,7 +23,6 @@ import hashlib
 import io
 import json
 import math
-import mmap
 import multiprocessing
 import os
 import random
@@ -533,14 +532,14 @@ def write_rows(path, options, writer, bar):
         return write_each(read_pairs(path), path, options, writer, bar)
     except ScatteredTar:
         writer.clear()
-        return write_each(read_shard(path, scattered=True), path, options, writer, bar)
+        return write_each(read_pairs(path, scattered=True), path, options, writer, bar)
 
 
 def write_each(rows, path, options, writer, bar):
     """Write rows, and note what there is to report, see write_rows."""
     notes = Notes()
     number = 0
-    for row in rows:
+    for row in name_errors(path, rows):
         if isinstance(row, Report):
             notes.add(row)
             number += row.rows
@@ -650,7 +649,7 @@ def write_captions(path, caption_keys, writer):
     name_column = ""
     wanted = {*(caption_keys or CAPTION_KEYS), "concepts", "negatives"}
     hashes = array("q")
-    for row in read_rows(path):
+    for row in name_errors(path, read_rows(path)):
         if isinstance(row, Report):
             notes.add(row)
             continue
@@ -831,34 +830,29 @@ class Index:
                 f"the index {self.path} is damaged: remove it, and start again") from None
 
 
-class CannotWrite(Exception):
-    """An index cannot be written to a place: no permission, a full disk."""
-
-
 class IndexWriter:
     """Writes an Index in little memory: texts to its file, columns to files without a name.
 
     path  of the index, which appears there when it is finished; None: it stays in memory
+
+    Its methods raise OSError where they cannot write.
     """
 
     def __init__(self, path=None):
         self.path = path
         self.columns = {}           # name -> file
         self.size = 0               # of the texts
-        try:
-            if path is None:
-                self.file = io.BytesIO()
-            else:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                self.partial = f"{path}.{os.urandom(8).hex()}.partial"
-                self.file = open(self.partial, "w+b")
-        except OSError as error:
-            raise CannotWrite(error.strerror) from error
+        if path is None:
+            self.file = io.BytesIO()
+        else:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            self.partial = f"{path}.{os.urandom(8).hex()}.partial"
+            self.file = open(self.partial, "w+b")
 
     def text(self, value):
         """Write the next text."""
         content = json.dumps(value).encode()
-        self._write(self.file, content)
+        self.file.write(content)
         self.size += len(content)
         self.number("ends", self.size)
 
@@ -866,64 +860,49 @@ class IndexWriter:
         """Write the next number of a column."""
         if column not in self.columns:
             self._add(column)
-        self._write(self.columns[column], value.to_bytes(8, "little"))
+        self.columns[column].write(value.to_bytes(8, "little"))
 
     def numbers(self, column, values):
         """Write a whole column, int64."""
         self._add(column)
-        self._write(self.columns[column], values.tobytes())
+        self.columns[column].write(values.tobytes())
+
+    def _add(self, column):
+        if self.path is None:
+            self.columns[column] = io.BytesIO()
+        else:
+            self.columns[column] = tempfile.TemporaryFile(dir=os.path.dirname(self.path))
 
     def clear(self):
         """Begin anew."""
-        try:
-            self.file.seek(0)
-            self.file.truncate()
-            for column in self.columns.values():
-                column.close()
-        except OSError as error:
-            raise CannotWrite(error.strerror) from error
+        self.file.seek(0)
+        self.file.truncate()
+        for column in self.columns.values():
+            column.close()
         self.columns.clear()
         self.size = 0
 
-    def _add(self, column):
-        self.columns[column] = io.BytesIO()
-        if self.path:
-            try:
-                self.columns[column] = tempfile.TemporaryFile(dir=os.path.dirname(self.path))
-            except OSError as error:
-                raise CannotWrite(error.strerror) from error
-
-    def _write(self, file, content):
-        try:
-            file.write(content)
-        except OSError as error:
-            raise CannotWrite(error.strerror) from error
-
     def finish(self, about):
         """Write the columns and what is known about the file; returns the Index."""
-        try:
-            places = {}
-            position = self.size + -self.size % 8
-            self.file.write(bytes(position - self.size))
-            for name, column in self.columns.items():
-                count = column.tell() // 8
-                places[name] = (position, count)
-                column.seek(0)
-                shutil.copyfileobj(column, self.file, 2**20)
-                position += 8 * count
-            digest = sampled_digest(self._content())
-            text = json.dumps({**about, "places": places, "digest": digest}).encode()
-            text += b" " * (-len(text) % 8)         # numbers stay at multiples of 8 bytes
-            self.file.write(text + len(text).to_bytes(8, "little") + INDEX_MARK)
-            if self.path is None:
-                return Index(self._content())
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            os.replace(self.partial, self.path)     # others see a whole index or none
-            return Index.map(self.path)
-        except OSError as error:
-            raise CannotWrite(error.strerror) from error
+        places = {}
+        position = self.size + -self.size % 8
+        self.file.write(bytes(position - self.size))
+        for name, column in self.columns.items():
+            count = column.tell() // 8
+            places[name] = (position, count)
+            column.seek(0)
+            shutil.copyfileobj(column, self.file, 2**20)
+            position += 8 * count
+        digest = sampled_digest(self._content())
+        text = json.dumps({**about, "places": places, "digest": digest}).encode()
+        text += b" " * (-len(text) % 8)         # numbers stay at multiples of 8 bytes
+        self.file.write(text + len(text).to_bytes(8, "little") + INDEX_MARK)
+        if self.path is None:
+            return Index(self._content())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        os.replace(self.partial, self.path)     # others see a whole index or none
+        return Index.map(self.path)
 
     def _content(self):
         """All bytes so far, as an array."""
@@ -932,10 +911,9 @@ class IndexWriter:
         self.file.flush()
         if self.file.tell() == 0:
             return np.zeros(0, np.uint8)
-        mapped = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
-        return np.frombuffer(mapped, np.uint8)
+        return np.memmap(self.partial, np.uint8, "r")
 
-    def abandon(self):
+    def close(self):
         """Remove what was written, unless it is finished."""
         for file in (self.file, *self.columns.values()):
             with contextlib.suppress(OSError):      # a full disk again
@@ -976,7 +954,7 @@ def open_index(path, identity, index_dir, write):
         try:
             return find_or_write(path, index_path(path, identity, folder), write)
         except CannotWrite as error:
-            problem = error
+            problem = error.strerror
     # The text names the folder, so that Python shows this warning once a folder.
     warnings.warn(f"{index_dir or os.path.dirname(path)}: {problem}: indices of its files are kept "
                   "in memory only, and made anew at each start. Give a folder with --index-dir")
@@ -1020,22 +998,24 @@ def find_index(target):
 
 def write_index(path, target, write):
     """Write the index of a file to its place, None for memory; reads the file a second time if it
-    is changed meanwhile. Raises ValueError and OSError for a file that cannot be read."""
+    is changed meanwhile. Raises ValueError for a file that cannot be read, or CannotWrite."""
     for _ in range(2):
         stamp = file_stamp(path)
-        writer = IndexWriter(target)
         try:
-            about = write(writer)
-            if file_stamp(path) == stamp:
-                return writer.finish({**about, "stamp": stamp})
+            with contextlib.closing(IndexWriter(target)) as writer:
+                about = write(writer)
+                if file_stamp(path) == stamp:
+                    return writer.finish({**about, "stamp": stamp})
         except ValueError:
             if file_stamp(path) == stamp:
                 raise
-        except OSError as error:
-            raise OSError(f"{path} cannot be read to its end: {error}") from None
-        finally:
-            writer.abandon()
+        except OSError as error:        # of the writer: see name_errors
+            raise CannotWrite(error.errno, error.strerror) from error
     raise ValueError(f"{path} is being written: it changed twice while it was read")
+
+
+class CannotWrite(OSError):
+    """An index cannot be written to a place: no permission, a full disk."""
 
 
 def index_folders(path, index_dir):
@@ -1078,7 +1058,7 @@ def locked(target):
         os.makedirs(os.path.dirname(target), exist_ok=True)
         file = open(f"{target}.lock", "w")
     except OSError as error:
-        raise CannotWrite(error.strerror) from error
+        raise CannotWrite(error.errno, error.strerror) from error
     with file:
         # A file system may have no locks: then all write, and the last one is kept.
         with contextlib.suppress(OSError):
@@ -1119,13 +1099,21 @@ def expand(source):
     return paths
 
 
-def read_pairs(path):
+def read_pairs(path, scattered=False):
     """The rows of a file, dicts, and Reports: see read_shard, read_annotations, read_rows."""
     if path.endswith(".tar"):
-        return read_shard(path)
+        return read_shard(path, scattered)
     if file_and_split(path)[0].endswith(".json"):
         return read_annotations(path)
     return read_rows(path)
+
+
+def name_errors(path, rows):
+    """Yield the rows; an error of reading them becomes a ValueError that names the file."""
+    try:
+        yield from rows
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read to its end: {error}") from None
 
 
 def file_and_split(path):
@@ -1135,7 +1123,7 @@ def file_and_split(path):
 
 
 def read_annotations(path):
-    """Return the images of COCO's captions_train2017.json or of Karpathy's dataset_flickr8k.json
+    """Yield the images of COCO's captions_train2017.json or of Karpathy's dataset_flickr8k.json
     (Karpathy and Fei-Fei 2015), each a dict of image and caption, a list of all its captions.
 
     Karpathy's file has all splits, of which "#SPLIT" behind its name chooses one; the default,
@@ -1164,7 +1152,7 @@ def read_annotations(path):
             f"({type(error).__name__} {what:.100})") from None
     if not rows:
         raise ValueError(f"{path}: no images of this split")
-    return rows
+    yield from rows
 
 
 def read_rows(path):

@@ -98,9 +98,9 @@ group.add_argument("--data", metavar="FILES",
                         "'cc3m/{00000..00331}.tar', several joined by '::'. Default: the built-in "
                         "scenes.")
 group.add_argument("--data-weights", metavar="W,W",
-                   help="How often an epoch shows the rows of each source in --data: with 1,2 those "
-                        "of the second twice, with 1,0.5 one half of them, and in the next epoch "
-                        "the other half. Default: each row once.")
+                   help="How often an epoch shows the rows of each source in --data: with 1,2 "
+                        "those of the second twice, with 1,0.5 one half of them, and in the next "
+                        "epoch the other half. Default: each row once.")
 group.add_argument("--image-root", default="", metavar="DIR",
                    help="The folder that the image paths of --data are relative to.")
 group.add_argument("--image-key", metavar="COLUMN",

@@ -730,7 +730,7 @@ def test_a_full_disk_while_indexing(folder, large, monkeypatch, tmp_path_factory
 
     def full(self, value):
         if self.path and self.path.startswith(str(folder)) and "40" in str(value):
-            raise data_module.CannotWrite("No space left on device")
+            raise OSError(28, "No space left on device")
         text(self, value)
     monkeypatch.setattr(data_module.IndexWriter, "text", full)
     assert len(CaptionFile(path, str(folder))) == 50
@@ -738,7 +738,7 @@ def test_a_full_disk_while_indexing(folder, large, monkeypatch, tmp_path_factory
     assert len(os.listdir(cache / "c2lip" / "index")) == 1  # the next place
     os.remove(cache / "c2lip" / "index" / os.listdir(cache / "c2lip" / "index")[0])
     monkeypatch.setattr(data_module.IndexWriter, "finish", lambda self, about, finish=data_module.IndexWriter.finish: (
-        finish(self, about) if self.path is None else (_ for _ in ()).throw(data_module.CannotWrite("No space left"))))
+        finish(self, about) if self.path is None else (_ for _ in ()).throw(OSError(28, "No space left"))))
     with pytest.warns(UserWarning, match="No space left: indices of its files are kept in memory only.*--index-dir"):
         assert len(CaptionFile(path, str(folder))) == 50
     assert os.listdir(folder / ".c2lip-index") == os.listdir(cache / "c2lip" / "index") == []
@@ -838,7 +838,7 @@ def test_a_shard_that_cannot_be_read_on(tmp_path, monkeypatch):
             raise OSError(5, "Input/output error")
         return read(f, position, length)
     monkeypatch.setattr(data_module, "read_at", broken)
-    with pytest.raises(OSError, match="a.tar cannot be read to its end: .*Input/output error"):
+    with pytest.raises(ValueError, match="a.tar cannot be read to its end: .*Input/output error"):
         CaptionFile(path)
     assert os.listdir(tmp_path / ".c2lip-index") == []
 
@@ -861,7 +861,7 @@ def test_a_source_that_cannot_be_read_on(folder, large, monkeypatch):
         yield from list(read(path))[:20]
         raise OSError(5, "Input/output error")
     monkeypatch.setattr(data_module, "read_rows", broken)
-    with pytest.raises(OSError, match="t.csv cannot be read to its end: .*Input/output error"):
+    with pytest.raises(ValueError, match="t.csv cannot be read to its end: .*Input/output error"):
         CaptionFile(path, str(folder))
     assert os.listdir(folder / ".c2lip-index") == []
 
@@ -1330,6 +1330,10 @@ def test_captions_with_brackets(folder):
 
 
 def test_captions_that_fit_nothing(shards, tmp_path):
+    with pytest.raises(ValueError, match="00000.tar: expected a .csv, .tsv or .jsonl"):
+        CaptionFile(shards, captions=str(tmp_path / "00000.tar"))
+    with pytest.raises(OSError, match="No such file.*none.csv"):
+        CaptionFile(shards, captions=str(tmp_path / "none.csv"))
     with pytest.raises(ValueError, match="no images with captions.*2 url fit no image, the first is"):
         CaptionFile(shards, captions=write(tmp_path, "c.csv", "url,caption\nhttp://y/1,a cat\n,a dog\n"))
     with pytest.raises(ValueError, match="no images with captions.* short.*--caption-key"):
