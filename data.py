@@ -292,11 +292,12 @@ class CaptionFile(Dataset):
     Opening takes the same memory for any number of rows. Raises ValueError for files that cannot
     be used. Nothing else is lost without a trace:
 
-    source_sizes    the number of rows of each of the sources
     skipped    [(name, why)] of what was lost
     lost_rows  how many rows that was. A damaged tar is reckoned to have had as many rows as the
                whole ones beside it have on average, or twice what is left if it is alone.
     remarks    [(name, what)] of what looks like a mistake in the files, though no row was lost
+
+    And source_sizes is a list of how many rows each of the sources has, see weigh.
     """
 
     def __init__(self, sources, image_root="", image_key=None, caption_key=None, captions=None,
@@ -410,10 +411,10 @@ class Options:
     joined: "JoinedCaptions | None"
     index_dir: str | None
 
-    def identity(self):
-        """What an index depends on beside its file."""
+    def identity(self, split):
+        """What an index depends on beside its file; split: see file_and_split."""
         joined = self.joined.identity if self.joined else None
-        return ["rows", self.image_key, self.caption_keys, joined]
+        return ["rows", self.image_key, self.caption_keys, joined, split]
 
 
 def open_parts(paths, options):
@@ -438,7 +439,7 @@ def index_new(paths, options, bar):
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     new = []
     for path in paths[rank::ranks]:
-        if has_place(file_and_split(path)[0]) and not has_index(path, options):
+        if keeps_index(file_and_split(path)[0]) and not has_index(path, options):
             new.append(path)
     size = sum(os.path.getsize(file_and_split(path)[0]) for path in new)
     if len(paths) == 1 or size < PARALLEL_FROM:
@@ -459,7 +460,7 @@ def index_new(paths, options, bar):
 
 def has_index(path, options):
     file, split = file_and_split(path)
-    identity = [*options.identity(), split]
+    identity = options.identity(split)
     folders = index_folders(file, options.index_dir)
     return any(os.path.exists(index_path(file, identity, folder)) for folder in folders)
 
@@ -485,7 +486,7 @@ class Part:
         self.path = path
         file, split = file_and_split(path)
         self.index, remarks = open_index(
-            file, [*options.identity(), split], options.index_dir,
+            file, options.identity(split), options.index_dir,
             lambda writer: write_rows(path, options, writer, bar))
         about = self.index.about
         self.skipped = [tuple(pair) for pair in about["skipped"]]
@@ -765,7 +766,7 @@ def first_present(keys, row):
 INDEX_FORMAT = 1
 INDEX_MARK = b"c2lip-1\n"           # the last bytes of an index that is whole
 INDEX_FOLDER = ".c2lip-index"       # beside the file
-INDEX_FROM = 2**22                  # bytes of a table that has one, see has_place
+INDEX_FROM = 2**22                  # bytes of a table that has one, see keeps_index
 # The digest of an index is over so many blocks at most, of so many bytes.
 DIGEST_BLOCKS = 32
 DIGEST_SIZE = 2**16
@@ -948,7 +949,7 @@ def open_index(path, identity, index_dir, write):
                 user's cache folder. Where neither can be, they are in this process's memory.
     Returns the Index, and remarks about it as CaptionFile has them.
     """
-    if not has_place(path):
+    if not keeps_index(path):
         return write_index(path, None, write), []
     for folder in index_folders(path, index_dir):
         try:
@@ -961,7 +962,7 @@ def open_index(path, identity, index_dir, write):
     return write_index(path, None, write), []
 
 
-def has_place(path):
+def keeps_index(path):
     """Whether the index of a file is kept on disk. A small table is read into memory each time: it
     takes a moment, and no file is left behind."""
     return path.endswith(".tar") or os.path.getsize(path) >= INDEX_FROM
@@ -973,11 +974,11 @@ def find_or_write(path, target, write):
     Raises CannotWrite if it is not there, and cannot be.
     """
     index, _ = find_index(target)
-    if index:
+    if index is not None:
         return index, []
     with locked(target):
         index, problem = find_index(target)         # another process may have written it
-        if index:
+        if index is not None:
             return index, []
         remarks = []
         if problem:

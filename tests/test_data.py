@@ -498,7 +498,7 @@ def test_truncated_shard(tmp_path, share):
     assert "cut.tar is damaged or cut off from byte" in data.skipped[-1][0]
 
 
-def test_damaged_header_in_the_middle(tmp_path):
+def test_damaged_header_in_the_middle(tmp_path, monkeypatch):
     path = shard(tmp_path / "a.tar", samples(0, 10))
     content = bytearray(open(path, "rb").read())
     start = next(m.offset for m in tarfile.open(path) if m.name == "000000006.png" or m.name == "000000006.webp")
@@ -511,8 +511,10 @@ def test_damaged_header_in_the_middle(tmp_path):
     with pytest.raises(ValueError, match="no images with captions.*c.tar"):
         CaptionFile(str(tmp_path / "c.tar"))
     (tmp_path / "d.tar").write_bytes(b"")
-    data = CaptionFile(f"{tmp_path}/{{a,c,d}}.tar")
-    assert len(data) == 10 and len(data.skipped) == 2
+    for _ in range(2):
+        data = CaptionFile(f"{tmp_path}/{{a,c,d}}.tar")
+        assert len(data) == 10 and len(data.skipped) == 2
+        monkeypatch.setattr(data_module, "tar_members", None)       # nor are tars without any row read again
 
 
 def test_members_that_cannot_be_read_are_named(tmp_path, monkeypatch):
