@@ -228,8 +228,10 @@ group.add_argument("--device", metavar="NAME",
 group.add_argument("--timeout", type=float, default=5, metavar="MINUTES",
                    help="How long a process waits for the others in a step. Then one of them hangs "
                         "or has died: process 0 saves, and all end. Default: 5.")
-group.add_argument("--dtype", choices=("float32", "bfloat16", "float64"),
+group.add_argument("--dtype", choices=("float32", "bfloat16", "float64", "pure-bfloat16"),
                    help="What the towers compute in; the weights stay float32 under bfloat16. "
+                        "With pure-bfloat16 they are bfloat16 too, as in C2LIP's released code: "
+                        "an update of less than half a step of bfloat16 is lost. "
                         "Default: float32 on a CPU, the preset's on a GPU.")
 group.add_argument("--compile", action=argparse.BooleanOptionalAction,
                    help="torch.compile the towers. Default: on GPUs.")
@@ -703,7 +705,8 @@ if args.loss == "clip":
 elif args.loss == "siglip" and model.logit_bias is None:
     model.config.logit_bias = -10.0
     model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
-model.to(args.device, torch.float64 if args.dtype == "float64" else torch.float32).train()
+weights_dtype = {"float64": torch.float64, "pure-bfloat16": torch.bfloat16}
+model.to(args.device, weights_dtype.get(args.dtype, torch.float32)).train()
 initial_scale = model.logit_scale.item()
 
 teacher = None      # an average of the weights
@@ -886,7 +889,7 @@ def forward(network, inputs):
     for name in ("images", "negative_images"):      # which come as bytes
         if name in inputs:
             pixels = normalize_images(inputs[name], model.config)
-            inputs[name] = pixels.to(model.logit_scale.dtype)       # float64 in float64 runs
+            inputs[name] = pixels.to(model.logit_scale.dtype)       # that of the weights
     device = torch.device(args.device).type
     with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         return network(**inputs, return_tokens=weights["xac"] > 0)
@@ -1388,7 +1391,7 @@ print0(f"{model.config.name}, {millions:.1f} M parameters; {args.method}: {shown
        f"{', compiled' if args.compile else ''}")
 if not gpu and millions > 10:
     print0(f"SLOW: a {model.config.name} on a CPU takes seconds an image")
-if gpu and not (args.compile and args.dtype == "bfloat16"):
+if gpu and not (args.compile and "bfloat16" in args.dtype):
     print0("SLOW: --dtype float32 or --no-compile on a GPU")
 if gpu and args.data and not args.workers:
     print0("SLOW: --workers 0 reads data in turn with training")

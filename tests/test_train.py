@@ -281,6 +281,25 @@ def test_bfloat16_stays_near_float32(tmp_path):
     assert all(p.dtype == torch.float32 for p in CLIP.load(tmp_path / "last.pt").parameters())
 
 
+def test_weights_in_bfloat16_lose_small_updates(tmp_path):
+    """With a rate of 1e-5, as the released code trains, Adam's first step is at most 1e-5 (and the decay 1e-6 w).
+    That is less than half a step of bfloat16 above 2**-8: such weights stay, and smaller ones move."""
+    base = ["--batch-size", 32, "--bench", "none", "--dtype", "pure-bfloat16", "--warmup", 0]
+    run("train.py", *base, "--steps", 1, "--lr", 1e-12, "--out-dir", tmp_path / "before")
+    run("train.py", *base, "--steps", 1, "--lr", 1e-5, "--out-dir", tmp_path / "after")
+    before = CLIP.load(tmp_path / "before" / "last.pt").state_dict()
+    after = torch.load(tmp_path / "after" / "last.pt", weights_only=True)["model"]
+    moved = {"small": 0, "large": 0}
+    for name, weight in after.items():
+        assert weight.dtype == torch.bfloat16, name
+        old = before[name].float()
+        is_other = weight.float() != old
+        moved["large"] += int(is_other[old.abs() > 2**-8].sum())
+        moved["small"] += int(is_other[(old.abs() > 0) & (old.abs() < 2**-9)].sum())
+    assert moved["large"] == 0
+    assert moved["small"] > 10_000
+
+
 # ------------------------------------------------------------------------------------------------- every method
 
 METHOD_RUNS = [("ce_clip",), ("degla", "--loss", "clip"), ("con_clip", "--relations", "1"),
