@@ -237,7 +237,7 @@ def train(args, arm, seed, folder, deadline):
 
 
 def evaluated(args, folder, bench, *flags):
-    """{subset: {"accuracy", "low", "high", "n", "chance"}} of a run's last weights by evaluate.py."""
+    """{subset: {"accuracy", "low", "high", "n", "chance"}} of a run, by evaluate.py."""
     path = folder / f"{bench}.json"
     command = [sys.executable, "evaluate.py", "--checkpoint", str(folder / "last.pt"),
                "--bench", bench, "--device", args.device, "--json", str(path), *flags]
