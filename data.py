@@ -8,6 +8,7 @@ A row is a dict with
     negatives       optional list of str, false captions ("" in place of one that there is not)
     negative_image  optional PIL image that the caption does not describe
     neighbour       optional row, a hard negative for this one
+    partner         optional row, with which this one becomes a pair, see join_pair
 A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
 """
 import concurrent.futures
@@ -42,8 +43,9 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from concepts import (CAPTION_KEYS, DELIMITERS, extract_batch, index_phrases, negate, read_table,
-                      string_id, swap_negatives)
+from concepts import (CAPTION_KEYS, DELIMITERS, SWAP_TAGS, different_words, exchange,
+                      extract_batch, index_phrases, negate, read_table, string_id, swap_negatives,
+                      swappable)
 from model import clean_text
 
 # The loader's workers are the parallelism; threads of the tokenizer would only get in their way.
@@ -264,6 +266,9 @@ PARALLEL_FROM = 2**26
 MAX_REPORTS = 1000
 # The longest name that a tar may give to a member, in bytes.
 MAX_NAME = 2**20
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+# So many rows are drawn at most, until one has an image as wide, or as high, as its partner's.
+MAX_DRAWS = 10
 
 
 class CaptionFile(Dataset):
@@ -1524,6 +1529,20 @@ def normalize_images(images, config):
     return normalised
 
 
+def unnormalize_images(images, config):
+    """The inverse of normalize_images: bytes, or normalised floats (..., 3, S, S), to floats from
+    0 to 1, on which attacks work. What normalize_pixels does to them can be differentiated."""
+    if not images.is_floating_point():
+        return images / 255
+    mean, std = images.new_tensor([config.mean, config.std])[:, :, None, None]      # (3, 1, 1)
+    return (images * std + mean).clamp(0, 1)
+
+
+def normalize_pixels(pixels, config):
+    """Floats from 0 to 1 (..., 3, S, S) -> what the model takes."""
+    return v2.functional.normalize(pixels, config.mean, config.std)
+
+
 class Collate:
     """Rows -> a batch. Runs in the loader's workers, where it extracts concepts and tokenizes.
 
@@ -1532,11 +1551,13 @@ class Collate:
     with_concepts    add concepts: the row's own, or those of its caption
     pad_concepts     round the number of concepts up to a multiple, for torch.compile
     negatives        None, "swap" (K = 1), "typed" (noun, adjective, verb, phrase: K = 4) or
-                     "negate" (K = 1); a row's own negatives come first
+                     "negate" (K = 1); a row's own negatives come first; or "pairs", see join_pair
     negative_images  add the rows' negative_image
     spans            a concept is a span of the caption's tokens, not a text of its own
+    pair_size        side of the image that a row and its partner become
+    noise            add noise, with which losses.pgd_attack begins
 
-    A batch of B rows, neighbours of rows behind all others:
+    A batch of B rows, neighbours of rows behind all others, rows with a partner as one:
     images (B, 3, S, S) as the transform gives them (train_transform: uint8, see normalize_images),
     tokens (B, L), keys and captions (lists of str)
     bad                  [(key, error)] of the rows that could not be read
@@ -1549,10 +1570,11 @@ class Collate:
                          and the concepts in pairs are counted in B * M.
     negative_tokens      (B, K, L'), and negative_mask (B, K) bool, false where there is none
     negative_images      (B, 3, S, S), and negative_image_mask (B,) bool; zero where there is none
+    noise                (B, 3, S, S) uint8, uniform, a function of the row's own seed
     """
 
     def __init__(self, transform, tokenize, with_concepts=True, pad_concepts=1, negatives=None,
-                 negative_images=False, spans=False):
+                 negative_images=False, spans=False, noise=False, pair_size=None):
         self.transform = transform
         self.tokenize = tokenize
         self.with_concepts = with_concepts
@@ -1560,25 +1582,31 @@ class Collate:
         self.negatives = negatives
         self.negative_images = negative_images
         self.spans = spans
+        self.noise = noise
+        self.pair_size = pair_size
 
     def __call__(self, rows):
-        neighbours = [row["neighbour"] for row in rows if "neighbour" in row]
-        everything = rows + neighbours
+        everything = rows + brought(rows, "neighbour")
+        partners = brought(rows, "partner")
         rows = [row for row in everything if "error" not in row]
+        if partners:
+            rows = join_pairs(rows, self.pair_size)
         batch = {
-            "bad": [(row["key"], row["error"]) for row in everything if "error" in row],
+            "bad": errors_of(everything + partners),
             "keys": [row["key"] for row in rows],
             "captions": [row["caption"] for row in rows],
             "fallback": 0,
         }
         if not rows:
             return batch
-        images = [self.augment(row["image"], row["seed"]) for row in rows]
+        images = [self.pixels_of(row) for row in rows]
         batch["images"] = torch.stack(images)                                   # (B, 3, S, S)
         batch["tokens"] = self.tokenize(batch["captions"], trim=True)           # (B, L)
+        if self.noise:
+            batch["noise"] = noise_of(rows, images[0].shape)                    # (B, 3, S, S)
         if self.negative_images:
             self.add_negative_images(batch, rows)
-        if self.negatives:
+        if self.negatives and (self.negatives != "pairs" or partners):
             self.add_negatives(batch, rows)
         if self.with_concepts:
             concepts, batch["fallback"] = concepts_of(rows)
@@ -1587,6 +1615,11 @@ class Collate:
             else:
                 self.add_concepts(batch, concepts)
         return batch
+
+    def pixels_of(self, row):
+        if "pixels" in row:     # of a pair, which is ready
+            return row["pixels"]
+        return self.augment(row["image"], row["seed"])
 
     def augment(self, image, seed):
         """The transform, its randomness a function of the row's own seed: the same in any worker
@@ -1619,6 +1652,8 @@ class Collate:
         rng = random.Random(row["seed"])
         caption = row["caption"]
         own = row.get("negatives", [])
+        if self.negatives == "pairs":
+            return own
         if self.negatives == "negate":
             return [negate(caption, rng)]
         if self.negatives == "swap":
@@ -1657,6 +1692,131 @@ class Collate:
         batch["spans"] = spans                                                          # (B, M, 2)
         batch["concept_ids"] = ids.flatten()                                            # (B * M,)
         batch["pairs"] = torch.tensor(pairs).view(-1, 2)                                # (P, 2)
+
+
+def brought(rows, name):
+    """The rows that some rows bring under a name."""
+    return [row[name] for row in rows if name in row]
+
+
+def errors_of(rows):
+    """[(key, error)] of the rows that could not be read."""
+    return [(row["key"], row["error"]) for row in rows if "error" in row]
+
+
+def join_pairs(rows, size):
+    """Rows, each with its partner as one; a row whose partner cannot be read is left out."""
+    return [join_pair(row, size) for row in rows if "error" not in row["partner"]]
+
+
+def join_pair(row, size):
+    """A row and its partner as one row: two images as one, and captions of both (CLIC).
+
+    pixels     uint8 (3, S, S): join_images, in random order
+    caption    the first sentences of both captions, "A. B."
+    negatives  three more true captions: "B. A.", and two of other sentences, from the rest of the
+               captions or the rows' other captions, each again A or B for want of others; and
+               "A. B." or "B. A." with two words exchanged, "" if there are none
+
+    All as in CLIC's released code, by the row's own seed; there the exchange also takes adverbs,
+    prepositions, numbers and pronouns, by spaCy's tags, or any two words.
+    """
+    partner = row["partner"]
+    rng = random.Random(row["seed"])
+    first, rest = split_caption(row)
+    second, partner_rest = split_caption(partner)
+    captions = [join_texts(second, first)]
+    for texts in zip(draw_two(rest, rng), draw_two(partner_rest, rng)):
+        captions.append(join_texts(*rng.sample(texts, 2)))
+    captions.append(exchange_between(*rng.sample([first, second], 2), rng))
+    pair = {
+        "key": f"{row['key']} with {partner['key']}",
+        "seed": row["seed"],
+        "pixels": join_images(row["image"], partner["image"], size, rng),
+        "caption": join_texts(first, second),
+        "negatives": captions,
+    }
+    if row.get("concepts") and partner.get("concepts"):
+        pair["concepts"] = row["concepts"] + partner["concepts"]
+    return pair
+
+
+def split_caption(row):
+    """The caption's first sentence, and a list of what else is true of the image, never empty."""
+    first, *rest = SENTENCE_END.split(row["caption"].strip())
+    others = [text for text in row.get("captions", []) if text != row["caption"]]
+    return first, rest + others or [first]
+
+
+def draw_two(texts, rng):
+    return rng.sample(texts, 2) if len(texts) > 1 else texts * 2
+
+
+def join_texts(first, second):
+    """Two texts as sentences, one behind the other."""
+    return f"{as_sentence(first)} {as_sentence(second)}"
+
+
+def as_sentence(text):
+    text = text.strip()
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def exchange_between(first, second, rng):
+    """Two joined texts in which a word of the first and one of the second, of the same kind and
+    neither in both, have changed places; "" if there are none."""
+    text = join_texts(first, second)
+    border = len(as_sentence(first))
+    spans = swappable(text)
+    before = [span for span in spans if span[1] <= border]
+    behind = [span for span in spans if span[0] > border]
+    choices = []
+    for kind in ("noun", "adjective", "verb"):
+        for tags in SWAP_TAGS[kind]:
+            left = different_words(text, before, tags)
+            right = different_words(text, behind, tags)
+            own_left = words_not_in(text, left, right)
+            own_right = words_not_in(text, right, left)
+            if own_left and own_right:
+                choices.append((own_left, own_right))
+    if not choices:
+        return ""
+    own_left, own_right = rng.choice(choices)
+    return exchange(text, rng.choice(own_left), rng.choice(own_right))
+
+
+def words_not_in(text, spans, others):
+    """The spans whose word is the word of no other."""
+    known = [text[start:end].lower() for start, end in others]
+    return [(start, end) for start, end in spans if text[start:end].lower() not in known]
+
+
+def join_images(first, second, size, rng):
+    """Two images as one, uint8 (3, S, S): halves of it, one above the other if the first is wide,
+    else side by side. Each is squashed into its half; which comes first is random."""
+    wide = is_wide(first)
+    halves = []
+    for image, length in zip(rng.sample([first, second], 2), (size // 2, size - size // 2)):
+        shape = [length, size] if wide else [size, length]
+        image = v2.functional.resize(image, shape, BICUBIC, antialias=True)
+        if not isinstance(image, torch.Tensor):
+            image = v2.functional.pil_to_tensor(image)
+        halves.append(image)
+    return torch.cat(halves, dim=1 if wide else 2)
+
+
+def is_wide(image):
+    height, width = v2.functional.get_size(image)
+    return width >= height
+
+
+def noise_of(rows, shape):
+    """Uniform bytes (B, *shape), of each row by its seed."""
+    noise = []
+    for row in rows:
+        generator = torch.Generator().manual_seed(row["seed"])
+        noise.append(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
+    return torch.stack(noise)
 
 
 def concepts_of(rows):
@@ -1720,6 +1880,22 @@ class Epochs(Sampler):
             yield [(epoch, row) for row in rows.tolist()]
 
 
+class EveryOther(Sampler):
+    """The batches of an Epochs; the first, third, ... of a run ask Seeded for partners (CLIC)."""
+
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def __len__(self):
+        return len(self.epochs)
+
+    def __iter__(self):
+        for step, batch in enumerate(self.epochs, self.epochs.start):
+            if step % 2 == 0:
+                batch = [(epoch, index, "partner") for epoch, index in batch]
+            yield batch
+
+
 def share(length, parts, number):
     """Start and size of part `number` of a range, cut into parts that are equal up to one."""
     size, larger = divmod(length, parts)        # the first parts are the larger ones
@@ -1770,6 +1946,7 @@ class Seeded(Dataset):
     """Rows by (epoch, index), each with a seed of its own, a function of (seed, epoch, index).
 
     By this seed one caption of several is drawn and, if neighbours are asked for, one neighbour.
+    An item (epoch, index, "partner") brings another row, any of the data, as its partner.
     """
 
     def __init__(self, dataset, seed, neighbours=True):
@@ -1778,7 +1955,7 @@ class Seeded(Dataset):
         self.neighbours = neighbours
 
     def __getitem__(self, item):
-        epoch, index = item
+        epoch, index, *wanted = item
         seed = zlib.crc32(f"{self.seed} {epoch} {index}".encode())
         rng = random.Random(seed)
         row = {**self.dataset[index], "seed": seed}
@@ -1788,7 +1965,18 @@ class Seeded(Dataset):
             chosen = rng.choice(row["neighbours"])
             without = Seeded(self.dataset, self.seed, neighbours=False)     # it brings none itself
             row["neighbour"] = without[epoch, chosen]
+        if wanted and "error" not in row:
+            row["partner"] = self.draw_partner(row, epoch, rng)
         return row
+
+    def draw_partner(self, row, epoch, rng):
+        """A row whose image is wide or not, as this one's is; any after MAX_DRAWS vain draws."""
+        without = Seeded(self.dataset, self.seed, neighbours=False)
+        for _ in range(MAX_DRAWS):
+            partner = without[epoch, rng.randrange(len(self.dataset))]
+            if "error" in partner or is_wide(partner["image"]) == is_wide(row["image"]):
+                break
+        return partner
 
 
 # ---- how many workers ------------------------------------------------------

@@ -683,6 +683,144 @@ def xac_loss(similarity, labels, logit_scale, logit_bias=None, count=None):
     return _contrast_share(logits, labels, logit_bias, count)
 
 
+# ---- robust images, and what a model knew before ----------------------------------------------
+def pgd_attack(pixels, noise, loss, epsilon, steps, step=1 / 255):
+    """Change each pixel by at most epsilon, so that a loss rises.
+
+    Madry et al. 2018, Towards deep learning models resistant to adversarial attacks: projected
+    gradient descent from a random start, here with TeCoA's size of a step.
+
+    Parameters
+    ----------
+    pixels : Tensor (b, 3, S, S)
+        From 0 to 1, not normalised.
+    noise : Tensor (b, 3, S, S) uint8
+        Where an image's attack begins: 0 is epsilon below its pixels, 255 above. If it is a
+        function of the image alone, so is the attack, on any number of processes.
+    loss : function of such pixels -> Tensor ()
+        A sum in which each image has a term of its own.
+    epsilon, step : float
+        The largest change, and that of one of the `steps`, of pixels from 0 to 1.
+
+    Returns
+    -------
+    Tensor (b, 3, S, S), from 0 to 1, without a graph.
+    """
+    start = epsilon * (noise.to(pixels.dtype) / 127.5 - 1)
+    changed = (pixels + start).clamp(0, 1)
+    for _ in range(steps):
+        changed.requires_grad_()
+        [gradient] = torch.autograd.grad(loss(changed), [changed])
+        changed = changed.detach() + step * gradient.sign()
+        changed = changed.clamp(pixels - epsilon, pixels + epsilon).clamp(0, 1)
+    return changed
+
+
+def tecoa_loss(image_features, text_features, labels, logit_scale, logit_bias=None):
+    """TeCoA: images that an attack has changed, each against all captions.
+
+    Mao et al. 2023, Understanding zero-shot adversarial robustness for large-scale models:
+        mean_i of the mean over i's captions n of -log softmax(s I_i T^T)_n
+    with logit_bias the sigmoid loss of the same pairs / B. The paper's texts are the names of
+    classes, "This is a photo of a {}", of which an image has one. Here they are the captions of the
+    batch. Where the data has classes, give each row that text as its caption: rows of one class
+    then are each other's, and a class weighs as much as the batch has rows of it.
+
+    Parameters
+    ----------
+    image_features : Tensor (b, D)
+        Of this process, from changed images (pgd_attack, with this loss).
+    text_features : Tensor (B, D)
+        Of all processes.
+    labels : Tensor (b, B) bool
+        Whether a caption is the image's own, or equal to it.
+
+    Returns
+    -------
+    Tensor ()
+        This process's share. The paper trains the image tower alone; its released code holds
+        logit_scale, too.
+    """
+    logits = _logits(image_features, text_features, logit_scale)  # (b, B)
+    if logit_bias is not None:
+        return _sigmoid_share(logits + logit_bias, labels, len(text_features))
+    return _rows_share(logits, labels, len(text_features))
+
+
+def gift_loss(image_features, text_features, teacher, labels, logit_scale, logit_bias=None):
+    """GIFT: a model that learns new pairs stays on others near to what it was before.
+
+    Wu et al. 2025, Synthetic data is an elegant GIFT for continual vision-language models. Returns
+    a dict of shares, which the paper weighs 1 and 0.25, on pairs of what the model knew:
+
+    cd
+        contrastive distillation, by rows and by columns of z = s I T^T and the teacher's z':
+            4 [mean_i CE(softmax(z'_i. / 2), z_i. / 2) + mean_j CE(softmax(z'_.j / 2), z_.j / 2)]
+        s is the student's for both, without gradient in z'. A bias would cancel.
+    ita
+        image-text alignment: CE(z) by rows + CE(z) by columns, with labels smoothed by 0.2 (the
+        share 0.2 lies evenly on all), or with logit_bias siglip_loss of these pairs
+
+    All by reading the released code, of which the paper's formulas were not at hand. There the
+    pairs are of images that a diffusion model made, one process sees them all, logit_scale is held,
+    and the new pairs are of classes, in a cross-entropy with labels smoothed by 0.2. Here new pairs
+    have the contrast of CLIP or SigLIP.
+
+    Parameters
+    ----------
+    image_features : Tensor (b, D)
+        Of this process.
+    text_features : Tensor (B, D)
+        Of all processes.
+    teacher : dict
+        The same from the model before, without gradient: image_features, text_features.
+    labels : Tensor (b, B) bool
+        Whether a caption is the image's own, or equal to it.
+    """
+    B = len(text_features)
+    logits = _logits(image_features, text_features, logit_scale)  # (b, B)
+    with torch.no_grad():
+        targets = _logits(teacher["image_features"], teacher["text_features"], logit_scale) / 2
+        by_rows = targets.softmax(dim=1)
+        by_columns = (targets - _column_logsumexp(targets)).exp()
+    rows = (logits / 2).logsumexp(dim=1, keepdim=True) - logits / 2  # -log softmax
+    columns = _column_logsumexp(logits / 2) - logits / 2
+    cd = 4 * (by_rows * rows + by_columns * columns).sum() / max(B, 1)
+    if logit_bias is not None:
+        return {"cd": cd, "ita": _sigmoid_share(logits + logit_bias, labels, B)}
+    ita = 0.8 * _both_ways_share(logits, labels)
+    return {"cd": cd, "ita": ita + 0.2 * _both_ways_share(logits, torch.ones_like(labels))}
+
+
+def _both_ways_share(logits, labels):
+    """Cross-entropy by rows + by columns, with equal weight on the labels of each."""
+    rows, in_column = _positives(labels)
+    return _rows_share(logits, labels, rows) + _columns_share(logits, labels, in_column)
+
+
+def fisher_weights(gradients):
+    """How much each number of each parameter matters to a loss, from the gradient of that loss.
+
+    GIFT's diagonal of the Fisher information, of one batch: squared gradients, divided by their
+    mean over a parameter. gradients: a list of tensors. Returns a list of the same shapes.
+    """
+    squares = [_float(gradient).square() for gradient in gradients]
+    return [square / square.mean().clamp_min(1e-30) for square in squares]
+
+
+def awc_loss(parameters, anchors, weights):
+    """GIFT's adaptive weight consolidation: sum of weights (parameters - anchors)^2.
+
+    Three lists of tensors of the same shapes: the parameters, what they were before, and
+    fisher_weights of the gradient that cd and ita have in this step. The paper weighs it 1. It is
+    no share: it is the same on all processes.
+    """
+    total = 0.0
+    for parameter, anchor, weight in zip(parameters, anchors, weights):
+        total = total + (weight * (parameter - anchor).square()).sum()
+    return total
+
+
 # ---- hard negatives ---------------------------------------------------------------------------
 def _valid(features, mask):
     """Choose the rows where the mask is true: (..., D), (...) -> (V, D)."""
@@ -830,6 +968,55 @@ def _distill_share(image_features, texts, negatives, valid, teacher, own):
     return total
 
 
+def clic_loss(image_features, text_features, caption_features, mask, logit_scale, logit_bias=None,
+              offset=0):
+    """CLIC: two images as one, with captions of both, and one in which they exchange a word.
+
+    Peleg et al. 2025, Advancing compositional awareness in CLIP with efficient fine-tuning. Returns
+    a dict of shares, which the paper weighs 0.5, 0.5 and 1:
+
+    pairs
+        the mean over the true captions k of clip_loss(I, T_k), or with a bias of siglip_loss
+    sneg
+        the mean over k of mean_i CE([s I_i.T_ki | s I_i.T-_i], the first), or with a bias of the
+        sigmoid loss of the same. An i without T- counts as 0.
+    uni
+        mean_i |T_1i - T_2i|^2, of the same sentences in the other order
+
+    Parameters
+    ----------
+    image_features : Tensor (b, D)
+        Of this process.
+    text_features : Tensor (B, D)
+        T_1, of all processes.
+    caption_features : Tensor (B, K, D)
+        Of all processes: T_2 and further true captions, and T- as the last.
+    mask : Tensor (B, K) bool
+        Of all processes. Of the last column, false where there is no T-; the others are not read.
+    logit_scale, logit_bias, offset
+        As in siglip_loss.
+    """
+    own = slice(offset, offset + len(image_features))
+    B = len(text_features)
+    captions = [text_features, *caption_features[:, :-1].unbind(1)]  # (B, D) each
+    negative = caption_features[own, -1:]  # (b, 1, D)
+    valid = mask[own, -1:].to(image_features.device, non_blocking=True)  # (b, 1)
+    pairs = sneg = 0.0
+    for texts in captions:
+        if logit_bias is None:
+            pairs = pairs + clip_loss(image_features, texts, logit_scale, offset)
+        else:
+            pairs = pairs + siglip_loss(image_features, texts, logit_scale, logit_bias, offset)
+        choices = _choices(image_features, texts[own], negative, valid, logit_scale)  # (b, 2)
+        sneg = sneg + _choice_share(choices, logit_bias, B)
+    distances = (_float(captions[0][own]) - _float(captions[1][own])).square().sum(-1)  # (b,)
+    return {
+        "pairs": pairs / len(captions),
+        "sneg": sneg / len(captions),
+        "uni": distances.sum() / max(B, 1),
+    }
+
+
 def _with_negative_images(image_features, text_features, negative_features, mask,
                           negative_image_features, image_mask, logit_scale, offset):
     """[I; I-] against [T; T-], valid ones only: logits and true pairs, both (b + v, B + V)."""
@@ -915,6 +1102,8 @@ class Features:
     # (B, D) and, where there are negatives, negative_features (B, K, D) of all processes.
     teacher: dict | None = None
     thresholds: torch.Tensor | None = None                      # (K,) of ce_clip's last step
+    caption_labels: torch.Tensor | None = None                  # (b, B) bool, see Method
+    replayed: bool = False                                      # a batch of replay, see Method
 
 
 def c2lip(features):
@@ -937,6 +1126,25 @@ def clip(features):
     return {"contrastive": _image_text_share(features)}
 
 
+def tecoa(features):
+    """TeCoA: images that an attack has changed, against captions."""
+    f = features
+    contrastive = tecoa_loss(f.image_features, f.text_features, _caption_labels(f), f.logit_scale,
+                             f.logit_bias)
+    return {"contrastive": contrastive}
+
+
+def gift(features):
+    """GIFT: new pairs are contrasted, replayed pairs distilled from the model before."""
+    f = features
+    labels = _caption_labels(f)
+    if f.replayed:
+        return gift_loss(f.image_features, f.text_features, f.teacher, labels, f.logit_scale,
+                         f.logit_bias)
+    logits = _logits(f.image_features, f.text_features, f.logit_scale)
+    return {"contrastive": _contrast_share(logits, labels, f.logit_bias, len(f.text_features))}
+
+
 def negclip(features):
     """NegCLIP: swapped captions as negatives, similar images with theirs as more rows."""
     f = features
@@ -957,6 +1165,15 @@ def degla(features):
     f = features
     return degla_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
                       f.teacher, f.logit_scale, f.logit_bias, f.offset)
+
+
+def clic(features):
+    """CLIC: every other batch is of images joined in pairs, the others as for clip or siglip."""
+    f = features
+    if f.negative_features is None:
+        return {"contrastive": _image_text_share(f)}
+    return clic_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
+                     f.logit_scale, f.logit_bias, f.offset)
 
 
 def con_clip(features):
@@ -1007,6 +1224,15 @@ def _image_text_share(features):
     return siglip_loss(f.image_features, f.text_features, f.logit_scale, f.logit_bias, f.offset)
 
 
+def _caption_labels(features):
+    """Which captions are an image's own (b, B): its row's, and equal ones where they are known."""
+    f = features
+    if f.caption_labels is not None:
+        return f.caption_labels
+    return _diagonal(f.image_features.new_empty(len(f.image_features), len(f.text_features)),
+                     f.offset)
+
+
 def _npc_share(features):
     return npc_loss(features.image_features, features.concept_features, features.concept_labels,
                     features.logit_scale, features.logit_bias, features.concept_count)
@@ -1028,9 +1254,15 @@ class Method:
     # {term: default weight}. The weight of contrastive is 1.
     weights: dict = field(default_factory=dict)
     # How captions get negatives: "swap" two words, one of each of four kinds ("typed"), "negate".
+    # With "pairs" every other batch is of images joined in pairs, whose "negatives" are three more
+    # true captions and, last, a false one.
     negatives: str | None = None
     # Rows bring an image that their negative caption is true of.
     negative_images: bool = False
+    # Each step has a second batch, of pairs that show what the model knew before it was trained.
+    replay: bool = False
+    # A caption is true of all rows whose caption is equal, as names of classes are.
+    same_captions: bool = False
     # Rows bring a row with a similar image.
     neighbours: bool = False
     # The averaged weights encode the batch as well.
@@ -1044,10 +1276,15 @@ METHODS = {
     "c2lip": Method(c2lip, {"npc": 1.0, "xac": 0.01}),
     "siglip": Method(siglip, defaults={"loss": "siglip"}),
     "clip": Method(clip, defaults={"loss": "clip"}),
+    "tecoa": Method(tecoa, same_captions=True, defaults={"freeze": "text", "attack_steps": 2}),
+    "gift": Method(gift, {"cd": 1.0, "ita": 0.25, "awc": 1.0}, replay=True, same_captions=True,
+                   teacher=True),
     "negclip": Method(negclip, negatives="swap", neighbours=True),
     "ce_clip": Method(ce_clip, {"cmr": 0.2, "imc": 0.3}, negatives="typed"),
     "degla": Method(degla, {"tgc": 0.1, "igc": 0.1, "distill": 0.005}, negatives="typed",
                     teacher=True, defaults={"ema": 0.9996}),
+    "clic": Method(clic, {"pairs": 0.5, "sneg": 0.5, "uni": 1.0}, negatives="pairs",
+                   defaults={"freeze": "visual"}),
     "con_clip": Method(con_clip, negatives="negate", negative_images=True,
                        defaults={"freeze": "visual"}),
     "triplet_clip": Method(triplet_clip, negatives="swap", negative_images=True),
@@ -1061,5 +1298,11 @@ TERMS = {
     "imc": "Intra-modal contrast: a caption is far from all negative captions (CE-CLIP).",
     "tgc": "Text-grounded contrast: a caption prefers its teacher to its own negatives (DeGLA).",
     "igc": "Image-grounded contrast: an image prefers its caption to that one's negatives (DeGLA).",
+    "cd": "Contrastive distillation: replayed pairs score as in the model before (GIFT).",
+    "ita": "Image-text alignment: replayed images and their captions find each other (GIFT).",
+    "awc": "Adaptive weight consolidation: weights that replayed pairs need stay as before (GIFT).",
+    "pairs": "Two images joined as one, against captions of both (CLIC).",
+    "sneg": "Joined images prefer each caption to one in which the two exchange a word (CLIC).",
+    "uni": "Squared distance of a caption of joined images from its sentences exchanged (CLIC).",
     "distill": "Squared distance of all features from those of the averaged weights (DeGLA).",
 }

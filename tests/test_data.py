@@ -25,8 +25,9 @@ from torchvision import transforms
 
 import data as data_module
 from concepts import negate, swap_negatives
-from data import (COLOURS, SHAPES, WORLDS, CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers, load_fast,
-                  load_image, normalize_images, permute, string_id, train_tokenizer, train_transform)
+from data import (COLOURS, SHAPES, WORLDS, CaptionFile, Collate, Epochs, EveryOther, Scenes, Seeded, default_workers,
+                  exchange_between, join_pair, load_fast, load_image, normalize_images, normalize_pixels, permute, string_id,
+                  train_tokenizer, train_transform, unnormalize_images)
 from model import MODELS, Tokenizer, image_transform
 
 
@@ -1279,6 +1280,88 @@ def test_spans_count_in_rows_times_concepts():
     assert batch["concept_ids"].tolist() == [ids[0], ids[1], -1, ids[2], -1, -1, *ids[3:]]
     assert batch["pairs"].tolist() == [[0, 0], [0, 1], [1, 3], [2, 6], [2, 7], [2, 8]]
     assert batch["spans"].dtype == batch["concept_ids"].dtype == batch["pairs"].dtype == torch.int64
+
+
+# ------------------------------------------------------------------------------------------------- pairs of rows
+
+def coloured_rows(folder, sizes):
+    """A table of images of one colour each, with a caption that is one or two sentences."""
+    lines = []
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, (20 * i, 10, 250 - 20 * i)).save(folder / f"{i}.png")
+        lines.append({"image": f"{i}.png", "caption": [f"a {'red' if i % 2 else 'small'} dog. it is {i}", f"animal {i}"]})
+    return write(folder, "t.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_pair_is_two_images_as_one_with_captions_of_both(folder):
+    """CLIC: halves of wide images lie one above the other, those of high ones side by side."""
+    data = CaptionFile(coloured_rows(folder, [(40, 30), (41, 30), (30, 40), (30, 40)]), str(folder))
+    transform, tokenizer = train_transform(nano()), Tokenizer(nano())
+    rows = [{**data[i], "seed": 5 + i, "caption": data[i]["captions"][0], "partner": {**data[j], "caption": data[j]["captions"][0]}}
+            for i, j in ((0, 1), (1, 0), (2, 3))]
+    pairs = [join_pair(row, 32) for row in rows]
+    for pair, (i, j) in zip(pairs, ((0, 1), (1, 0), (2, 3))):
+        first, second = (f"a {'red' if n % 2 else 'small'} dog." for n in (i, j))
+        assert pair["caption"] == f"{first} {second}" and pair["negatives"][0] == f"{second} {first}"
+        others = {f"{x} {y}" for a in (f"it is {i}.", f"animal {i}.") for b in (f"it is {j}.", f"animal {j}.")
+                  for x, y in ((a, b), (b, a))}
+        assert set(pair["negatives"][1:3]) <= others and pair["negatives"][1] != pair["negatives"][2]
+        # "dog" is in both, so that the adjectives alone can change places: the swapped pair is the other order
+        assert pair["negatives"][3] in (f"{first} {second}".replace("small", "x").replace("red", "small").replace("x", "red"),
+                                        f"{second} {first}".replace("small", "x").replace("red", "small").replace("x", "red"))
+        pixels = pair["pixels"]
+        halves = pixels.split(16, dim=1 if i < 2 else 2)
+        colours = {tuple(half[:, 0, 0].tolist()) for half in halves}
+        assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.uint8
+        assert colours == {(20 * n, 10, 250 - 20 * n) for n in (i, j)}
+        assert all((half == half[:, :1, :1]).all() for half in halves)
+    batch = Collate(transform, tokenizer, negatives="pairs", pair_size=32)(rows)
+    assert torch.equal(batch["images"], torch.stack([pair["pixels"] for pair in pairs]))
+    assert batch["captions"] == [pair["caption"] for pair in pairs] and batch["negative_mask"].all()
+    assert torch.equal(batch["negative_tokens"].flatten(0, 1), tokenizer(sum((p["negatives"] for p in pairs), []), trim=True))
+    plain = Collate(transform, tokenizer, negatives="pairs", pair_size=32)([{**row, **{"seed": 0}} for row in plain_rows()])
+    assert "negative_tokens" not in plain and len(plain["images"]) == 3
+    broken = [{**rows[0], "partner": {"key": "b", "error": "gone"}}, rows[2]]
+    batch = Collate(transform, tokenizer, negatives="pairs", pair_size=32)(broken)
+    assert batch["bad"] == [("b", "gone")] and batch["captions"] == [pairs[2]["caption"]]
+
+
+def test_a_pair_without_words_to_exchange_has_no_negative():
+    for first, second in (("running", "a dog"), ("a dog runs", "a dog runs"), ("it is", "they are")):
+        assert exchange_between(first, second, random.Random(0)) == ""
+    found = {exchange_between("a red ring", "an old tree.", random.Random(seed)) for seed in range(20)}
+    assert found == {"an old ring. a red tree.", "a red tree. an old ring."}
+
+
+def test_every_other_batch_asks_for_partners_of_the_same_shape(folder):
+    data = CaptionFile(coloured_rows(folder, [(40, 30), (30, 40)] * 6), str(folder))
+    epochs = Epochs(12, 4, 3, start_step=1, stop_step=7)
+    batches = list(EveryOther(epochs))
+    assert [len(batch[0]) for batch in batches] == [2, 3, 2, 3, 2, 3] and len(EveryOther(epochs)) == 6
+    assert [[item[:2] for item in batch] for batch in batches] == list(epochs)
+    seeded = Seeded(data, 0)
+    for item in batches[1] + batches[3]:
+        row = seeded[item]
+        assert row["image"].size == row["partner"]["image"].size
+        assert row["partner"]["key"] == seeded[item]["partner"]["key"] and "partner" not in row["partner"]
+    assert "partner" not in seeded[(0, 0)]
+    assert len({seeded[(epoch, 0, "partner")]["partner"]["key"] for epoch in range(30)}) == 6
+
+
+def test_noise_and_pixels_of_an_attack():
+    config = nano()
+    rows = plain_rows()
+    noisy = Collate(image_transform(config), Tokenizer(config), noise=True)
+    noise = noisy(rows)["noise"]
+    assert noise.shape == (3, 3, 32, 32) and noise.dtype == torch.uint8
+    assert torch.equal(noisy(rows[1:2])["noise"][0], noise[1]) and not torch.equal(noise[0], noise[1])
+    assert noise.min() == 0 and noise.max() == 255 and abs(noise.float().mean() - 127.5) < 2
+    images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    pixels = unnormalize_images(images, config)
+    assert torch.equal(pixels, images / 255)
+    normalised = normalize_images(images, config)
+    torch.testing.assert_close(unnormalize_images(normalised, config), pixels)
+    torch.testing.assert_close(normalize_pixels(pixels, config), normalised)
 
 
 # ------------------------------------------------------------------------------------------------------- batches

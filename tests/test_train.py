@@ -283,7 +283,7 @@ def test_bfloat16_stays_near_float32(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- every method
 
-METHOD_RUNS = [("ce_clip",), ("degla", "--loss", "clip"), ("con_clip", "--relations", "1"),
+METHOD_RUNS = [("tecoa",), ("gift", "--loss", "clip"), ("clic", "--loss", "clip"), ("ce_clip",), ("degla", "--loss", "clip"), ("con_clip", "--relations", "1"),
                ("triplet_clip", "--loss", "clip"), ("c2lip", "--concept-features", "span", "--distill-weight", "0.1")]
 
 
@@ -295,14 +295,43 @@ def test_methods_do_not_depend_on_processes_and_parts(exact, tmp_path, method):
     whole = [r for r in map(json.loads, open(exact(*extra) / "log.jsonl")) if "loss" in r]
     parts = [r for r in map(json.loads, open(tmp_path / "log.jsonl")) if "loss" in r]
     assert len(whole) == len(parts) == 6
-    terms = {"ce_clip": 3, "degla": 4, "con_clip": 1, "triplet_clip": 1, "c2lip": 4}[method[0]]
-    names = [k for k in list(whole[0]) if k in ("contrastive", "npc", "xac", "cmr", "imc", "tgc", "igc", "distill")]
+    terms = {"tecoa": 1, "gift": 4, "clic": 4, "ce_clip": 3, "degla": 4, "con_clip": 1, "triplet_clip": 1, "c2lip": 4}[method[0]]
+    names = [k for k in list(whole[-1]) if k == "contrastive" or k in TERMS]
     assert len(names) == terms
     for a, b in zip(whole, parts):
-        for name in [*names, "loss", "grad_norm"]:
+        for name in {*names, "loss", "grad_norm"} & a.keys():
             assert a[name] == pytest.approx(b[name], rel=1e-8, abs=1e-12), name
     ours, theirs = weights(tmp_path), weights(exact(*extra))
     assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-7) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tecoa", "gift", "clic"])
+def test_methods_resume_bit_equal(tmp_path, method):
+    """From an odd step: what comes next is a batch of single images for clic."""
+    args = [*SMALL, "--method", method, "--steps", 8, "--save-every", 5, "--keep", 2]
+    run("train.py", *args, "--out-dir", tmp_path / "a")
+    run("train.py", *args, "--out-dir", tmp_path / "b", "--resume", tmp_path / "a" / "step_00000005.pt")
+    assert curve(tmp_path / "b") == curve(tmp_path / "a")[5:]
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("method, terms", [
+    ("tecoa", {"contrastive"}), ("gift", {"contrastive", "cd", "ita", "awc"}),
+    ("clic", {"contrastive", "pairs", "sneg", "uni"})])
+def test_methods_beside_compositionality_on_pairs(tmp_path, method, terms):
+    """Photographs of both shapes, some of equal captions, some unreadable; they learn, and freeze what they say."""
+    flags = varied_pairs(tmp_path)[:6]
+    extra = ["--replay", tmp_path / "pairs.csv"] if method == "gift" else []
+    run("train.py", *flags, *SMALL, *extra, "--preset", "nano", "--init", "scratch", "--method", method, "--steps", 6,
+        "--save-every", 1, "--keep", 6, "--out-dir", tmp_path / "out")
+    rows = [r for r in map(json.loads, open(tmp_path / "out" / "log.jsonl")) if "loss" in r]
+    assert len(rows) == 6 and terms <= rows[-1].keys()
+    first, last = (torch.load(tmp_path / "out" / f"step_0000000{n}.pt")["model"] for n in (1, 6))
+    moved = {name.split(".")[0] for name in first if not torch.equal(first[name], last[name])}
+    frozen = {"tecoa": "text", "clic": "visual"}.get(method)
+    assert moved >= {"visual", "text"} - {frozen} and frozen not in moved
 
 
 def test_method_weights_are_the_published_ones(exact):
@@ -1139,6 +1168,9 @@ def test_exact_decoding_differs_by_a_little(tmp_path):
     ("train.py", ["--resume", "none.pt"], 1, "no checkpoint at none.pt"),
     ("train.py", ["--tokenizer", "none.json"], 1, "none.json"),
     ("train.py", ["--steps", "40", "--lr", "1e12", "--warmup", "1"], 1, "last good checkpoint"),
+    ("train.py", ["--replay", "x.csv"], 2, "--method c2lip has no use for it"),
+    ("train.py", ["--method", "gift", "--cd-weight", "0", "--ita-weight", "0"], 2, "give one of them a weight above 0"),
+    ("train.py", ["--attack-steps", "0"], 2, "--attack-steps 0: expected a number above 0"),
     ("evaluate.py", [], 1, "give what to evaluate"),
     ("evaluate.py", ["--checkpoint", "x.pt", "--bench", "sugarcrape"], 1, "no bench 'sugarcrape': expected"),
     ("evaluate.py", ["--checkpoint", "README.md"], 1, "README.md holds no readable weights"),
