@@ -963,14 +963,12 @@ class Source:
         file = self.spec["files"][part or self.subset]
         n = file.get("n")               # None: not known
         path = Path(self.options.data_dir, file["path"])
-        if not path.is_file():
+        if not path.exists():
             raise Missing(f"{self.bench}: no {path}; get it: {GET} {self.bench}")
         with expecting(f"{path} is not the official file of {n or 'unknown'} rows",
                        f": delete it and get it: {GET} {self.bench}"):
-            content = path.read_bytes()
-            rows = parse_rows(content, path.suffix.lower())
+            rows, digest = read_folder(path) if path.is_dir() else read_file(path)
             whole = all(has_keys(row, keys) for row in rows)
-            digest = hashlib.sha256(content).hexdigest()
             official = n in (None, len(rows)) and rows and file.get("sha256") in (None, digest)
             if whole and n and 0 < len(rows) < n and self.options.allow_missing:
                 self.partial = f"partial: {len(rows):,} of the official {n:,} rows"
@@ -986,8 +984,12 @@ class Source:
         folders = [Path(options.data_dir, folder) for folder in self.spec["folders"]]
         if options.image_root:
             folders.insert(0, options.image_root)
-        paths = {name: find_file(name, folders) for name in itertools.chain(*items)}
-        missing = {name for name, path in paths.items() if not os.path.isfile(path)}
+        paths, missing = {}, set()
+        for name in itertools.chain(*items):
+            places = [os.path.join(folder, name) for folder in folders]
+            paths[name] = next(filter(os.path.isfile, places), places[0])
+            if not os.path.isfile(paths[name]):
+                missing.add(name)
         if missing and not (options.allow_missing and len(missing) < len(paths)):
             first = next(path for name, path in paths.items() if name in missing)
             raise Missing(
@@ -1001,19 +1003,32 @@ class Source:
         return pictures
 
 
-def parse_rows(content, suffix):
+def read_file(path):
     """The rows of a .csv or .jsonl file, of a json list, of Karpathy's json files, which have them
-    under images, or the values of another json dict."""
-    if suffix in (".jsonl", ".jsonlines"):
-        return [json.loads(line) for line in content.splitlines()]
-    if suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
-    rows = json.loads(content)
-    if isinstance(rows, dict) and isinstance(rows.get("images"), list):
-        return rows["images"]
-    if isinstance(rows, dict):      # by number, with gaps in SugarCrepe's swap_obj
-        rows = list(rows.values())
-    return rows
+    under images, or the values of another json dict -> rows, sha256 of the file."""
+    content = path.read_bytes()
+    if path.suffix.startswith(".jsonl"):
+        rows = [json.loads(line) for line in content.splitlines()]
+    elif path.suffix == ".csv":
+        rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
+    else:
+        rows = json.loads(content)
+    if isinstance(rows, dict):      # the values are by number, with gaps in SugarCrepe's swap_obj
+        images = rows.get("images")
+        rows = images if isinstance(images, list) else list(rows.values())
+    return rows, hashlib.sha256(content).hexdigest()
+
+
+def read_folder(path):
+    """Of a folder of json files -> their contents; of texts -> rows {name, text}. And None, since a
+    folder has no sha256."""
+    rows = []
+    for file in sorted(path.iterdir(), key=lambda file: (len(file.stem), file.stem)):
+        if file.suffix == ".json":
+            rows.append(json.loads(file.read_text("utf-8")))
+        elif file.suffix == ".txt":
+            rows.append({"name": file.stem, "text": file.read_text("utf-8")})
+    return rows, None
 
 
 def has_keys(row, keys):
@@ -1039,15 +1054,6 @@ def is_kind(value, kind):
     if isinstance(value, str):      # half of a surrogate pair is no text, though json allows it
         return value.encode("utf-8", "ignore").decode() == value
     return True
-
-
-def find_file(name, folders):
-    """The path of name in the first folder that has it; in the first folder if none has."""
-    paths = [os.path.join(folder, name) for folder in folders]
-    for path in paths:
-        if os.path.isfile(path):
-            return path
-    return paths[0]
 
 
 def read(benches, options, image_size=32, has_patches=True):
@@ -1621,18 +1627,23 @@ def long_retrieval(source):
         docci_descriptions.jsonlines  {"split": "test", "image_file": "test_00000.jpg",
             "description": "...", ...}: the 5,000 of the test split
         iiw_400.jsonl  {"image/key": "aar_test_04600", "IIW": "...", ...}: 400, images of DOCCI-AAR
+        dci/densely_captioned_images  complete/X.json {"image": "sa_1.jpg", "short_caption": "...",
+            "extra_caption": "...", ...} and photos/sa_1.jpg: 7,805; short and extra caption
         urban1k/Urban1k  image/1.jpg and caption/1.txt: 1,000
     """
-    if source.subset == "urban1k":
-        names, texts = urban_descriptions(source)
-    elif source.subset == "docci":
+    if source.subset == "docci":
         rows = source.rows("split", "image_file", "description")
-        rows = group(rows, "split").get("test", [])
-        names, texts = pick(rows, "image_file"), [row["description"] for row in rows]
-    else:
+        pairs = pick(group(rows, "split").get("test", []), "image_file", "description")
+    elif source.subset == "iiw":
         rows = source.rows("image/key", "IIW")
-        names, texts = [(f"{row['image/key']}.jpg",) for row in rows], [row["IIW"] for row in rows]
-    pictures = source.pictures(names)
+        pairs = [(f"{row['image/key']}.jpg", row["IIW"]) for row in rows]
+    elif source.subset == "dci":
+        rows = source.rows("image", "short_caption", "extra_caption")
+        pairs = [(row["image"], f"{row['short_caption']}\n{row['extra_caption']}") for row in rows]
+    else:
+        pairs = [(f"{row['name']}.jpg", row["text"]) for row in source.rows("name", "text")]
+    pictures = source.pictures([(name,) for name, _ in pairs])
+    texts = [text for _, text in pairs]
     whole = pairs_to_ranking(pictures, range(len(texts)), texts, f"{source.subset}_")
     whole.recalls = {name: found for name, found in whole.recalls.items() if found[1] == 1}
     yield whole
@@ -1644,20 +1655,6 @@ def long_retrieval(source):
     fine = pairs_to_ranking(images, range(len(sentences)), sentences)
     fine.recalls = {f"{source.subset}_fine_t2i_r1": ("t2i", 1)}
     yield fine
-
-
-def urban_descriptions(source):
-    """File names and texts of Urban-1k."""
-    folder = Path(source.options.data_dir, "urban1k/Urban1k/caption")
-    paths = sorted(folder.glob("*.txt"), key=lambda path: (len(path.stem), path.stem))
-    if not paths:
-        raise Missing(f"{source.bench}: no {folder}; get it: {GET} {source.bench}")
-    n = source.spec["files"]["urban1k"]["n"]
-    if len(paths) != n:
-        if not source.options.allow_missing:
-            raise ValueError(f"{folder}: {len(paths)} texts instead of {n}")
-        source.partial = f"partial: {len(paths):,} of the official {n:,} texts"
-    return [(f"{path.stem}.jpg",) for path in paths], [path.read_text("utf-8") for path in paths]
 
 
 def own_retrieval(options):
@@ -1927,10 +1924,7 @@ READERS = {
 
 def download(benches, data_dir):
     """Fetch what may be fetched of some benchmarks, and print how to get the rest."""
-    unknown = [bench for bench in benches if bench not in BENCHES]
-    if unknown:
-        raise ValueError(f"no bench {unknown[0]!r} to download: expected some of "
-                         f"{', '.join(BENCHES)}")
+    check_names(benches)
     for bench in benches:
         spec = TABLE[bench]
         if bench in TORCHVISION:
@@ -1998,7 +1992,7 @@ def fetch(url, path, sha256, data_dir):
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ValueError(f"cannot download {url} ({error}): {by_hand}") from None
         os.replace(part, path)
-        remove_if_there(f"{part}.json")
+        Path(f"{part}.json").unlink(missing_ok=True)
     with open(path, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     expected = sha256 or first_digest(data_dir, path, digest)
@@ -2072,11 +2066,6 @@ def copy_reply(reply, part, start, size):
         raise ValueError(f"it broke off after {done:,} of {size:,} bytes; a new call continues")
 
 
-def remove_if_there(path):
-    if os.path.exists(path):
-        os.remove(path)
-
-
 def unpack(archive, folder):
     """Unpack a zip or tar of plain files and folders. Raises ValueError for anything else in it:
     names that lead out of the folder, links, or far more files or bytes than images take."""
@@ -2114,8 +2103,8 @@ def check_members(members, folder, limit):
 def check_names(benches):
     for bench in benches:
         if bench not in BENCHES:
-            raise ValueError(f"no bench {bench!r}: expected all, or one of "
-                             f"{', '.join(BENCHES)}, joined by commas")
+            raise ValueError(f"no bench {bench!r}: expected some of {', '.join(BENCHES)}, joined "
+                             "by commas, or to evaluate all")
 
 
 def describe(bench, data_dir):
@@ -2651,7 +2640,7 @@ def load_source(source, name=None):
     return CLIP.from_pretrained(source, name)
 
 
-def models_of(checkpoint, init, name, tokenizer, weight):
+def models_of(checkpoint, init, name, weight):
     """Yield (what it is called, model) for each that --checkpoint, --init, --model mean."""
     checkpoints = checkpoint.split(",") if checkpoint else []
     sources = init.split(",") if init else [None] if name else []
@@ -2660,29 +2649,15 @@ def models_of(checkpoint, init, name, tokenizer, weight):
             raise ValueError("--interpolate takes one --checkpoint and one --init (or --model)")
         model = CLIP.load(checkpoints[0])
         model = interpolate_weights(model, CLIP.from_pretrained(sources[0], name), weight)
-        yield checkpoints[0], with_tokenizer(model, tokenizer)
+        yield checkpoints[0], model
         return
     if not checkpoints and not sources:
         raise ValueError("give what to evaluate: --checkpoint FILE, or --init SOURCE (or --model "
                          "NAME for its default weights); several are joined by commas")
     for path in checkpoints:
-        yield path, with_tokenizer(CLIP.load(path), tokenizer)
+        yield path, CLIP.load(path)
     for source in sources:
-        yield source or name, with_tokenizer(load_source(source, name), tokenizer)
-
-
-def with_tokenizer(model, path):
-    return set_tokenizer(model, path) if path else model
-
-
-def pick_device(device):
-    """cuda where there is one, unless another is asked for."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU with a driver here; leave it out, or "
-                         "give --device cpu")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return device
+        yield source or name, load_source(source, name)
 
 
 def fingerprint(model):
@@ -2706,9 +2681,11 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
     start_processes(options.device)
     started = time.time()
     files = []          # what --json holds of each model
-    for label, network in models_of(checkpoint, init, model, tokenizer, interpolate):
+    for label, network in models_of(checkpoint, init, model, interpolate):
         if files:       # not the first
             print0(f"\n{label}:")
+        if tokenizer:
+            set_tokenizer(network, tokenizer)
         network.to(options.device).eval()
         size, patches = image_size(network), gives_patch_tokens(network)
         tasks, missing = read(benches, options, size, patches)
@@ -2736,7 +2713,12 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
 def running_options(settings):
     """Options of flags, with the device and the number of workers that None means."""
     options = Options(**settings)
-    options.device = pick_device(options.device)
+    has_gpu = torch.cuda.is_available()
+    if options.device == "cuda" and not has_gpu:
+        raise ValueError("--device cuda: torch finds no GPU with a driver here; leave it out, or "
+                         "give --device cpu")
+    if options.device is None:
+        options.device = "cuda" if has_gpu else "cpu"
     if options.workers is None:
         options.workers = min(8, os.cpu_count() or 1) if options.device == "cuda" else 0
     return options

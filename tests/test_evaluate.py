@@ -586,11 +586,13 @@ def test_flickr8k(nano, official, tmp_path):
 
 def test_long_retrieval(nano, official, tmp_path):
     rng, plain, whole = random.Random(17), Plain(nano), {}
-    for part, folder in ("docci", "docci/images"), ("iiw", "docci/images_aar"), ("urban1k", "urban1k/Urban1k/image"):
+    folders = {"docci": "docci/images", "iiw": "docci/images_aar", "dci": "dci/densely_captioned_images/photos",
+               "urban1k": "urban1k/Urban1k/image"}
+    for part, folder in folders.items():
         whole[part] = []
         for i in range(12):
             text = ". ".join(caption(rng) for _ in range(rng.randint(1, 3))) + "."
-            prefix = {"docci": "test_", "iiw": "aar_test_", "urban1k": ""}[part]
+            prefix = {"docci": "test_", "iiw": "aar_test_", "dci": "sa_", "urban1k": ""}[part]
             whole[part].append((f"{tmp_path}/{folder}/{prefix}{i + 1}.jpg", text))
             picture(whole[part][-1][0], rng)
     official(tmp_path, "long_retrieval", "docci", [
@@ -603,12 +605,18 @@ def test_long_retrieval(nano, official, tmp_path):
         f.truncate()
     official(tmp_path, "long_retrieval", "iiw", [
         {"image/key": os.path.basename(path)[:-4], "IIW": text} for path, text in whole["iiw"]])
-    os.makedirs(tmp_path / "urban1k/Urban1k/caption")
+    for part in ("urban1k/Urban1k/caption", "dci/densely_captioned_images/complete"):
+        os.makedirs(tmp_path / part)
+    for i, (path, text) in enumerate(whole["dci"]):     # the first sentence and the rest
+        first, _, rest = text.partition(" ")
+        row = {"image": os.path.basename(path), "short_caption": first, "extra_caption": rest, "mask_data": {}}
+        (tmp_path / f"dci/densely_captioned_images/complete/{i}.json").write_text(json.dumps(row))
     for i, (_, text) in enumerate(whole["urban1k"]):
         (tmp_path / f"urban1k/Urban1k/caption/{i + 1}.txt").write_text(text)
     official.table["long_retrieval"]["files"]["urban1k"]["n"] = 12
+    official.table["long_retrieval"]["files"]["dci"]["n"] = 12
     results = run(nano, ["long_retrieval"], **arguments(data_dir=str(tmp_path)))["long_retrieval"]
-    assert len(results) == 9
+    assert len(results) == 12
     for part, pairs in whole.items():
         scores = [[plain.cos(path, text) for _, text in pairs] for path, _ in pairs]
         assert results[f"{part}_i2t_r1"]["correct"] == recall(scores, [{i} for i in range(12)], 1)
@@ -617,7 +625,7 @@ def test_long_retrieval(nano, official, tmp_path):
         scores = [[plain.cos(path, text) for path, _ in pairs] for _, text in fine]
         assert results[f"{part}_fine_t2i_r1"]["correct"] == recall(scores, [{i} for i, _ in fine], 1)
     os.remove(tmp_path / "urban1k/Urban1k/caption/3.txt")
-    with pytest.raises(ValueError, match="11 texts instead of 12"):
+    with pytest.raises(ValueError, match="caption is not the official file of 12 rows .11 rows"):
         run(nano, ["long_retrieval"], **arguments(data_dir=str(tmp_path)))
 
 
@@ -1009,7 +1017,7 @@ def test_all_runs_what_is_there_and_lists_the_rest(table):
 
 
 @pytest.mark.parametrize("args, says", [
-    (["--bench", "sugarcrape"], "no bench 'sugarcrape': expected all, or one of scenes, "),
+    (["--bench", "sugarcrape"], "no bench 'sugarcrape': expected some of scenes, "),
     (["--bench", "sugarcrepe"], "download sugarcrepe"), (["--bench", "folder"], "folder: "),
     (["--bench", "winoground"], "examples.jsonl"),
     (["--bench", "retrieval", "--data", "none.csv"], "no file none.csv"),
@@ -1183,7 +1191,7 @@ def test_download_fetches_unpacks_and_says_what_is_by_hand(official, tmp_path, m
     assert "winoground, by hand: " in out and f"--local-dir {tmp_path}/data/winoground" in out
     with pytest.raises(SystemExit) as stopped:
         evaluate.main(["download", "sugarcrape"])
-    assert "no bench 'sugarcrape' to download" in str(stopped.value)
+    assert "no bench 'sugarcrape': expected some of " in str(stopped.value)
 
 
 class Server:
