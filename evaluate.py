@@ -50,6 +50,7 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 DATA = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
 TABLE = DATA["benches"]         # {bench: about, source, files, folders, archives, means, ...}
 ARCHIVES = DATA["archives"]     # {name: url, path to download to, folder that it makes}
+GROUPS = DATA["groups"]         # {table over benchmarks: {bench: subsets in its columns}}
 BENCHES = {name: spec["about"] for name, spec in TABLE.items()}
 COMMANDS = {
     "evaluate": "score a model on benchmarks; the word itself may be left out",
@@ -111,7 +112,10 @@ def build_parser():
         "Draw the training curves of runs, each a log.jsonl that train.py wrote: the loss, and "
         "each evaluated subset in percent. Of files of --json, draw their results as bars."))
     p.add_argument("files", nargs="+", metavar="FILE", help="log.jsonl or --json files, up to 7")
-    p.add_argument("--keys", metavar="A,B", help="only these curves, such as loss,scenes.swap_att")
+    p.add_argument("--keys", metavar="A,B", help="only these curves, such as loss,scenes.swap_att; "
+                   "of --json the same as --columns of compare")
+    p.add_argument("--radar", action="store_true",
+                   help="draw results of --json as outlines of models on radial axes")
     p.add_argument("--output", default="curves.png", metavar="FILE",
                    help=".png, .svg or .pdf file to write (default: curves.png)")
 
@@ -139,10 +143,10 @@ def add_compare_arguments(p):
                         "rows, with intervals; the best is marked (in bold) where the paired "
                         "interval of its lead over the second excludes 0")
     p.add_argument("--columns", metavar="A,B",
-                   help="of such a table: names of subsets or means, or all (default: the means, "
-                        "where a benchmark has them)")
-    p.add_argument("--reference", action="store_true",
-                   help="add published results to such a table")
+                   help="of such tables: names of subsets or means, or all; or for one table over "
+                        f"all benchmarks one of {', '.join(GROUPS)} (default: headline, and each "
+                        "benchmark's means)")
+    p.add_argument("--reference", action="store_true", help="add published results to such tables")
 
 
 def add_verify_arguments(p):
@@ -249,6 +253,7 @@ from data import (CaptionFile, Scenes, load_image, parse_list, read_rows,       
 from model import CLIP, set_tokenizer                                                 # noqa: E402
 
 PROTOCOL = 5        # raised whenever a change here or in benchmarks.json may change a figure
+ELEVEN = "classification_11"    # of GROUPS: the mean of these sets is a result of its own
 GET = "python evaluate.py download"
 MAX_MEMBERS = 2_000_000      # files in an archive; ImageNet has 1.4 million
 RANK = int(os.environ.get("RANK", 0))           # of this process, as torchrun says
@@ -549,14 +554,14 @@ class Options:
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)   # pillow's errors
 
 
+@dataclass
 class PictureData(Dataset):
     """Item i is (i, pixels of picture i as the model's transform makes them, its width and height),
     or None where the picture cannot be read and that is allowed."""
 
-    def __init__(self, pictures, transform, allow_missing):
-        self.pictures = pictures
-        self.transform = transform
-        self.allow_missing = allow_missing
+    pictures: list
+    transform: Callable
+    allow_missing: bool
 
     def __len__(self):
         return len(self.pictures)
@@ -867,6 +872,10 @@ def score(model, tasks, options):
         results[bench] = summarize(outcomes, means_of(bench, subsets))
         for subset, text in partial.items():
             results[bench][subset]["partial"] = text
+    parts = [(bench, subset) for bench, (subset,) in GROUPS[ELEVEN].items()]
+    mean = find_result(results, parts)
+    if mean:
+        results[ELEVEN] = {"mean": mean}
     return results
 
 
@@ -904,8 +913,9 @@ def image_size(model):
     return model.transform(Image.new("RGB", (64, 64))).shape[-1]
 
 
-def print_table(bench, results, published=None):
-    """A line for each subset and mean, in percent; published: see print_published."""
+def print_table(bench, results, reference=False):
+    """A line for each subset and mean, in percent. reference: published figures beside ours, and
+    where each is from."""
     width = max(len(name) for name in (bench, *results))
     print0(f"\n{bench:{width}s}    chance  accuracy     right / n      ties    95 % interval")
     for name, r in results.items():
@@ -916,42 +926,30 @@ def print_table(bench, results, published=None):
                 f"{count:21s}    {100 * r['low']:5.1f} .. {100 * r['high']:5.1f}  "
                 f"{r.get('partial', '')}")
         print0(line.rstrip())
-    if published:
-        print_published(results, published, width)
-
-
-def print_published(results, published, width):
-    """Published figures beside ours, in percent, and under them where each is from.
-
-    published: {method: {"source": which table, by which protocol; subset: percent, ...}}
-    """
-    numbers = {method: f"[{i}]" for i, method in enumerate(published, 1)}
-    for start in range(0, len(numbers), 10):            # ten columns at a time fit a terminal
-        methods = list(numbers)[start:start + 10]
-        head = "".join(f"{numbers[method]:>7s}" for method in methods)
-        print0(f"\n{'published':{width}s}    ours{head}")
-        for name, r in results.items():
-            figures = [published[method].get(name, "") for method in methods]
-            if any(figures):
-                cells = "".join(f"{figure:>7}" for figure in figures)
-                print0(f"{name:{width}s}  {100 * r['accuracy']:6.1f}{cells}")
-    for method, number in numbers.items():
-        print0(f"{number} published: {method}; {published[method]['source']}")
+    published = TABLE.get(bench, {}).get("published", {})
+    if reference and published:
+        columns = [(bench, name) for name in results if any(name in x for x in published.values())]
+        print0("\n" + format_table(bench, columns, ["ours"], [{bench: results}], reference=True))
+        for method, figures in published.items():
+            print0(f"{method} (published): {figures['source']}")
 
 
 # ---- reading: the files of a benchmark ---------------------------------------------------------
 
+@dataclass
 class Source:
     """The files of one part of a benchmark, as benchmarks.json lists them."""
 
-    def __init__(self, bench, subset, options, image_size=32, has_patches=True):
-        self.bench = bench
-        self.subset = subset
-        self.options = options
-        self.image_size = image_size        # of the model, for built-in drawings
-        self.has_patches = has_patches      # whether the model gives patch tokens
-        self.partial = ""                   # what is to be said of a file that is not whole
-        self.spec = TABLE[bench]
+    bench: str
+    subset: str
+    options: "Options"
+    image_size: int = 32            # of the model, for built-in drawings
+    has_patches: bool = True        # whether the model gives patch tokens
+    partial: str = ""               # what is to be said of a file that is not whole
+
+    @property
+    def spec(self):
+        return TABLE[self.bench]
 
     def rows(self, *strings, kinds=None, part=None):
         """The rows of this part's file, or of another part's: dicts, or lists. strings: keys (of a
@@ -1056,15 +1054,16 @@ def is_kind(value, kind):
     return True
 
 
-def read(benches, options, image_size=32, has_patches=True):
+def read(benches, options, image_size=32, has_patches=True, skip=False):
     """-> {bench: [Choices or Ranking, ...]} and a list of what is not there, a line each.
 
-    What is not there is an error, unless all benches are asked for, or --allow-missing is given and
-    another part of the same benchmark is there.
+    What is not there is an error, unless all benches are asked for or skip is given, or
+    --allow-missing and another part of the same benchmark is there.
     """
-    every = list(benches) == ["all"]
+    if list(benches) == ["all"]:
+        benches, skip = BENCHES, True
     tasks, missing = {}, []
-    for bench in BENCHES if every else benches:
+    for bench in benches:
         tasks[bench], absent = [], []
         parts = parts_of(bench, options)
         for part in parts:
@@ -1074,7 +1073,7 @@ def read(benches, options, image_size=32, has_patches=True):
             except Missing as error:
                 absent.append(str(error))
                 rest = tasks[bench] or part != parts[-1]
-                if not every and not (options.allow_missing and rest):
+                if not skip and not (options.allow_missing and rest):
                     raise
                 continue
             for task in found:
@@ -1843,6 +1842,7 @@ TORCHVISION = {
     "dtd": ("DTD", {"split": "test"}, "a photo of a {} texture."),
     "sun397": ("SUN397", {}, "a photo of a {}."),
     "flowers": ("Flowers102", {"split": "test"}, None),
+    "caltech101": ("Caltech101", {}, None),
     "cars": ("StanfordCars", {"split": "test"}, None),
     "eurosat": ("EuroSAT", {}, None),
     "gtsrb": ("GTSRB", {"split": "test"}, None),
@@ -1855,7 +1855,11 @@ TORCHVISION = {
 def torchvision_set(source, download=False):
     """Zero-shot classification of a test split of torchvision.datasets, top 1 and 5, by its class
     names and one prompt, such as "a photo of a {}." (Radford et al. 2021); flowers and those behind
-    it by CLIP_benchmark's names and prompts. top1_macro is the mean over classes."""
+    it by CLIP_benchmark's names and prompts. top1_macro is the mean over classes. Caltech101 has no
+    test split: all images count, of 101 kinds of objects and a background.
+
+    classification_11 is the mean of the eleven sets on which pre-training is usually compared, of
+    aircraft, pets, caltech101 and flowers over classes."""
     name, split, prompt = TORCHVISION[source.bench]
     path = os.path.join(source.options.data_dir, source.spec["folder"])
     try:
@@ -1863,6 +1867,8 @@ def torchvision_set(source, download=False):
     except (RuntimeError, OSError) as error:
         error = " ".join(str(error).split())
         raise Missing(f"{source.bench}: {error}; get it: {GET} {source.bench}") from None
+    if name == "Caltech101":        # torchvision leaves the background out
+        data = image_folder(source, os.path.join(data.root, "101_ObjectCategories"))
     if prompt:
         yield classification(source, data, data.classes, [prompt])
     else:
@@ -2147,7 +2153,7 @@ def read_results(path):
     file = json.loads(Path(path).read_text("utf-8"))
     found = {}
     for bench, subsets in file["results"].items():
-        data = file["protocol"], file["data_sha256"][bench]
+        data = file["protocol"], file["data_sha256"].get(bench)
         found[bench] = {name: {**result, "data": data} for name, result in subsets.items()}
     return model_name(file["checkpoint"]), found
 
@@ -2178,11 +2184,39 @@ def compare(files, items=False, form=None, columns=None, reference=False):
     if form is None and not columns and not reference and len(files) == 2:
         compare_two(*results, items)
         return
+    for title, chosen in choose_tables(results, columns):
+        print(format_table(title, chosen, names, results, form or "text", reference) + "\n")
+
+
+def choose_tables(results, columns=None):
+    """Of several models' {bench: {subset or mean: results}} -> [(title, [(bench, subset), ...])]:
+    what stands in the columns of each table.
+
+    columns: a group of benchmarks.json (headline, attribute, ...) for one table over benchmarks;
+    names of subsets joined by commas, or "all", for a table of each benchmark; None: the headlines,
+    and of each benchmark the means, if it has any.
+    """
+    known = {}          # {bench: its subsets}
     for bench in all_keys(results):
-        having = [i for i, file in enumerate(results) if bench in file]
-        published = TABLE[bench].get("published") if reference else None
-        print(format_table(bench, [names[i] for i in having], [results[i][bench] for i in having],
-                           form or "text", columns, published) + "\n")
+        known[bench] = all_keys([file.get(bench, {}) for file in results])
+    if columns in GROUPS:
+        chosen = []
+        for bench, subsets in GROUPS[columns].items():
+            chosen += [(bench, name) for name in subsets if name in known.get(bench, ())]
+        return [(columns, chosen)]
+    tables = []
+    if columns is None and len(known) > 1:
+        tables = choose_tables(results, "headline")
+    for bench, subsets in known.items():
+        if columns is None:
+            some = [file[bench] for file in results if bench in file]
+            means = [name for name in subsets if any("parts" in x.get(name, {}) for x in some)]
+            subsets = means or subsets
+        elif columns != "all":
+            subsets = [name for name in columns.split(",") if name in subsets]
+        if subsets:
+            tables.append((bench, [(bench, name) for name in subsets]))
+    return tables
 
 
 def compare_two(a, b, items):
@@ -2227,7 +2261,7 @@ def compare_bench(bench, a, b, items):
                     print(f"    {word}: {a[name]['items'][number]}")
 
 
-def paired_draws(bench, a, b):
+def paired_draws(bench, a, b, seed=0):
     """{subset or mean: results} of two models -> {subset or mean: (1 + samples,)}, B - A in
     percent: of all items first, then of images drawn alike for both models and all subsets.
 
@@ -2247,7 +2281,7 @@ def paired_draws(bench, a, b):
             columns[name] = images, change, np.array(result["weights"])
     if not columns:
         return {}
-    draws = dict(zip(columns, 100 * bootstrap(list(columns.values())).T))
+    draws = dict(zip(columns, 100 * bootstrap(list(columns.values()), seed=seed).T))
     for name, result in a.items():
         parts = result.get("parts")
         if parts and name in b and set(parts) <= set(draws):
@@ -2255,73 +2289,107 @@ def paired_draws(bench, a, b):
     return draws
 
 
-def format_table(bench, names, tables, form="text", columns=None, published=None):
-    """Models in rows, subsets or means in columns, percent with 95 % intervals -> str.
+@dataclass
+class Cell:
+    """A figure in percent, as it is printed; low and high are "" where they are not known."""
+    value: str = ""
+    low: str = ""
+    high: str = ""
+    is_best: bool = False
 
-    names of the models, and for each its {subset or mean: results}. columns: names joined by
-    commas, "all", or None: the means, if there are any. The best is marked where the paired
-    interval of its lead over the second excludes 0. published: as for print_published.
+
+def format_table(title, columns, names, results, form="text", reference=False):
+    """Models in rows, figures in columns, percent with 95 % intervals -> str.
+
+    columns: (bench, subset) of each, see choose_tables; a table of a group such as attribute has
+    their mean in its last column. names of the models, and for each its {bench: {subset or mean:
+    results}}. The best is marked where the paired interval of its lead over the second excludes 0.
+    reference: rows of published figures are added.
     """
-    known = all_keys(tables)
-    means = [name for name in known if any("parts" in table.get(name, {}) for table in tables)]
-    chosen = means or known
-    if columns == "all":
-        chosen = known
-    elif columns:
-        chosen = [name for name in columns.split(",") if name in known]
-    best = {column: clear_best(tables, column) for column in chosen}
-    rows = []
-    for number, (name, table) in enumerate(zip(names, tables)):
-        cells = []
-        for column in chosen:
-            cells += format_cell(table.get(column), best[column] == number, form)
-        rows.append([name, *cells])
-    for method, figures in (published or {}).items():
-        cells = []
-        for column in chosen:
-            cells += [str(figures.get(column, ""))] + ["", ""] * (form == "csv")
-        if any(cells):
-            rows.append([f"{method} (published)", *cells])
-    head = [bench]
-    for column in chosen:
-        head += [column, f"{column}_low", f"{column}_high"] if form == "csv" else [column]
-    return TABLE_FORMS[form]([head, *rows])
+    groups = [[column] for column in columns]
+    if title in GROUPS and title != "headline":
+        groups.append(columns)
+    head = [title, *column_labels(title, columns), "mean"][:1 + len(groups)]
+    rows = [[name] for name in names]
+    for parts in groups:
+        best = clear_best(results, parts)
+        for number, (row, file) in enumerate(zip(rows, results)):
+            row.append(make_cell(find_result(file, parts), number == best))
+    if reference:
+        for method in all_keys([TABLE[bench].get("published", {}) for bench, _ in columns]):
+            row = [f"{method} (published)"]
+            for parts in groups:
+                bench, subset = parts[0]
+                figures = TABLE[bench].get("published", {}).get(method, {})
+                row.append(Cell(str(figures.get(subset, "")) if len(parts) == 1 else ""))
+            if any(cell.value for cell in row[1:]):
+                rows.append(row)
+    return TABLE_FORMS[form](head, rows)
 
 
-def clear_best(tables, column):
-    """The number of the model with the highest accuracy in a column, if its lead over the second is
-    beyond chance: the 95 % interval of the paired difference is above 0. Else None, as where they
-    were scored on other items."""
-    having = [i for i, table in enumerate(tables) if column in table]
-    having.sort(key=lambda i: -tables[i][column]["accuracy"])
-    if len(having) < 2:
+def find_result(file, parts):
+    """The result of one (bench, subset), or the mean of those of several; None if one is not there.
+    """
+    found = [file.get(bench, {}).get(subset) for bench, subset in parts]
+    if None in found:
         return None
-    try:
-        draws = paired_draws("", tables[having[1]], tables[having[0]]).get(column)
-    except ValueError:
+    return found[0] if len(found) == 1 else mean_of_benches(found)
+
+
+def mean_of_benches(results):
+    """The plain mean of results on different benchmarks, whose errors are taken as independent."""
+    accuracies = np.array([result["accuracy"] for result in results])
+    below = accuracies - [result["low"] for result in results]
+    above = [result["high"] for result in results] - accuracies
+    mean = accuracies.mean().item()
+    return {"n": sum(result["n"] for result in results), "accuracy": mean,
+            "chance": float(np.mean([result["chance"] for result in results])),
+            "low": mean - math.hypot(*below) / len(results),
+            "high": mean + math.hypot(*above) / len(results)}
+
+
+def clear_best(results, parts):
+    """The number of the model with the highest accuracy (mean of parts, as in find_result), if its
+    lead over the second is beyond chance: the 95 % interval of the paired difference is above 0.
+    Else None, as where they were scored on other items."""
+    accuracy = {}
+    for number, file in enumerate(results):
+        found = find_result(file, parts)
+        if found:
+            accuracy[number] = found["accuracy"]
+    if len(accuracy) < 2:
         return None
-    clear = draws is not None and np.quantile(draws[1:], 0.025) > 0
-    return having[0] if clear else None
+    best, second = sorted(accuracy, key=accuracy.get, reverse=True)[:2]
+    draws = []
+    for seed, (bench, subset) in enumerate(parts):
+        try:
+            paired = paired_draws(bench, results[second][bench], results[best][bench], seed)
+        except ValueError:
+            return None
+        if subset not in paired:
+            return None
+        draws.append(paired[subset])
+    clear = np.quantile(np.mean(draws, 0)[1:], 0.025) > 0
+    return best if clear else None
 
 
-def format_cell(result, is_best, form):
-    """The cells of one result: one, but three in csv."""
+def make_cell(result, is_best):
     if result is None:
-        return ["", "", ""] if form == "csv" else [""]
+        return Cell()
     value, low, high = (f"{100 * result[name]:.1f}" for name in ("accuracy", "low", "high"))
-    if form == "csv":
-        return [value, low, high]
-    if form == "markdown":
-        return [f"**{value}** [{low}, {high}]" if is_best else f"{value} [{low}, {high}]"]
-    if form == "latex":
-        bold = f"\\textbf{{{value}}}" if is_best else value
-        return [f"{bold}$_{{{low}}}^{{{high}}}$"]
-    return [f"{value}{'*' if is_best else ' '} {low}-{high}"]
+    return Cell(value, low, high, is_best)
 
 
-def text_form(rows):
+def text_form(head, rows):
     """Aligned columns, as many beside each other as fit into 100 characters."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    table = [head]
+    for name, *cells in rows:
+        table.append([name])
+        for cell in cells:
+            star = "*" if cell.is_best else " "
+            interval = f"{star} {cell.low}-{cell.high}" if cell.low else ""
+            table[-1].append(cell.value + interval)
+    widths = [max(map(len, column)) for column in zip(*table)]
     blocks, used = [[]], widths[0]
     for i in range(1, len(widths)):
         if used + 2 + widths[i] > 100 and blocks[-1]:
@@ -2331,7 +2399,7 @@ def text_form(rows):
         used += 2 + widths[i]
     lines = []
     for block in blocks:
-        for row in rows:
+        for row in table:
             cells = [f"{row[i]:>{widths[i]}s}" for i in block]
             lines.append("  ".join([f"{row[0]:{widths[0]}s}", *cells]).rstrip())
         lines.append("")
@@ -2339,19 +2407,26 @@ def text_form(rows):
     return "\n".join(lines)
 
 
-def markdown_form(rows):
-    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+def markdown_form(head, rows):
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for name, *cells in rows:
+        lines.append([name])
+        for cell in cells:
+            value = f"**{cell.value}**" if cell.is_best else cell.value
+            lines[-1].append(f"{value} [{cell.low}, {cell.high}]" if cell.low else value)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def latex_form(rows):
+def latex_form(head, rows):
     """For the package booktabs."""
-    head, *body = rows
-    columns = "l" + "r" * (len(head) - 1)
-    lines = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule"]
+    lines = [f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", "\\toprule"]
     lines += [escape_latex(" & ".join(head)) + r" \\", "\\midrule"]
-    for name, *cells in body:
-        lines.append(" & ".join([escape_latex(name), *cells]) + r" \\")
+    for name, *cells in rows:
+        shown = [escape_latex(name)]
+        for cell in cells:
+            value = f"\\textbf{{{cell.value}}}" if cell.is_best else cell.value
+            shown.append(f"{value}$_{{{cell.low}}}^{{{cell.high}}}$" if cell.low else value)
+        lines.append(" & ".join(shown) + r" \\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
 
 
@@ -2360,9 +2435,19 @@ def escape_latex(text):
     return re.sub(r"([_%#$])", r"\\\1", text)
 
 
-def csv_form(rows):
+def csv_form(head, rows):
+    """Each figure in three columns: NAME, NAME_low and NAME_high."""
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
+    writer = csv.writer(out, lineterminator="\n")
+    line = head[:1]
+    for label in head[1:]:
+        line += [label, f"{label}_low", f"{label}_high"]
+    writer.writerow(line)
+    for name, *cells in rows:
+        line = [name]
+        for cell in cells:
+            line += [cell.value, cell.low, cell.high]
+        writer.writerow(line)
     return out.getvalue().rstrip("\n")
 
 
@@ -2403,12 +2488,16 @@ def read_log(path):
     return curves
 
 
-def plot(files, keys=None, output="curves.png"):
+def plot(files, keys=None, radar=False, output="curves.png"):
     """Draw the curves of runs into a file: the loss and each evaluated subset, or those of keys.
-    Of files of --json instead, draw bars of their results."""
+    Of files of --json instead, draw their results as bars, or radar charts."""
+    if len(files) > len(CURVES):
+        raise ValueError(f"plot takes up to {len(CURVES)} files")
     if all(path.endswith(".json") for path in files):
         names, results = read_all_results(files)
-        save_figure(draw_bars(names, results, keys), output)
+        tables = choose_tables(results, keys or "all")
+        draw = draw_radars if radar else draw_bars
+        save_figure(draw(names, results, tables), output)
         return
     logs = [read_log(path) for path in files]
     known = all_keys(logs)
@@ -2416,9 +2505,9 @@ def plot(files, keys=None, output="curves.png"):
         chosen = [key for key in known if key == "loss" or "." in key]
     else:
         chosen = keys.split(",")
-    if not all(logs) or not chosen or not set(chosen) <= set(known) or len(logs) > len(CURVES):
-        raise ValueError(f"plot takes up to {len(CURVES)} log.jsonl of train.py, none empty, and "
-                         f"--keys from: {', '.join(known)}")
+    if not all(logs) or not chosen or not set(chosen) <= set(known):
+        raise ValueError("plot takes log.jsonl of train.py, none empty, and --keys from: "
+                         + ", ".join(known))
     names = [Path(path).resolve().parent.name for path in files]
     save_figure(draw_curves(names, logs, chosen), output)
 
@@ -2447,38 +2536,65 @@ def draw_curves(names, logs, keys):
         panel.grid(alpha=0.3)
     for panel in panels[len(keys):]:
         panel.set_axis_off()
-    lines, labels = zip(*handles.values())
-    figure.legend(lines, labels, loc="outside upper center", ncols=min(4, len(labels)))
+    add_legend(figure, *zip(*handles.values()))
     return figure
 
 
-def draw_bars(names, results, keys=None):
-    """results: for each model {bench: {subset or mean: results}}. A panel for each benchmark, in it
-    a group of bars for each subset and mean (or those of keys, joined by commas), with 95 %
-    intervals and chance as a line -> Figure."""
-    benches = all_keys(results)
-    if len(names) > len(CURVES):
-        raise ValueError(f"plot takes up to {len(CURVES)} files")
-    figure = new_figure(10, 3.2 * len(benches) + 0.4)
-    panels = figure.subplots(len(benches), 1, squeeze=False).flatten()
-    for bench, panel in zip(benches, panels):
-        tables = [file.get(bench, {}) for file in results]
-        subsets = all_keys(tables)
-        if keys:
-            subsets = [subset for subset in subsets if subset in keys.split(",")]
+def draw_bars(names, results, tables):
+    """A panel for each table of choose_tables, in it a group of bars for each column, a bar for
+    each model, with 95 % intervals and chance as a line -> Figure."""
+    figure = new_figure(10, 3.2 * len(tables) + 0.4)
+    panels = figure.subplots(len(tables), 1, squeeze=False).flatten()
+    for (title, columns), panel in zip(tables, panels):
         width = 0.8 / len(names)
-        for number, (table, colour) in enumerate(zip(tables, CURVES)):
-            for place, subset in enumerate(subsets):
-                if subset in table:
-                    draw_bar(panel, place + (number - (len(names) - 1) / 2) * width, width,
-                             table[subset], colour)
-        panel.set_xticks(range(len(subsets)), subsets, rotation=30, ha="right")
-        panel.set_title(bench)
+        for number, (file, colour) in enumerate(zip(results, CURVES)):
+            for place, (bench, subset) in enumerate(columns):
+                found = find_result(file, [(bench, subset)])
+                if found:
+                    left = place + (number - (len(names) - 1) / 2) * width
+                    draw_bar(panel, left, width, found, colour)
+        panel.set_xticks(range(len(columns)), column_labels(title, columns), rotation=30, ha="right")
+        panel.set_title(title)
         panel.set_ylabel("correct, %")
         panel.set_ylim(0, 100)
         panel.grid(axis="y", alpha=0.3)
     handles = [panels[0].bar(0, 0, color=colour) for _, colour in zip(names, CURVES)]
+    add_legend(figure, handles, names)
+    return figure
+
+
+def add_legend(figure, handles, names):
     figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)))
+
+
+def column_labels(title, columns):
+    """The name of the benchmark is left out where it is the title."""
+    return [subset if bench == title else f"{bench} {subset}" for bench, subset in columns]
+
+
+def draw_radars(names, results, tables):
+    """A panel for each table of choose_tables: an axis from 0 to 100 % for each column that all
+    models have, and an outline for each model -> Figure."""
+    figure = new_figure(6 * len(tables), 6)
+    panels = figure.subplots(1, len(tables), squeeze=False, subplot_kw={"projection": "polar"})[0]
+    for (title, columns), panel in zip(tables, panels):
+        columns = [column for column in columns
+                   if all(find_result(file, [column]) for file in results)]
+        if len(columns) < 3:
+            raise ValueError(f"plot --radar: {title} has {len(columns)} figures that all models "
+                             "have, and needs 3: see --keys")
+        angles = np.linspace(0, 2 * np.pi, len(columns), endpoint=False)
+        handles = []
+        for file, colour in zip(results, CURVES):
+            values = [100 * find_result(file, [column])["accuracy"] for column in columns]
+            x, y = [*angles, angles[0]], [*values, values[0]]       # closed
+            handles += panel.plot(x, y, color=colour, linewidth=2)
+            panel.fill(x, y, color=colour, alpha=0.1)
+        panel.set_xticks(angles, column_labels(title, columns))
+        panel.tick_params(axis="x", pad=14)
+        panel.set_ylim(0, 100)
+        panel.set_title(f"{title}, correct in %")
+    add_legend(figure, handles, names)
     return figure
 
 
@@ -2691,7 +2807,7 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
         tasks, missing = read(benches, options, size, patches)
         results = score(network, tasks, options)
         for name, subsets in results.items():
-            print_table(name, subsets, TABLE[name].get("published") if reference else None)
+            print_table(name, subsets, reference)
         files.append({
             "checkpoint": label, "sha256": fingerprint(network), "protocol": PROTOCOL,
             "data_sha256": data_digests(tasks), "missing": missing, "results": results})
@@ -2700,9 +2816,9 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
         print0(f"not there: {line}")
     if len(files) > 1:
         labels = [model_name(file["checkpoint"]) for file in files]
-        for name in results:
-            tables = [file["results"][name] for file in files]
-            print0("\n" + format_table(name, labels, tables))
+        tables = [file["results"] for file in files]
+        for title, columns in choose_tables(tables):
+            print0("\n" + format_table(title, columns, labels, tables))
     if json_path and RANK == 0:
         given = {"init": init, "model": model, "tokenizer": tokenizer, "interpolate": interpolate}
         given |= {"bench": bench, "torch": torch.__version__, "processes": WORLD, **settings}
@@ -2755,7 +2871,7 @@ def verify(registry, bench, tolerance, **settings):
     for name, entry in read_registry(registry).items():
         figures = {key: value for key, value in entry["figures"].items() if key in only}
         try:
-            tasks = read_what_is_there(figures, options)
+            tasks, _ = read(figures, options, skip=True)
             if not tasks:
                 print0(f"\n{name}: none of the files of {', '.join(figures)} are there")
                 continue
@@ -2802,16 +2918,6 @@ def read_registry(path):
                 if not all(is_kind(figure, (int, float)) for figure in known.values()):
                     raise ValueError("a figure is no number")
     return registry
-
-
-def read_what_is_there(benches, options):
-    tasks = {}
-    for bench in benches:
-        try:
-            tasks.update(read([bench], options)[0])
-        except Missing:
-            pass
-    return tasks
 
 
 def load_verified(name, entry, data_dir):

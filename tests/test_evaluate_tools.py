@@ -216,11 +216,90 @@ def test_tables_to_paste(three, capsys):
 
 
 def test_a_lead_over_other_items_is_no_lead(three, tmp_path):
-    names, files = zip(*(evaluate.read_results(path) for path in three[:2]))
-    tables = [file["sugarcrepe"] for file in files]
-    assert evaluate.clear_best(tables, "swap") == 0 == evaluate.clear_best(tables[::-1], "swap") - 1
-    tables[1]["swap"] = {**tables[1]["swap"], "data": "others"}
-    assert evaluate.clear_best(tables, "swap") is None and evaluate.clear_best(tables[:1], "swap") is None
+    names, files = evaluate.read_all_results(three[:2])
+    swap = [("sugarcrepe", "swap")]
+    assert evaluate.clear_best(files, swap) == 0 == evaluate.clear_best(files[::-1], swap) - 1
+    files[1]["sugarcrepe"]["swap"] = {**files[1]["sugarcrepe"]["swap"], "data": "others"}
+    assert evaluate.clear_best(files, swap) is None and evaluate.clear_best(files[:1], swap) is None
+
+
+@pytest.fixture
+def several(tmp_path):
+    """Files of three models on two benchmarks: the first is ahead on each attribute, and has no scenes."""
+    rng, files = random.Random(1), []
+    for number in range(3):
+        found = {}
+        for bench, subsets in ("sugarcrepe", ("swap_att", "add_att", "swap_obj")), ("scenes", ("np_binding", "swap_att")):
+            outcomes, images = [], [f"{i}.jpg" for i in range(80)]
+            for subset in subsets:
+                right = [rng.random() < (0.9 if number == 1 else 0.4) for _ in images]
+                outcomes.append((subset, torch.tensor(right).float() - 0.5, 0.5, images, images, None))
+            found[bench] = evaluate.summarize(outcomes, {"macro_7": ["swap_att", "add_att"]})
+        if number == 0:
+            del found["scenes"]
+        files.append(results(tmp_path / f"{number}.json", found, checkpoint=f"out/m{number}/last.pt"))
+    return files
+
+
+def test_one_table_over_benchmarks(several, capsys):
+    files = [json.loads(open(path).read())["results"] for path in several]
+
+    def table(*args):
+        command(["compare", *several, "--format", "csv", "--columns", *args])
+        return list(csv.reader(capsys.readouterr().out.strip().splitlines()))
+
+    head, *rows = table("headline")
+    assert head[::3] == ["headline", "scenes swap_att_high", "sugarcrepe macro_7_high"]
+    assert [row[0] for row in rows] == ["m0", "m1", "m2"] and rows[0][1:4] == ["", "", ""]
+    assert rows[1][1] == f"{100 * files[1]['scenes']['swap_att']['accuracy']:.1f}"
+    head, *rows = table("attribute")
+    columns = [("sugarcrepe", "add_att"), ("sugarcrepe", "swap_att"), ("scenes", "np_binding"), ("scenes", "swap_att")]
+    assert head[1::3] == [*(" ".join(column) for column in columns), "mean"] and rows[0][-3:] == ["", "", ""]
+    found = [files[2][bench][subset] for bench, subset in columns]
+    mean = np.mean([r["accuracy"] for r in found])
+    above = np.sqrt(sum((r["high"] - r["accuracy"]) ** 2 for r in found)) / 4
+    assert rows[2][-3] == f"{100 * mean:.1f}" and rows[2][-1] == f"{100 * (mean + above):.1f}"
+    command(["compare", *several, "--format", "markdown", "--columns", "attribute"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| m1"))
+    assert line.count("**") == 2 * 5        # ahead on each, and on their mean
+    command(["compare", *several])
+    out = capsys.readouterr().out
+    assert out.index("headline") < out.index("sugarcrepe  ") and out.count("percent with 95 % intervals") == 3
+
+
+def test_the_mean_of_benchmarks_is_of_independent_ones():
+    """Its interval is near that of drawing all benchmarks anew."""
+    rng, outcomes = np.random.default_rng(0), {}
+    for bench, n in ("a", 300), ("b", 200), ("c", 500):
+        images = [str(i) for i in range(n)]
+        outcomes[bench] = [("top1", torch.from_numpy(rng.random(n) - 0.4), 0.1, images, images, None)]
+    found = [evaluate.summarize(some, {})["top1"] for some in outcomes.values()]
+    mean, draws = evaluate.mean_of_benches(found), []
+    for _ in range(4000):
+        draws.append(np.mean([np.mean(rng.choice(r["correct"], r["n"])) for r in found]))
+    assert mean["accuracy"] == pytest.approx(np.mean([r["accuracy"] for r in found])) and mean["n"] == 1000
+    assert [mean["low"], mean["high"]] == pytest.approx(np.quantile(draws, (0.025, 0.975)), abs=0.004)
+
+
+def test_run_gives_the_mean_of_the_eleven_sets(monkeypatch):
+    assert len(evaluate.GROUPS[evaluate.ELEVEN]) == 11
+    assert all(len(evaluate.READERS[bench].__doc__) > 99 for bench in evaluate.GROUPS[evaluate.ELEVEN])
+    monkeypatch.setitem(evaluate.GROUPS, evaluate.ELEVEN, {"scenes_pointing": ["quadrant"], "scenes": ["swap_att"]})
+    found = evaluate.run(nano(0).eval(), ["scenes", "scenes_pointing"], quiet=True)
+    both = [found["scenes_pointing"]["quadrant"]["accuracy"], found["scenes"]["swap_att"]["accuracy"]]
+    assert found[evaluate.ELEVEN]["mean"]["accuracy"] == pytest.approx(sum(both) / 2)
+
+
+def test_groups_name_what_benchmarks_have():
+    """Each subset of a table over benchmarks is a file, a mean, or what a benchmark without files yields."""
+    for title, group in evaluate.GROUPS.items():
+        for bench, subsets in group.items():
+            spec = evaluate.TABLE.get(bench, {})
+            known = {*spec.get("means", {}), *spec.get("files", {}), *evaluate.PAIRED, "macro", "top1", "top1_macro"}
+            known |= {f"{name}_{rule}" for name in ("attribute", "object", "relation") for rule in evaluate.PAIRED}
+            known |= {f"{name}{end}" for name in spec.get("files", {}) for end in ("_macro", "_itt", "_tot", "_t2i_r1")}
+            known |= {*evaluate.SCENE_CAPTIONS, "quadrant", "mean", "coco", "choices"}
+            assert set(subsets) <= known, (title, bench)
 
 
 # ------------------------------------------------------------------------------------------------- plot
@@ -292,6 +371,14 @@ def test_plot_draws_results_as_bars(three, tmp_path, figures):
     found = [json.loads(open(path).read())["results"]["sugarcrepe"] for path in three]
     assert heights == sorted(round(100 * r["accuracy"], 6) for file in found for r in file.values())
     assert [label.get_text() for label in panel.get_xticklabels()] == ["swap", "add", "macro_3"]
+    command(["plot", *three, "--radar", "--output", str(tmp_path / "r.png")])
+    (panel,) = figures.pop().axes
+    for line, file in zip(panel.get_lines(), found):
+        values = [100 * file[name]["accuracy"] for name in ("swap", "add", "macro_3", "swap")]
+        assert list(line.get_ydata()) == pytest.approx(values)
+    assert list(panel.get_lines()[0].get_xdata()) == pytest.approx([0, 2 * np.pi / 3, 4 * np.pi / 3, 0])
+    with pytest.raises(ValueError, match="--radar: sugarcrepe has 1 figures that all models have, and needs 3"):
+        command(["plot", *three, "--radar", "--keys", "swap"])
     command(["plot", *three, "--keys", "swap", "--output", str(tmp_path / "c.png")])
     assert [label.get_text() for label in figures[1].axes[0].get_xticklabels()] == ["swap"]
 
@@ -300,7 +387,7 @@ def test_plot_mistakes(tmp_path):
     good, empty = run_log(tmp_path / "good", lambda i: 0.5), log_file(tmp_path / "empty", [{"args": {}}])
     bare = log_file(tmp_path / "bare", [{"step": 1}])       # neither loss nor evaluation
     for argv in ([bare], [empty], [good, empty], [good, "--keys", "lss"], [good] * 8):
-        with pytest.raises(ValueError, match="plot takes up to 7 .*none empty, and --keys from"):
+        with pytest.raises(ValueError, match="plot takes .*none empty, and --keys from|plot takes up to 7 files"):
             command(["plot", *argv, "--output", str(tmp_path / "c.png")])
     with pytest.raises(FileNotFoundError, match="none.jsonl"):
         command(["plot", str(tmp_path / "none.jsonl")])
