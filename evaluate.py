@@ -2575,14 +2575,16 @@ def column_labels(title, columns):
 def draw_radars(names, results, tables):
     """A panel for each table of choose_tables: an axis from 0 to 100 % for each column that all
     models have, and an outline for each model -> Figure."""
-    figure = new_figure(6 * len(tables), 6)
-    panels = figure.subplots(1, len(tables), squeeze=False, subplot_kw={"projection": "polar"})[0]
-    for (title, columns), panel in zip(tables, panels):
-        columns = [column for column in columns
-                   if all(find_result(file, [column]) for file in results)]
-        if len(columns) < 3:
-            raise ValueError(f"plot --radar: {title} has {len(columns)} figures that all models "
-                             "have, and needs 3: see --keys")
+    drawn = []          # a table of fewer than three has no area
+    for title, columns in tables:
+        shared = [x for x in columns if all(find_result(file, [x]) for file in results)]
+        if len(shared) > 2:
+            drawn.append((title, shared))
+    if not drawn:
+        raise ValueError("plot --radar: no three figures that all models have: see --keys")
+    figure = new_figure(8 * len(drawn), 5)
+    panels = figure.subplots(1, len(drawn), squeeze=False, subplot_kw={"projection": "polar"})[0]
+    for (title, columns), panel in zip(drawn, panels):
         angles = np.linspace(0, 2 * np.pi, len(columns), endpoint=False)
         handles = []
         for file, colour in zip(results, CURVES):
@@ -2590,8 +2592,12 @@ def draw_radars(names, results, tables):
             x, y = [*angles, angles[0]], [*values, values[0]]       # closed
             handles += panel.plot(x, y, color=colour, linewidth=2)
             panel.fill(x, y, color=colour, alpha=0.1)
+        panel.set_theta_zero_location("N")
+        panel.set_theta_direction(-1)
+        panel.set_rlabel_position(180 / len(columns))       # between the first two axes
         panel.set_xticks(angles, column_labels(title, columns))
-        panel.tick_params(axis="x", pad=14)
+        for label, sine in zip(panel.get_xticklabels(), np.sin(angles)):
+            label.set_horizontalalignment(("right", "center", "left")[1 + round(sine)])
         panel.set_ylim(0, 100)
         panel.set_title(f"{title}, correct in %")
     add_legend(figure, handles, names)

@@ -377,7 +377,7 @@ def test_plot_draws_results_as_bars(three, tmp_path, figures):
         values = [100 * file[name]["accuracy"] for name in ("swap", "add", "macro_3", "swap")]
         assert list(line.get_ydata()) == pytest.approx(values)
     assert list(panel.get_lines()[0].get_xdata()) == pytest.approx([0, 2 * np.pi / 3, 4 * np.pi / 3, 0])
-    with pytest.raises(ValueError, match="--radar: sugarcrepe has 1 figures that all models have, and needs 3"):
+    with pytest.raises(ValueError, match="--radar: no three figures that all models have: see --keys"):
         command(["plot", *three, "--radar", "--keys", "swap"])
     command(["plot", *three, "--keys", "swap", "--output", str(tmp_path / "c.png")])
     assert [label.get_text() for label in figures[1].axes[0].get_xticklabels()] == ["swap"]
