@@ -129,6 +129,9 @@ def build_parser():
                    help="number of the held-out built-in scene (default: 0)")
     p.add_argument("--caption", help="text whose noun phrases are shown")
     p.add_argument("--concepts", nargs="+", metavar="PHRASE", help="phrases to show instead")
+    p.add_argument("--boxes", metavar="FILE",
+                   help="draw where the things of the phrases are: COCO's instances, or a json "
+                        "{file name: [[category, x, y, width, height], ...]}")
     p.add_argument("--output", default="attention.png", metavar="FILE",
                    help=".png, .svg or .pdf file to write (default: attention.png)")
     return parser
@@ -247,7 +250,7 @@ from timm.data import ImageNetInfo                                              
 from torch.utils.data import DataLoader, Dataset                                      # noqa: E402
 from tqdm import tqdm                                                                 # noqa: E402
 
-from concepts import default_extractor, extract                                      # noqa: E402
+from concepts import default_extractor, extract, plural_of                            # noqa: E402
 from data import (CaptionFile, Scenes, load_image, parse_list, read_rows,             # noqa: E402
                   relation)
 from model import CLIP, set_tokenizer                                                 # noqa: E402
@@ -1138,15 +1141,23 @@ def scenes_pointing(source, n=1000, seed=1):
     need_patches(source)
     data = Scenes(n, "val", seed, source.image_size)
     pictures = [picture for picture, in scene_pictures(data, f"small val {seed}", n)]
-    half = source.image_size / 2
     images, texts, boxes = [], [], []
     for i, picture in enumerate(pictures):
-        objects, cells, _ = data.objects(i)
-        for (colour, shape), cell in zip(objects, cells):
+        for name, *box in quadrants(data, i):
             images.append((picture,))
-            texts.append((f"a {colour} {shape}",))
-            boxes.append([(half * (cell % 2), half * (cell // 2), half, half)])
+            texts.append((f"a {name}",))
+            boxes.append([box])
     yield Pointing("quadrant", images, texts, boxes)
+
+
+def quadrants(data, i):
+    """[name, x, y, width, height] of each object of scene i."""
+    objects, cells, _ = data.objects(i)
+    half = data.image_size / 2
+    boxes = []
+    for (colour, shape), cell in zip(objects, cells):
+        boxes.append([f"{colour} {shape}", half * (cell % 2), half * (cell // 2), half, half])
+    return boxes
 
 
 def need_patches(source):
@@ -1705,7 +1716,12 @@ def pointing(source):
     """
     need_patches(source)
     boxes = {}          # {(file name, category): its boxes}
-    for name, category, box in read_boxes(source):
+    path = source.options.data
+    if not path:
+        path = os.path.join(source.options.data_dir, "coco/annotations/instances_val2017.json")
+    if not os.path.isfile(path):
+        raise Missing(f"{source.bench}: no {path}; get it: {GET} {source.bench}")
+    for name, (category, *box) in read_boxes(path):
         boxes.setdefault((name, category), []).append(box)
     images = source.pictures([(name,) for name, _ in boxes])
     categories = [category for _, category in boxes]
@@ -1713,13 +1729,8 @@ def pointing(source):
     yield Pointing("coco", images, texts, list(boxes.values()), categories)
 
 
-def read_boxes(source):
-    """Yield (file name, category, [x, y, width, height])."""
-    path = source.options.data
-    if not path:
-        path = os.path.join(source.options.data_dir, "coco/annotations/instances_val2017.json")
-    if not os.path.isfile(path):
-        raise Missing(f"{source.bench}: no {path}; get it: {GET} {source.bench}")
+def read_boxes(path):
+    """-> [(file name, [category, x, y, width, height]), ...], in pixels."""
     number = (int, float)
     with expecting(f"{path}: expected COCO's instances, or {{file: [[category, x, y, width, "
                    "height], ...]}"):
@@ -1736,8 +1747,7 @@ def read_boxes(source):
         for name, row in rows:
             if not has_keys(row, {0: str, 1: number, 2: number, 3: number, 4: number}):
                 raise ValueError(f"a box is {row!r:.60}")
-    for name, (category, *box) in rows:
-        yield name, category, box
+    return rows
 
 
 def imagenet(source):
@@ -2642,15 +2652,23 @@ def seen_box(model, size):
     return 0, width, height, 0
 
 
-def show(checkpoint, image=None, scene=0, caption=None, concepts=None, output="attention.png"):
+def show(checkpoint, image=None, scene=0, caption=None, concepts=None, boxes=None,
+         output="attention.png"):
     """Draw the similarity maps of the phrases of a caption, a row for each checkpoint."""
     paths = checkpoint.split(",")
     names = [Path(path).resolve().parent.name for path in paths]
     models = [CLIP.load(path).eval() for path in paths]
+    known = []          # [category, x, y, width, height] of each thing in the image
     if image:
         picture = load_image(image)
+        if boxes:
+            known = [box for name, box in read_boxes(boxes) if name == os.path.basename(image)]
+        if boxes and not known:
+            raise ValueError(f"{boxes} has no boxes of {os.path.basename(image)}")
     else:
-        row = Scenes(scene + 1, "val", 1, models[0].config.image_size)[scene]
+        data = Scenes(scene + 1, "val", 1, models[0].config.image_size)
+        row = data[scene]
+        known = quadrants(data, scene)
         picture = row["image"]
         caption = caption or row["caption"]
     phrases = concepts or extract(caption or "")
@@ -2658,23 +2676,35 @@ def show(checkpoint, image=None, scene=0, caption=None, concepts=None, output="a
         raise ValueError("show has no phrases for --image: give --concepts, or a --caption with "
                          "noun phrases")
     maps = [similarity_maps(model, picture, phrases) for model in models]
-    boxes = [seen_box(model, picture.size) for model in models]
-    save_figure(draw_maps(picture, phrases, names, maps, boxes), output)
+    seen = [seen_box(model, picture.size) for model in models]
+    save_figure(draw_maps(picture, phrases, names, maps, seen, known), output)
 
 
-def draw_maps(picture, phrases, names, maps, boxes):
+def boxes_of(phrase, boxes):
+    """Of [category, x, y, width, height] ...: those of the longest category that a phrase names, in
+    singular or plural."""
+    words = f" {phrase.lower()} "
+    named = [box for box in boxes
+             if f" {box[0]} " in words or f" {plural_of(box[0])} " in words]
+    longest = max([len(box[0]) for box in named], default=0)
+    return [box[1:] for box in named if len(box[0]) == longest]
+
+
+def draw_maps(picture, phrases, names, maps, seen, boxes):
     """A row for each model: the photograph, and over it the map (side, side) of each phrase.
 
     All maps have one scale, so that a nearly uniform map looks uniform. A cross marks the patch of
-    the largest similarity; boxes say where the map lies on the photograph, see seen_box.
+    the largest similarity. seen: where each model's map lies on the photograph, see seen_box.
+    boxes: [category, x, y, width, height] ..., of which those of a phrase's category are drawn.
     """
     from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
     scale = Normalize(min(x.min().item() for x in maps), max(x.max().item() for x in maps))
     width, height = picture.size
     panel_height = 2.6 * min(1.5, height / width)
     figure = new_figure(2.6 * (1 + len(phrases)) + 0.8, (panel_height + 0.4) * len(names))
     panels = figure.subplots(len(names), 1 + len(phrases), squeeze=False)
-    for row, name, model_maps, box in zip(panels, names, maps, boxes):
+    for row, name, model_maps, extent in zip(panels, names, maps, seen):
         for panel in row:
             photograph = picture if panel is row[0] else picture.convert("L")
             panel.imshow(photograph, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
@@ -2682,21 +2712,24 @@ def draw_maps(picture, phrases, names, maps, boxes):
         row[0].set_title(name)
         for panel, phrase, values in zip(row[1:], phrases, model_maps):
             shown = panel.imshow(values.numpy(), cmap="viridis", norm=scale, alpha=0.65,
-                                 interpolation="bicubic", extent=box)
-            x, y = peak_place(values, box)
-            panel.plot(x, y, "+", color="black", markersize=15, markeredgewidth=4)
-            panel.plot(x, y, "+", color="white", markersize=13, markeredgewidth=2)
+                                 interpolation="bicubic", extent=extent)
+            x, y = peak_place(values, extent)
+            for colour, size, line in ("black", 15, 4), ("white", 13, 2):       # white, rimmed
+                panel.plot(x, y, "+", color=colour, markersize=size, markeredgewidth=line)
+                for left, top, *sides in boxes_of(phrase, boxes):
+                    panel.add_patch(Rectangle((left, top), *sides, fill=False, edgecolor=colour,
+                                              linewidth=line / 2))
             panel.set_xlim(0, width)        # all of the photograph, where the model saw less
             panel.set_ylim(height, 0)
             panel.set_title(phrase)
-    figure.colorbar(shown, ax=panels, label="cosine of patch and phrase", shrink=0.8)
+    figure.colorbar(shown, ax=panels, label="cosine of patch\nand phrase", shrink=0.8)
     return figure
 
 
-def peak_place(values, box):
+def peak_place(values, extent):
     """The middle of the patch with the largest value, in pixels of the photograph: x, y."""
     side = len(values)
-    left, right, bottom, top = box
+    left, right, bottom, top = extent
     row, column = divmod(int(values.argmax()), side)
     x = left + (column + 0.5) * (right - left) / side
     y = top + (row + 0.5) * (bottom - top) / side

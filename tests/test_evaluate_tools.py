@@ -472,6 +472,35 @@ def test_show_of_an_image_file_with_a_caption_or_concepts(checkpoints, tmp_path,
         command(["show", "--checkpoint", checkpoints[1], "--image", "none.jpg"])
 
 
+def drawn_boxes(panel):
+    """The boxes over a map, from left to right, each drawn twice: a white line and its rim."""
+    corners = sorted((*patch.get_xy(), patch.get_width(), patch.get_height()) for patch in panel.patches)
+    assert corners[::2] == corners[1::2]
+    return corners[::2]
+
+
+def test_show_draws_the_boxes_of_what_a_phrase_names(checkpoints, tmp_path, figures):
+    boxes = {"i.png": [["dog", 3, 4, 20, 10], ["dog", 30, 1, 5, 5], ["teddy bear", 9, 9, 9, 9], ["bear", 1, 2, 3, 4]],
+             "other.png": [["dog", 0, 0, 1, 1]]}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    Image.effect_noise((60, 40), 90).convert("RGB").save(tmp_path / "i.png")
+    show = ["show", "--checkpoint", checkpoints[1], "--image", str(tmp_path / "i.png"), "--boxes",
+            str(tmp_path / "boxes.json"), "--output", str(tmp_path / "a.png")]
+    command([*show, "--concepts", "two Dogs", "a teddy bear", "a brown bear", "a cat"])
+    panels = figures[0].axes[:5]
+    assert [drawn_boxes(panel) for panel in panels] == [
+        [], [(3, 4, 20, 10), (30, 1, 5, 5)], [(9, 9, 9, 9)], [(1, 2, 3, 4)], []]
+    command(["show", "--checkpoint", checkpoints[1], "--scene", "5", "--output", str(tmp_path / "a.png")])
+    data = Scenes(9, "val", 1)      # of a scene the quadrants are known
+    for panel, ((colour, shape), cell) in zip(figures[1].axes[1:3], zip(*data.objects(5)[:2])):
+        assert f"{colour} {shape}" in panel.get_title()
+        assert drawn_boxes(panel) == [(16 * (cell % 2), 16 * (cell // 2), 16, 16)]
+    os.rename(tmp_path / "i.png", tmp_path / "j.png")
+    with pytest.raises(ValueError, match="boxes.json has no boxes of j.png"):
+        command(["show", "--checkpoint", checkpoints[1], "--image", str(tmp_path / "j.png"), "--boxes",
+                 str(tmp_path / "boxes.json"), "--concepts", "a dog"])
+
+
 # ------------------------------------------------------------------------------------------------- interpolate
 
 def copy(model):
