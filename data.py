@@ -1603,7 +1603,8 @@ class Collate:
         batch["images"] = torch.stack(images)                                   # (B, 3, S, S)
         batch["tokens"] = self.tokenize(batch["captions"], trim=True)           # (B, L)
         if self.noise:
-            batch["noise"] = noise_of(rows, images[0].shape)                    # (B, 3, S, S)
+            seeds = [row["seed"] for row in rows]
+            batch["noise"] = noise_of(seeds, images[0].shape)                   # (B, 3, S, S)
         if self.negative_images:
             self.add_negative_images(batch, rows)
         if self.negatives and (self.negatives != "pairs" or partners):
@@ -1810,11 +1811,11 @@ def is_wide(image):
     return width >= height
 
 
-def noise_of(rows, shape):
-    """Uniform bytes (B, *shape), of each row by its seed."""
+def noise_of(seeds, shape):
+    """Uniform bytes (B, *shape), a row for each seed."""
     noise = []
-    for row in rows:
-        generator = torch.Generator().manual_seed(row["seed"])
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
         noise.append(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
     return torch.stack(noise)
 

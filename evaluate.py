@@ -21,6 +21,7 @@ of one image move together.
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import http.client
 import importlib
@@ -195,6 +196,13 @@ def add_evaluate_arguments(parser):
                    help="the column of --data with captions (default: caption, title, text, ...)")
     p.add_argument("--classes", metavar="FILE",
                    help="names of the classes of folder, one a line, in the order of the folders")
+    p.add_argument("--attack", type=float, default=0.0, metavar="E",
+                   help="score zero-shot classification, and single of scenes, once more on images "
+                        "of which an attack has changed each pixel by at most E of 255, so that "
+                        "they are taken for another class (default: no attack)")
+    p.add_argument("--attack-steps", type=int, default=5, metavar="N",
+                   help="steps of the attack, each of 1 of 255; more are a stronger attack "
+                        "(default: 5, as in TeCoA's released code)")
 
     p = parser.add_argument_group("what comes out")
     p.add_argument("--json", dest="json_path", metavar="FILE",
@@ -251,8 +259,9 @@ from torch.utils.data import DataLoader, Dataset                                
 from tqdm import tqdm                                                                 # noqa: E402
 
 from concepts import default_extractor, extract, plural_of                            # noqa: E402
-from data import (CaptionFile, Scenes, load_image, parse_list, read_rows,             # noqa: E402
-                  relation)
+from data import (CaptionFile, Scenes, load_image, noise_of, parse_list,              # noqa: E402
+                  read_rows, relation)
+from losses import pgd_attack, tecoa_loss                                             # noqa: E402
 from model import CLIP, set_tokenizer                                                 # noqa: E402
 
 PROTOCOL = 5        # raised whenever a change here or in benchmarks.json may change a figure
@@ -413,10 +422,7 @@ class Ranking:
     def outcomes(self, image_features, text_features):
         """As Choices.outcomes; yields one outcome for each of recalls."""
         images = image_features(self.images)[:, 0]                  # (N, D)
-        texts = text_features(self.texts)                           # (M, prompts, D)
-        if texts.shape[1] > 1:
-            texts = F.normalize(texts.mean(1), dim=-1)[:, None]
-        texts = texts[:, 0]                                         # (M, D)
+        texts = self.candidates(text_features)                      # (M, D)
         image_names = [row[0].name for row in self.images]
         first_image = self.positive.byte().argmax(0)                # (M,)
         names_by_text = [image_names[i] for i in first_image.tolist()]
@@ -431,6 +437,17 @@ class Ranking:
                 margins = rank(texts, images, self.positive.T, k)
                 chance = blind_recall(self.positive.T, k)
                 yield subset, margins, chance, names_by_text, prompts, None
+
+    def candidates(self, text_features):
+        """The features of all texts (M, D)."""
+        texts = text_features(self.texts)                           # (M, prompts, D)
+        if texts.shape[1] > 1:
+            texts = F.normalize(texts.mean(1), dim=-1)[:, None]
+        return texts[:, 0]
+
+    def classifies(self):
+        """Whether only images ask, as in classification."""
+        return all(way == "i2t" for way, _ in self.recalls.values())
 
     def needed(self):
         """All texts, since each is a candidate, and the pictures that are there."""
@@ -551,6 +568,8 @@ class Options:
     workers: int = 0                # processes that read images
     device: Any = None              # None: where the model is
     dtype: str = "float32"          # of the towers; bfloat16 is by autocast
+    attack: float = 0.0             # how far an attack may change a pixel, of 255; 0: no attack
+    attack_steps: int = 5           # its steps, see attacked_outcomes
     quiet: bool = False             # print no tables
 
 
@@ -844,6 +863,7 @@ def check_pictures(task, options):
 
 def score(model, tasks, options):
     """tasks {bench: [Choices or Ranking, ...]} -> results, as run returns them."""
+    check_attack(tasks, options)
     pictures, texts = {}, {}            # dicts for their order: equal ones are encoded once
     for parts in tasks.values():
         for task in parts:
@@ -869,6 +889,8 @@ def score(model, tasks, options):
                 found = [task.outcome(model, text_features, options)]
             else:
                 found = list(task.outcomes(image_features, text_features))
+            if is_attacked(task, options):
+                found += attacked_outcomes(model, task, text_features, options)
             outcomes.extend(found)
             partial.update((outcome[0], task.partial) for outcome in found if task.partial)
         subsets = [outcome[0] for outcome in outcomes]
@@ -880,6 +902,64 @@ def score(model, tasks, options):
     if mean:
         results[ELEVEN] = {"mean": mean}
     return results
+
+
+def is_attacked(task, options):
+    return options.attack > 0 and isinstance(task, Ranking) and task.classifies()
+
+
+def check_attack(tasks, options):
+    """Raise ValueError for an attack that has nothing to attack, or no step."""
+    attacked = 0
+    for parts in tasks.values():
+        attacked += sum(is_attacked(task, options) for task in parts)
+    if options.attack < 0 or options.attack_steps < 1:
+        raise ValueError(f"--attack {options.attack:g} --attack-steps {options.attack_steps}: "
+                         "expected at least 0, and at least 1 step")
+    if options.attack and not attacked:
+        raise ValueError(f"--attack {options.attack:g}: it needs a benchmark of zero-shot "
+                         f"classification, such as cifar10, folder or scenes, and these are "
+                         f"{', '.join(tasks)}")
+
+
+def attacked_outcomes(model, task, text_features, options):
+    """Outcomes of a classification on images that an attack has changed: attacked_top1, ...
+
+    Projected gradient descent (losses.pgd_attack) knows the model and all texts, and raises the
+    cross-entropy of an image's own, as in Mao et al. 2023 (TeCoA): from a random start, which is a
+    function of the image's number, each of --attack-steps by 1 of 255, within --attack. The paper
+    attacks images as they are before they are resized, here their pixels are what the tower sees.
+    """
+    device, dtype = model_place(model)
+    normalize = getattr(model.transform, "transforms", [None])[-1]
+    if not hasattr(normalize, "mean"):
+        raise ValueError("--attack: the model's transform does not end with Normalize, so that its "
+                         "pixels are not known")
+    mean, std = torch.tensor([normalize.mean, normalize.std], device=device)[:, :, None, None]
+    texts = task.candidates(text_features).to(device)               # (M, D)
+    scale = model.logit_scale.exp().item() if hasattr(model, "logit_scale") else 100.0
+
+    def encode(pixels):
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            features = model.encode_image(((pixels - mean) / std).to(dtype))
+        return F.normalize(features.float(), dim=-1)
+
+    def loss(pixels, labels):
+        return tecoa_loss(encode(pixels), texts, labels, scale)
+
+    pictures = [picture for picture, in task.images]
+    parts = []
+    for numbers, images, _ in read_batches(model, pictures, options):
+        pixels = (images.to(device) * std + mean).clamp(0, 1)
+        labels = task.positive[numbers].to(device)                  # (n, M)
+        noise = noise_of(numbers.tolist(), images.shape[1:]).to(device)
+        attacked = pgd_attack(pixels, noise, functools.partial(loss, labels=labels),
+                              options.attack / 255, options.attack_steps)
+        with torch.no_grad():
+            parts.append((numbers, encode(attacked).cpu()))
+    features = share(parts, len(task.images))[:, None]              # (N, 1, D)
+    for subset, *outcome in task.outcomes(lambda images: features, text_features):
+        yield f"attacked_{subset}", *outcome
 
 
 def means_of(bench, subsets):

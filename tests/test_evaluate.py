@@ -692,6 +692,53 @@ def test_caltech101_as_it_is_unpacked(nano, tmp_path):
     assert results["top1_macro"]["accuracy"] == pytest.approx(np.mean(by_kind)) and len(known["templates"]) == 34
 
 
+def test_attacked_images_are_scored_beside_the_others(nano, tmp_path):
+    """--attack: each image by itself, with its random start, whatever the batch; no pixel moves by more than E of 255."""
+    rng = random.Random(0)
+    for i in range(12):
+        os.makedirs(tmp_path / "data" / str(i % 3), exist_ok=True)
+        picture(f"{tmp_path}/data/{i % 3}/{i}.png", rng)
+    (tmp_path / "names.txt").write_text("red dog\nblue cat\ntable\n")
+    where = {"data": str(tmp_path / "data"), "classes": str(tmp_path / "names.txt"), "quiet": True}
+    clean = evaluate.run(nano, ["folder"], **where)["folder"]
+    found = evaluate.run(nano, ["folder"], attack=8, attack_steps=20, **where)["folder"]
+    assert {k: v for k, v in found.items() if not k.startswith("attacked")} == clean
+    assert found.keys() - clean.keys() == {"attacked_top1", "attacked_top1_macro", "attacked_top5"}
+    assert found["attacked_top1"]["right"] < found["top1"]["right"] and found["attacked_top5"]["accuracy"] == 1
+    in_threes = evaluate.run(nano, ["folder"], attack=8, attack_steps=20, batch_size=3, **where)["folder"]
+    assert in_threes["attacked_top1"]["correct"] == found["attacked_top1"]["correct"]
+    names = sorted(tmp_path.glob("data/*/*.png"))
+    texts = torch.nn.functional.normalize(nano.encode_text(nano.tokenize(
+        [f"a photo of a {name}." for name in ("red dog", "blue cat", "table")])), dim=-1).detach()
+    right = []
+    for i, path in enumerate(names):        # image by image, in pixels
+        pixels = nano.transform(Image.open(path))[None] / 2 + 0.5
+        own = torch.tensor([int(path.parent.name)])
+        generator = torch.Generator().manual_seed(i)
+        noise = torch.randint(256, pixels.shape[1:], dtype=torch.uint8, generator=generator)[None]
+        changed = (pixels + 8 / 255 * (noise / 127.5 - 1)).clamp(0, 1)
+        for _ in range(20):
+            changed = changed.detach().requires_grad_()
+            logits = nano.logit_scale.exp() * nano.encode_image(2 * changed - 1, normalize=True) @ texts.T
+            torch.nn.functional.cross_entropy(logits, own).backward()
+            changed = changed.detach() + changed.grad.sign() / 255
+            changed = torch.min(torch.max(changed, pixels - 8 / 255), pixels + 8 / 255).clamp(0, 1)
+        assert (changed - pixels).abs().max() <= 8 / 255 + 1e-6
+        right.append(int((nano.encode_image(2 * changed - 1, normalize=True) @ texts.T).argmax() == own))
+    assert found["attacked_top1"]["correct"] == right
+    nano.zero_grad()
+    for options, says in (({"attack": 1, "attack_steps": 0}, "at least 1 step"), ({"attack": -1}, "at least 0")):
+        with pytest.raises(ValueError, match=says):
+            evaluate.run(nano, ["folder"], **where, **options)
+    with pytest.raises(ValueError, match="zero-shot classification"):
+        evaluate.run(nano, ["retrieval"], attack=1, quiet=True, data=captioned(tmp_path), image_root=str(tmp_path))
+
+
+def captioned(folder):
+    (folder / "pairs.csv").write_text("image,caption\n" + "".join(f"data/{i}/{i}.png,picture {i}\n" for i in range(3)))
+    return str(folder / "pairs.csv")
+
+
 @pytest.mark.parametrize("bench, folders", [
     ("imagenet_v2", {"0": 0, "10": 10, "2": 2}), ("imagenet_a", {"n01498041": 6, "n01531178": 11}),
     ("imagenet_r", {"n01443537": 1, "n01484850": 2, "n01498041": 6}), ("imagenet_sketch", {"n01440764": 0, "n15075141": 999})])
