@@ -739,7 +739,7 @@ def tecoa_loss(image_features, text_features, labels, logit_scale, logit_bias=No
     -------
     Tensor ()
         This process's share. The paper trains the image tower alone; its released code holds
-        logit_scale, too.
+        logit_scale, too, and gives as its example an attack of 2 steps with epsilon 1 / 255.
     """
     logits = _logits(image_features, text_features, logit_scale)  # (b, B)
     if logit_bias is not None:
