@@ -120,21 +120,9 @@ def build_parser():
     p.add_argument("--output", default="curves.png", metavar="FILE",
                    help=".png, .svg or .pdf file to write (default: curves.png)")
 
-    p = add_command("show", description=(
+    add_show_arguments(add_command("show", description=(
         "Draw where an image is similar to each phrase of its caption: for each patch the cosine "
-        "of its token and the phrase. One row a model; all maps share one scale."))
-    p.add_argument("--checkpoint", default="", metavar="A,B",
-                   help="checkpoints of train.py, joined by commas: a row each")
-    p.add_argument("--image", metavar="FILE", help="an image file; default: a built-in scene")
-    p.add_argument("--scene", type=int, default=0, metavar="N",
-                   help="number of the held-out built-in scene (default: 0)")
-    p.add_argument("--caption", help="text whose noun phrases are shown")
-    p.add_argument("--concepts", nargs="+", metavar="PHRASE", help="phrases to show instead")
-    p.add_argument("--boxes", metavar="FILE",
-                   help="draw where the things of the phrases are: COCO's instances, or a json "
-                        "{file name: [[category, x, y, width, height], ...]}")
-    p.add_argument("--output", default="attention.png", metavar="FILE",
-                   help=".png, .svg or .pdf file to write (default: attention.png)")
+        "of its token and the phrase. One row a model; all maps share one scale.")))
     return parser
 
 
@@ -151,6 +139,21 @@ def add_compare_arguments(p):
                         f"all benchmarks one of {', '.join(GROUPS)} (default: headline, and each "
                         "benchmark's means)")
     p.add_argument("--reference", action="store_true", help="add published results to such tables")
+
+
+def add_show_arguments(p):
+    p.add_argument("--checkpoint", default="", metavar="A,B",
+                   help="checkpoints of train.py, joined by commas: a row each")
+    p.add_argument("--image", metavar="FILE", help="an image file; default: a built-in scene")
+    p.add_argument("--scene", type=int, default=0, metavar="N",
+                   help="number of the held-out built-in scene (default: 0)")
+    p.add_argument("--caption", help="text whose noun phrases are shown")
+    p.add_argument("--concepts", nargs="+", metavar="PHRASE", help="phrases to show instead")
+    p.add_argument("--boxes", metavar="FILE",
+                   help="draw where the things of the phrases are: COCO's instances, or a json "
+                        "{file name: [[category, x, y, width, height], ...]}")
+    p.add_argument("--output", default="attention.png", metavar="FILE",
+                   help=".png, .svg or .pdf file to write (default: attention.png)")
 
 
 def add_verify_arguments(p):
@@ -2643,7 +2646,8 @@ def draw_bars(names, results, tables):
                 if found:
                     left = place + (number - (len(names) - 1) / 2) * width
                     draw_bar(panel, left, width, found, colour)
-        panel.set_xticks(range(len(columns)), column_labels(title, columns), rotation=30, ha="right")
+        labels = column_labels(title, columns)
+        panel.set_xticks(range(len(columns)), labels, rotation=30, ha="right")
         panel.set_title(title)
         panel.set_ylabel("correct, %")
         panel.set_ylim(0, 100)
