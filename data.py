@@ -8,6 +8,7 @@ A row is a dict with
     negatives       optional list of str, false captions ("" in place of one that there is not)
     negative_image  optional PIL image that the caption does not describe
     neighbour       optional row, a hard negative for this one
+    paraphrase      optional str, a second true caption (of rows of files: one of their others)
 A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
 """
 import concurrent.futures
@@ -152,6 +153,7 @@ class Scenes(Dataset):
             "caption": caption,
             "concepts": [f"a {colour} {shape}" for colour, shape in objects],
             "negatives": negatives,
+            "paraphrase": exchange_first_two(objects, cells, link),
             "objects": objects,
             "key": f"scene {self.split} {index}",
         }
@@ -180,6 +182,14 @@ def describe(objects, link):
     phrases = [f"a {colour} {shape}" for colour, shape in objects]
     first_two = f"{phrases[0]} {link} {phrases[1]}"
     return " and ".join([first_two, *phrases[2:]])
+
+
+def exchange_first_two(objects, cells, link):
+    """The same caption, told from the second object: "b right of a" for "a left of b"."""
+    first, second, *rest = objects
+    if link != "and":
+        link = relation(cells[1], cells[0])
+    return describe([second, first, *rest], link)
 
 
 def relation(first, second):
@@ -344,6 +354,11 @@ class CaptionFile(Dataset):
         for index in range(min(len(self), TOKENIZER_ROWS)):
             texts += self.sample(index)["captions"]
         return texts
+
+    def count_several_captions(self, first_rows):
+        """How many of the first rows have two different captions."""
+        counts = [len(set(self.sample(index)["captions"])) for index in range(first_rows)]
+        return sum(count > 1 for count in counts)
 
     def __len__(self):
         return int(self.starts[-1])
@@ -1535,6 +1550,7 @@ class Collate:
                      "negate" (K = 1); a row's own negatives come first
     negative_images  add the rows' negative_image
     spans            a concept is a span of the caption's tokens, not a text of its own
+    paraphrases      add the rows' paraphrase
 
     A batch of B rows, neighbours of rows behind all others:
     images (B, 3, S, S) as the transform gives them (train_transform: uint8, see normalize_images),
@@ -1549,10 +1565,11 @@ class Collate:
                          and the concepts in pairs are counted in B * M.
     negative_tokens      (B, K, L'), and negative_mask (B, K) bool, false where there is none
     negative_images      (B, 3, S, S), and negative_image_mask (B,) bool; zero where there is none
+    paraphrase_tokens    (B, L'), and paraphrase_mask (B,) bool, false where there is none
     """
 
     def __init__(self, transform, tokenize, with_concepts=True, pad_concepts=1, negatives=None,
-                 negative_images=False, spans=False):
+                 negative_images=False, spans=False, paraphrases=False):
         self.transform = transform
         self.tokenize = tokenize
         self.with_concepts = with_concepts
@@ -1560,6 +1577,7 @@ class Collate:
         self.negatives = negatives
         self.negative_images = negative_images
         self.spans = spans
+        self.paraphrases = paraphrases
 
     def __call__(self, rows):
         neighbours = [row["neighbour"] for row in rows if "neighbour" in row]
@@ -1580,6 +1598,8 @@ class Collate:
             self.add_negative_images(batch, rows)
         if self.negatives:
             self.add_negatives(batch, rows)
+        if self.paraphrases:
+            self.add_paraphrases(batch, rows)
         if self.with_concepts:
             concepts, batch["fallback"] = concepts_of(rows)
             if self.spans:
@@ -1630,6 +1650,11 @@ class Collate:
                 swapped = swap_negatives(caption, rng, (kind,))
                 own = own + ["".join(swapped)]      # one, or none
         return (own + [""] * 4)[:4]
+
+    def add_paraphrases(self, batch, rows):
+        texts = [row.get("paraphrase", "") for row in rows]
+        batch["paraphrase_tokens"] = self.tokenize(texts, trim=True)            # (B, L')
+        batch["paraphrase_mask"] = torch.tensor([text != "" for text in texts])
 
     def add_concepts(self, batch, concepts):
         """Each different string once; see losses.concept_columns for what becomes of them."""
@@ -1769,13 +1794,15 @@ def scramble(values, key):
 class Seeded(Dataset):
     """Rows by (epoch, index), each with a seed of its own, a function of (seed, epoch, index).
 
-    By this seed one caption of several is drawn and, if neighbours are asked for, one neighbour.
+    By this seed one caption of several is drawn and, if they are asked for, one neighbour, and
+    another caption as paraphrase.
     """
 
-    def __init__(self, dataset, seed, neighbours=True):
+    def __init__(self, dataset, seed, neighbours=True, paraphrases=False):
         self.dataset = dataset
         self.seed = seed
         self.neighbours = neighbours
+        self.paraphrases = paraphrases
 
     def __getitem__(self, item):
         epoch, index = item
@@ -1786,8 +1813,12 @@ class Seeded(Dataset):
             row["caption"] = rng.choice(row["captions"])
         if self.neighbours and row.get("neighbours"):
             chosen = rng.choice(row["neighbours"])
-            without = Seeded(self.dataset, self.seed, neighbours=False)     # it brings none itself
+            without = Seeded(self.dataset, self.seed, False, self.paraphrases)  # brings none itself
             row["neighbour"] = without[epoch, chosen]
+        if self.paraphrases and "captions" in row:
+            others = [text for text in row["captions"] if text != row["caption"]]
+            if others:
+                row["paraphrase"] = rng.choice(others)
         return row
 
 

@@ -683,6 +683,58 @@ def xac_loss(similarity, labels, logit_scale, logit_bias=None, count=None):
     return _contrast_share(logits, labels, logit_bias, count)
 
 
+def caption_xac_loss(similarity, logit_scale, logit_bias=None, offset=0):
+    """xac_loss with whole captions in the place of concepts, each positive for its own image.
+
+    FLAIR (Xiao et al. 2025, Fine-grained language-informed image representations) has this as its
+    text-conditioned sigmoid loss, with an attention that is trained. Here it is C2LIP's, which has
+    no parameters. similarity (b, B) comes from pooling.concept_similarity with the captions of all
+    processes as queries; in the same call as the concepts it is nearly free.
+    """
+    return xac_loss(similarity, _diagonal(similarity, offset), logit_scale, logit_bias)
+
+
+# ---- captions and their paraphrases -----------------------------------------------------------
+def paraphrase_loss(paraphrase_features, text_features, mask, logit_scale, logit_bias=None,
+                    offset=0):
+    """READ's sentence alignment: a second caption of an image finds the first among all captions.
+
+    Kwon et al. 2025, Enhancing compositional reasoning in CLIP via reconstruction and alignment of
+    text descriptions (weight 0.5):
+        mean_i -log softmax_j(s P_i.T_j)_i
+    over the images i that have a second caption P_i. With logit_bias it is the sigmoid loss of the
+    same rows and columns, divided by the number of these images.
+
+    The form is that of the released code, whose rows are the P and which goes this one way. In the
+    paper's formula, as CS-CLIP's code repeats it, the rows are the T. The released code compares
+    within each process alone, and draws P also among sentences that a language model wrote.
+
+    Parameters
+    ----------
+    paraphrase_features : Tensor (b, D)
+        Of this process.
+    text_features : Tensor (B, D)
+        Of all processes.
+    mask : Tensor (b,) bool
+        Of this process, false where there is no second caption.
+    logit_scale, logit_bias, offset
+        As in siglip_loss.
+
+    Returns
+    -------
+    Tensor ()
+        This process's share. It is 0 without any second caption.
+    """
+    mask = mask.to(paraphrase_features.device, non_blocking=True)[:, None]  # (b, 1)
+    count = _global_sum(mask.sum())
+    logits = _logits(paraphrase_features, text_features, logit_scale)  # (b, B)
+    labels = _diagonal(logits, offset) & mask
+    if logit_bias is None:
+        return _rows_share(logits, labels, count)
+    logits = (logits + logit_bias).masked_fill(~mask, -torch.inf)  # of which the loss is 0
+    return _sigmoid_share(logits, labels, count)
+
+
 # ---- hard negatives ---------------------------------------------------------------------------
 def _valid(features, mask):
     """Choose the rows where the mask is true: (..., D), (...) -> (V, D)."""
@@ -915,6 +967,9 @@ class Features:
     # (B, D) and, where there are negatives, negative_features (B, K, D) of all processes.
     teacher: dict | None = None
     thresholds: torch.Tensor | None = None                      # (K,) of ce_clip's last step
+    caption_similarity: torch.Tensor | None = None              # (b, B), see caption_xac_loss
+    paraphrase_features: torch.Tensor | None = None             # (b, D), of second captions
+    paraphrase_mask: torch.Tensor | None = None                 # (b,) bool
 
 
 def c2lip(features):
@@ -978,7 +1033,9 @@ def triplet_clip(features):
 
 
 def extra_terms(features, weights):
-    """The terms that any method may take besides its own: npc, xac and distill.
+    """The terms that any method may take besides its own.
+
+    They are npc, xac, caption_xac, paraphrase and distill.
 
     weights is {term: weight} of the terms that the method does not give itself. Returns {term: this
     process's share} of those terms that have a weight other than 0 and whose inputs are there.
@@ -988,6 +1045,13 @@ def extra_terms(features, weights):
         terms["npc"] = _npc_share(features)
     if weights.get("xac") and features.concept_similarity is not None:
         terms["xac"] = _xac_share(features)
+    if weights.get("caption_xac") and features.caption_similarity is not None:
+        terms["caption_xac"] = caption_xac_loss(features.caption_similarity, features.logit_scale,
+                                                features.logit_bias, features.offset)
+    if weights.get("paraphrase") and features.paraphrase_features is not None:
+        terms["paraphrase"] = paraphrase_loss(
+            features.paraphrase_features, features.text_features, features.paraphrase_mask,
+            features.logit_scale, features.logit_bias, features.offset)
     if weights.get("distill") and features.teacher is not None:
         own = slice(features.offset, features.offset + len(features.image_features))
         negatives, valid = None, None
@@ -1057,6 +1121,8 @@ METHODS = {
 TERMS = {
     "npc": "Noun-phrase contrast: every image against every noun phrase of the batch (C2LIP).",
     "xac": "Cross-attention contrast: the same, with the image pooled by the phrase (C2LIP).",
+    "caption_xac": "Cross-attention contrast with whole captions as phrases (FLAIR).",
+    "paraphrase": "A second caption of the image finds the first among all (READ, there 0.5).",
     "cmr": "Cross-modal ranking: an image prefers its caption to negatives by a margin (CE-CLIP).",
     "imc": "Intra-modal contrast: a caption is far from all negative captions (CE-CLIP).",
     "tgc": "Text-grounded contrast: a caption prefers its teacher to its own negatives (DeGLA).",

@@ -430,7 +430,7 @@ class CLIP(nn.Module):
         return (features, outputs) if return_tokens else features
 
     def forward(self, images, tokens, concept_tokens=None, spans=None, negative_tokens=None,
-                negative_images=None, return_tokens=False):
+                negative_images=None, return_tokens=False, paraphrase_tokens=None):
         """One pass through both towers: DistributedDataParallel must see all parameters in one.
 
         images (B, 3, S, S), tokens (B, L), and where a method wants them
@@ -439,12 +439,14 @@ class CLIP(nn.Module):
                              caption; (0, 0) is padding, whose features mean nothing
             negative_tokens  (B, K, L') int64: K wrong captions of each image
             negative_images  (B, 3, S, S)
+            paraphrase_tokens (B, L') int64: a second caption of each image
         Returns a dict; all features are unit vectors.
             logit_scale (a factor, no logarithm), logit_bias (or None)
             image_features (B, D), text_features (B, D)
             patch_tokens (B, T, D), with return_tokens
             concept_features (U, D), or (B M, D) of spans
             negative_features (B, K, D), negative_image_features (B, D)
+            paraphrase_features (B, D)
         """
         out = {"logit_scale": self.logit_scale.exp(), "logit_bias": self.logit_bias}
         if return_tokens:
@@ -464,6 +466,8 @@ class CLIP(nn.Module):
             out["negative_features"] = negatives.view(*negative_tokens.shape[:2], -1)
         if negative_images is not None:
             out["negative_image_features"] = self.encode_image(negative_images, True)
+        if paraphrase_tokens is not None:
+            out["paraphrase_features"] = self.encode_text(paraphrase_tokens, True)
         return out
 
     def checkpoint(self):

@@ -135,7 +135,7 @@ group.add_argument("--loss", choices=("siglip", "clip"),
                    help="Sigmoid (siglip) or softmax (clip). Default: the one that the weights "
                         "were trained with.")
 for term, text in TERMS.items():
-    group.add_argument(f"--{term}-weight", type=float, metavar="W",
+    group.add_argument(f"--{term.replace('_', '-')}-weight", type=float, metavar="W",
                        help=f"{text} Default: what --method gives it, and 0 for other methods.")
 group.add_argument("--no-dedupe", dest="dedupe", action="store_false",
                    help="A phrase is a positive only for the caption it was found in, and a "
@@ -307,6 +307,7 @@ for term in TERMS:
 args.negatives = method.negatives       # for the log
 
 with_concepts = weights["npc"] > 0 or weights["xac"] > 0
+with_paraphrases = weights["paraphrase"] > 0
 with_teacher = method.teacher or weights["distill"] > 0
 if with_teacher and args.ema is None:
     args.ema = 1.0      # an average that never moves: the initial weights
@@ -492,6 +493,14 @@ else:
     scenes = args.steps * args.batch_size if args.steps else 100_000
     dataset = Scenes(scenes, "train", args.seed, relations=args.relations,
                      negative_images=method.negative_images, world=args.world)
+if with_paraphrases and args.data:
+    first_rows = min(len(dataset), 1000)
+    with_several = dataset.count_several_captions(first_rows)
+    if not with_several:
+        stop(f"--paraphrase-weight {args.paraphrase_weight:g}: none of the first {first_rows:,} "
+             f"rows of {args.data} has two captions: name several columns, --caption-key A,B, or "
+             "put json lists into one")
+    print0(f"{with_several:,} of the first {first_rows:,} rows have a second caption")
 
 sampler = guard(Epochs, len(dataset), args.batch_size, args.seed, rank, world_size)
 if args.batch_size < world_size * args.accum:
@@ -788,9 +797,10 @@ collate = Collate(
     pad_concepts=rows_multiple,
     negatives=method.negatives,
     negative_images=method.negative_images,
-    spans=args.concept_features == "span")
+    spans=args.concept_features == "span",
+    paraphrases=with_paraphrases)
 loader = DataLoader(
-    Seeded(dataset, args.seed, method.neighbours),
+    Seeded(dataset, args.seed, method.neighbours, with_paraphrases),
     batch_sampler=sampler,
     collate_fn=collate,
     num_workers=args.workers,
@@ -821,7 +831,8 @@ def check_rows(rows, step):
              f"{args.max_bad:g}; the last is {key}: {why}. Check --image-root, or raise --max-bad")
 
 
-INPUTS = ("images", "tokens", "concept_tokens", "spans", "negative_tokens", "negative_images")
+INPUTS = ("images", "tokens", "concept_tokens", "spans", "negative_tokens", "negative_images",
+          "paraphrase_tokens")
 
 
 def batches():
@@ -889,7 +900,7 @@ def forward(network, inputs):
             inputs[name] = pixels.to(model.logit_scale.dtype)       # float64 in float64 runs
     device = torch.device(args.device).type
     with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        return network(**inputs, return_tokens=weights["xac"] > 0)
+        return network(**inputs, return_tokens=weights["xac"] > 0 or weights["caption_xac"] > 0)
 
 
 @torch.no_grad()
@@ -929,9 +940,10 @@ def loss_terms(out, rows, plan, taught):
         features.negative_image_mask = rows["negative_image_mask"]              # (b,)
     if with_teacher:
         features.teacher = gather_taught(taught, plan)
-    if weights["xac"]:
-        features.concept_similarity = concept_similarity(                       # (b, N)
-            out["patch_tokens"], features.concept_features)
+    if with_paraphrases:
+        features.paraphrase_features = out["paraphrase_features"]               # (b, D)
+        features.paraphrase_mask = rows["paraphrase_mask"]                      # (b,)
+    add_similarities(features, out)
     if args.concept_count == "all":
         features.concept_count = plan.pairs
 
@@ -942,6 +954,21 @@ def loss_terms(out, rows, plan, taught):
     terms = {name: term for name, term in terms.items() if weights[name]}
     terms["loss"] = sum(weights[name] * term for name, term in terms.items())
     return terms
+
+
+def add_similarities(features, out):
+    """This process's images, pooled by concepts and by captions in one pass, against these."""
+    queries = {}
+    if weights["xac"]:
+        queries["concept_similarity"] = features.concept_features               # (N, D)
+    if weights["caption_xac"]:
+        queries["caption_similarity"] = features.text_features                  # (B, D)
+    if not queries:
+        return
+    similarity = concept_similarity(out["patch_tokens"], torch.cat(list(queries.values())))
+    parts = similarity.split([len(query) for query in queries.values()], dim=1)
+    for name, part in zip(queries, parts):
+        setattr(features, name, part)                                           # (b, N), (b, B)
 
 
 def gather_texts(out, plan):
@@ -1595,8 +1622,9 @@ def baseline_command():
         here = os.environ.get("LOCAL_WORLD_SIZE", world_size)
         launcher = ["torchrun", f"--nproc_per_node={here}"]
     command = [*launcher, "train.py", "--method", "siglip" if args.loss != "clip" else "clip"]
+    of_terms = [f"--{term.replace('_', '-')}-weight" for term in TERMS]
     command += own_arguments(without=(
-        "--method", "--out-dir", "--resume", "--overwrite", "--npc-weight", "--xac-weight"))
+        "--method", "--out-dir", "--resume", "--overwrite", *of_terms))
     if "--out-dir" in " ".join(sys.argv):
         command += ["--out-dir", f"{args.out_dir}-plain"]
     return shlex.join(command)

@@ -78,6 +78,16 @@ def test_relations_change_captions_only_and_are_true():
     assert 50 < links.pop("some") < 110 and set(links) == {"left of", "right of", "above", "below"}
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_paraphrases_of_scenes_say_the_same(world):
+    opposite = {"and": "and", "left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    for i in range(50):
+        scene = Scenes(50, relations=0.5, world=world)[i]
+        first, second, *rest = scene["concepts"]
+        link = scene["caption"].removeprefix(first).split(second)[0].strip()
+        assert scene["paraphrase"] == " and ".join([f"{second} {opposite[link]} {first}", *rest])
+
+
 def test_scenes_of_today_are_those_of_yesterday():
     """What relations and negatives added must not move a pixel: checksums of the first scenes of the first version."""
     import zlib
@@ -398,6 +408,10 @@ def test_one_of_several_captions_by_seed_epoch_and_index(shards):
     drawn = [[Seeded(data, 7)[(epoch, i)]["caption"] for epoch in range(40)] for i in (4, 5)]
     assert drawn == [[Seeded(data, 7)[(epoch, i)]["caption"] for epoch in range(40)] for i in (4, 5)]
     assert set(drawn[0]) == {"json 4", "alt 4", "other 4"} and [c[:-2] for c in drawn[0]] != [c[:-2] for c in drawn[1]]
+    for epoch in range(40):     # a paraphrase is another one, and does not change which is drawn
+        row = Seeded(data, 7, paraphrases=True)[(epoch, 4)]
+        assert row["caption"] == drawn[0][epoch] and row["paraphrase"] in {*data[4]["captions"]} - {row["caption"]}
+    assert data.count_several_captions(5) == 5 and "paraphrase" not in Seeded(data, 7)[(0, 4)]
     with pytest.raises(ValueError, match="no images with captions.*keys .*caption.*--caption-key"):
         CaptionFile(shards, caption_key="nothing")
 
