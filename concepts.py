@@ -602,6 +602,22 @@ def exchange(caption, first, second):
     return mend_articles(caption[:a] + two + caption[b:c] + one + caption[d:])
 
 
+def shuffle_bigrams(caption, rng):
+    """One of FSC-CLIP's negatives: the caption's words in pairs, and these in another order.
+
+    rng: a random.Random. Returns a list of one text, or of none where ten orders gave none that
+    differs.
+    """
+    words = caption.split()
+    pairs = [words[i:i + 2] for i in range(0, len(words), 2)]
+    for _ in range(10):
+        rng.shuffle(pairs)
+        text = " ".join(chain.from_iterable(pairs))
+        if text != " ".join(words):
+            return [text]
+    return []
+
+
 def mend_articles(text):
     """Make each "a" before a vowel "an", and the other way round."""
     def article(match):

@@ -44,7 +44,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from concepts import (CAPTION_KEYS, DELIMITERS, extract_batch, index_phrases, negate, read_table,
-                      string_id, swap_negatives)
+                      shuffle_bigrams, string_id, substitute_negatives, swap_negatives)
 from model import clean_text
 
 # The loader's workers are the parallelism; threads of the tokenizer would only get in their way.
@@ -1546,11 +1546,13 @@ class Collate:
     tokenize         list of str -> LongTensor (N, L), with .spans for spans=True (model.Tokenizer)
     with_concepts    add concepts: the row's own, or those of its caption
     pad_concepts     round the number of concepts up to a multiple, for torch.compile
-    negatives        None, "swap" (K = 1), "typed" (noun, adjective, verb, phrase: K = 4) or
-                     "negate" (K = 1); a row's own negatives come first
+    negatives        None, "swap" (K = 1), "typed" (noun, adjective, verb, phrase: K = 4),
+                     "negate" (K = 1) or "mixed" (a swap, a substitute, shuffled pairs of words:
+                     K = 3); a row's own negatives come first
     negative_images  add the rows' negative_image
     spans            a concept is a span of the caption's tokens, not a text of its own
     paraphrases      add the rows' paraphrase
+    words            captions and negatives get the same L, and a word_mask
 
     A batch of B rows, neighbours of rows behind all others:
     images (B, 3, S, S) as the transform gives them (train_transform: uint8, see normalize_images),
@@ -1566,10 +1568,11 @@ class Collate:
     negative_tokens      (B, K, L'), and negative_mask (B, K) bool, false where there is none
     negative_images      (B, 3, S, S), and negative_image_mask (B,) bool; zero where there is none
     paraphrase_tokens    (B, L'), and paraphrase_mask (B,) bool, false where there is none
+    word_mask            (B, 1 + K, L) bool, of captions and negatives: Tokenizer.word_mask
     """
 
     def __init__(self, transform, tokenize, with_concepts=True, pad_concepts=1, negatives=None,
-                 negative_images=False, spans=False, paraphrases=False):
+                 negative_images=False, spans=False, paraphrases=False, words=False):
         self.transform = transform
         self.tokenize = tokenize
         self.with_concepts = with_concepts
@@ -1578,6 +1581,7 @@ class Collate:
         self.negative_images = negative_images
         self.spans = spans
         self.paraphrases = paraphrases
+        self.words = words
 
     def __call__(self, rows):
         neighbours = [row["neighbour"] for row in rows if "neighbour" in row]
@@ -1633,6 +1637,21 @@ class Collate:
         tokens = self.tokenize(texts, trim=True)                                # (B * K, L')
         batch["negative_mask"] = mask.view(len(rows), -1)                       # (B, K)
         batch["negative_tokens"] = tokens.unflatten(0, batch["negative_mask"].shape)
+        if self.words:
+            self.add_words(batch, texts)
+
+    def add_words(self, batch, negatives):
+        """Tokenize captions and negatives once more, together, so that they have the same L."""
+        K = batch["negative_mask"].shape[1]
+        texts = []                                                              # B * (1 + K)
+        for i, caption in enumerate(batch["captions"]):
+            texts += [caption, *negatives[i * K:(i + 1) * K]]
+        tokens = self.tokenize(texts, trim=True)
+        mask = self.tokenize.word_mask(texts, tokens.shape[1])
+        tokens = tokens.unflatten(0, (-1, 1 + K))                               # (B, 1 + K, L)
+        batch["tokens"] = tokens[:, 0].contiguous()
+        batch["negative_tokens"] = tokens[:, 1:].contiguous()
+        batch["word_mask"] = mask.view(tokens.shape)
 
     def negatives_of(self, row):
         """K false captions, "" for none, from the row or from its caption by its seed."""
@@ -1645,6 +1664,11 @@ class Collate:
             choices = [text for text in own if text][:1]
             choices = choices or swap_negatives(caption, rng) or [""]
             return [rng.choice(choices)]
+        if self.negatives == "mixed":
+            if not own:
+                for make in (swap_negatives, substitute_negatives, shuffle_bigrams):
+                    own = own + [rng.choice(make(caption, rng) or [""])]
+            return (own + [""] * 3)[:3]
         if not own:
             for kind in ("noun", "adjective", "verb", "phrase"):
                 swapped = swap_negatives(caption, rng, (kind,))

@@ -866,6 +866,67 @@ def degla_loss(image_features, text_features, negative_features, mask, teacher, 
     return terms
 
 
+def fsc_clip_loss(image_features, text_features, negative_features, mask, word_similarity,
+                  word_mask, logit_scale, logit_bias=None, offset=0):
+    """FSC-CLIP: focal losses over a caption and its own negatives, globally and word by word.
+
+    Oh et al. 2024, Preserving multi-modal capabilities of pre-trained VLMs for improving
+    vision-linguistic compositionality. Arguments are those of negclip_loss, and
+    pooling.token_similarity's result, word_similarity (b, 1 + K, L), of the tokens of this
+    process's captions and of their K negatives; word_mask (b, 1 + K, L) bool is true for the tokens
+    that count. Returns a dict of shares, which the paper weighs 0.5 and 0.2 beside CLIP's loss
+    (0.2 for B/32, else 0.5):
+
+    ghn
+        With p the softmax over [s I_i.T_i | s I_i.T-_ik for the n valid k], the mean over the rows
+        with n > 0 of sum_c q_c (1 - p_c)^2 (-log p_c), where q = 0.98 + 0.02 / (n + 1) for the
+        caption and 0.02 / (n + 1) for each negative.
+    lhn
+        The same of logsumexp over the words of s word_similarity in the place of s I_i.T. Without
+        word_similarity (None) it is left out.
+
+    With logit_bias each candidate c is a choice between true and false of its own, p_c the sigmoid:
+    sum_c 0.99 f(p of what it is) + 0.01 f(p of what it is not), f(p) = (1 - p)^2 (-log p).
+
+    The released code differs: a negative that there is not has the logit 0 in its softmax, and each
+    process takes the mean over its own rows.
+    """
+    own = slice(offset, offset + len(image_features))
+    valid = mask[own].to(image_features.device, non_blocking=True)  # (b, K)
+    count = mask.any(1).sum()
+    logits = _choices(image_features, text_features[own], negative_features[own], valid,
+                      logit_scale)  # (b, 1 + K)
+    terms = {"ghn": _focal_share(logits, valid, logit_bias, count)}
+    if word_similarity is not None:
+        word_mask = word_mask.to(valid.device, non_blocking=True)
+        words = logit_scale * _float(word_similarity)  # (b, 1 + K, L)
+        # not -inf, whose gradient would be nan where no word counts
+        words = words.masked_fill(~word_mask, torch.finfo(words.dtype).min)
+        terms["lhn"] = _focal_share(words.logsumexp(dim=-1), valid, logit_bias, count)
+    return terms
+
+
+def _focal(log_p):
+    """(1 - p)^2 (-log p)"""
+    return -log_p * torch.expm1(log_p).square()
+
+
+def _focal_share(logits, valid, logit_bias, count):
+    """FSC-CLIP's focal loss of rows (b, 1 + K), the true one first, over those with a negative."""
+    is_candidate = F.pad(valid, (1, 0), value=True)
+    counts = is_candidate & valid.any(1, keepdim=True)
+    if logit_bias is None:
+        log_p = logits.masked_fill(~is_candidate, -torch.inf).log_softmax(dim=1)
+        losses = _focal(log_p.masked_fill(~counts, 0))
+        smoothed = 0.02 * losses / is_candidate.sum(1, keepdim=True)
+        return (0.98 * losses[:, 0].sum() + smoothed.sum()) / count.clamp_min(1)
+    z = logits.masked_fill(~counts, 0) + logit_bias
+    is_first = torch.arange(z.shape[1], device=z.device) == 0
+    z = torch.where(is_first, z, -z)
+    losses = 0.99 * _focal(F.logsigmoid(z)) + 0.01 * _focal(F.logsigmoid(-z))
+    return (losses * counts).sum() / count.clamp_min(1)
+
+
 def _distill_share(image_features, texts, negatives, valid, teacher, own):
     """Squared distances of this process's features from the teacher's, summed.
 
@@ -970,6 +1031,8 @@ class Features:
     caption_similarity: torch.Tensor | None = None              # (b, B), see caption_xac_loss
     paraphrase_features: torch.Tensor | None = None             # (b, D), of second captions
     paraphrase_mask: torch.Tensor | None = None                 # (b,) bool
+    word_similarity: torch.Tensor | None = None                 # (b, 1 + K, L), see fsc_clip_loss
+    word_mask: torch.Tensor | None = None                       # (b, 1 + K, L) bool
 
 
 def c2lip(features):
@@ -1012,6 +1075,14 @@ def degla(features):
     f = features
     return degla_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
                       f.teacher, f.logit_scale, f.logit_bias, f.offset)
+
+
+def fsc_clip(features):
+    """FSC-CLIP: a focal loss over a caption and its negatives, and one over their words."""
+    f = features
+    terms = fsc_clip_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
+                          f.word_similarity, f.word_mask, f.logit_scale, f.logit_bias, f.offset)
+    return {"contrastive": _image_text_share(f), **terms}
 
 
 def con_clip(features):
@@ -1091,8 +1162,11 @@ class Method:
     loss: Callable
     # {term: default weight}. The weight of contrastive is 1.
     weights: dict = field(default_factory=dict)
-    # How captions get negatives: "swap" two words, one of each of four kinds ("typed"), "negate".
+    # How captions get negatives: "swap" two words, one of each of four kinds ("typed"), "negate",
+    # or one of each of FSC-CLIP's three sorts ("mixed").
     negatives: str | None = None
+    # The outputs of all tokens of captions and negatives.
+    words: bool = False
     # Rows bring an image that their negative caption is true of.
     negative_images: bool = False
     # Rows bring a row with a similar image.
@@ -1112,6 +1186,7 @@ METHODS = {
     "ce_clip": Method(ce_clip, {"cmr": 0.2, "imc": 0.3}, negatives="typed"),
     "degla": Method(degla, {"tgc": 0.1, "igc": 0.1, "distill": 0.005}, negatives="typed",
                     teacher=True, defaults={"ema": 0.9996}),
+    "fsc_clip": Method(fsc_clip, {"ghn": 0.5, "lhn": 0.2}, negatives="mixed", words=True),
     "con_clip": Method(con_clip, negatives="negate", negative_images=True,
                        defaults={"freeze": "visual"}),
     "triplet_clip": Method(triplet_clip, negatives="swap", negative_images=True),
@@ -1127,5 +1202,7 @@ TERMS = {
     "imc": "Intra-modal contrast: a caption is far from all negative captions (CE-CLIP).",
     "tgc": "Text-grounded contrast: a caption prefers its teacher to its own negatives (DeGLA).",
     "igc": "Image-grounded contrast: an image prefers its caption to that one's negatives (DeGLA).",
+    "ghn": "Focal loss of an image over its caption and that one's negatives (FSC-CLIP).",
+    "lhn": "The same, with an image as each word of a text sees it (FSC-CLIP).",
     "distill": "Squared distance of all features from those of the averaged weights (DeGLA).",
 }

@@ -260,7 +260,7 @@ from data import (ORDER, CaptionFile, Collate, Epochs, Scenes, Seeded, default_w
 from losses import (METHODS, Features, extra_terms, gather_features, gather_together,
                     plan_batch)
 from model import CLIP, MODELS, no_decay, read_tokenizer, set_tokenizer
-from pooling import concept_similarity
+from pooling import concept_similarity, token_similarity
 
 # ---- what was not given ----------------------------------------------------
 if args.device is None:
@@ -308,6 +308,8 @@ args.negatives = method.negatives       # for the log
 
 with_concepts = weights["npc"] > 0 or weights["xac"] > 0
 with_paraphrases = weights["paraphrase"] > 0
+with_words = method.words and weights["lhn"] > 0
+with_patches = weights["xac"] > 0 or weights["caption_xac"] > 0 or with_words
 with_teacher = method.teacher or weights["distill"] > 0
 if with_teacher and args.ema is None:
     args.ema = 1.0      # an average that never moves: the initial weights
@@ -798,7 +800,8 @@ collate = Collate(
     negatives=method.negatives,
     negative_images=method.negative_images,
     spans=args.concept_features == "span",
-    paraphrases=with_paraphrases)
+    paraphrases=with_paraphrases,
+    words=with_words)
 loader = DataLoader(
     Seeded(dataset, args.seed, method.neighbours, with_paraphrases),
     batch_sampler=sampler,
@@ -900,7 +903,7 @@ def forward(network, inputs):
             inputs[name] = pixels.to(model.logit_scale.dtype)       # float64 in float64 runs
     device = torch.device(args.device).type
     with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        return network(**inputs, return_tokens=weights["xac"] > 0 or weights["caption_xac"] > 0)
+        return network(**inputs, return_tokens=with_patches, return_words=with_words)
 
 
 @torch.no_grad()
@@ -943,6 +946,11 @@ def loss_terms(out, rows, plan, taught):
     if with_paraphrases:
         features.paraphrase_features = out["paraphrase_features"]               # (b, D)
         features.paraphrase_mask = rows["paraphrase_mask"]                      # (b,)
+    if with_words:
+        words = out["word_features"]                                            # (b, 1 + K, L, D)
+        similarity = token_similarity(out["patch_tokens"], words.flatten(1, 2))
+        features.word_similarity = similarity.view(words.shape[:3])             # (b, 1 + K, L)
+        features.word_mask = rows["word_mask"]
     add_similarities(features, out)
     if args.concept_count == "all":
         features.concept_count = plan.pairs

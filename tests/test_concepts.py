@@ -257,6 +257,8 @@ def test_swaps():
             ("verb", "a man sitting near a dog running", "a man running near a dog sitting")):
         assert concepts.swap_negatives(caption, rng, (kind,)) == [expected]
     assert concepts.swap_negatives("a dog", rng) == concepts.swap_negatives("", rng) == []
+    assert concepts.shuffle_bigrams("a dog and a cat", random.Random(1)) == ["and a cat a dog"]
+    assert concepts.shuffle_bigrams("a dog a dog", rng) == concepts.shuffle_bigrams("", rng) == []
     assert concepts.swap_negatives("a dog and a dog", rng) == []
     with pytest.raises(ValueError, match="adverb"):
         concepts.swap_negatives("a dog", rng, ("adverb",))

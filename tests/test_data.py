@@ -1242,6 +1242,21 @@ def test_negatives_made_from_the_caption():
     assert torch.equal(batch["negative_tokens"][:, 0], tokenizer(texts, trim=True))
 
 
+def test_negatives_of_three_sorts_with_their_words():
+    config, rows = nano(), plain_rows()
+    tokenizer = Tokenizer(config)
+    collate = Collate(image_transform(config), tokenizer, negatives="mixed", words=True)
+    texts = [[row["caption"], *collate.negatives_of(row)] for row in rows]
+    assert texts[0][1] in swap_negatives(rows[0]["caption"], random.Random(0)) and texts[1][1:3] == ["", ""]
+    assert sorted(texts[0][3].split()) == sorted(rows[0]["caption"].split())
+    batch = collate(plain_rows())
+    assert batch["negative_mask"].tolist() == [[text != "" for text in row[1:]] for row in texts]
+    tokens = torch.cat([batch["tokens"][:, None], batch["negative_tokens"]], 1)
+    flat = sum(texts, [])
+    assert torch.equal(tokens.flatten(0, 1), tokenizer(flat, trim=True))
+    assert torch.equal(batch["word_mask"].flatten(0, 1), tokenizer.word_mask(flat, tokens.shape[2]))
+
+
 def test_negatives_of_the_row_come_first():
     config = nano()
     rows = plain_rows()
@@ -1249,6 +1264,7 @@ def test_negatives_of_the_row_come_first():
     texts = {kind: [Collate(None, None, negatives=kind).negatives_of(row) for row in rows]
              for kind in ("swap", "typed", "negate")}
     assert texts["typed"][:2] == [["", "a blue ring", "x", "y"], ["a slow walk", "", "", ""]]
+    assert Collate(None, None, negatives="mixed").negatives_of(rows[0]) == ["", "a blue ring", "x"]
     assert texts["swap"][:2] == [["a blue ring"], ["a slow walk"]] and texts["negate"][0][0] not in rows[0]["negatives"]
     batch = Collate(image_transform(config), Tokenizer(config), negatives="typed")(rows)
     assert batch["negative_mask"].tolist()[:2] == [[False, True, True, True], [True, False, False, False]]

@@ -21,7 +21,7 @@ import losses  # noqa: E402
 from losses import (METHODS as METHOD_TABLE, TERMS, Features, ce_clip_loss, clip_loss, con_clip_loss,  # noqa: E402
                     concept_columns, degla_loss, extra_terms, first_row, gather_features, gather_together, negclip_loss, npc_loss,
                     plan_batch, row_counts, share_concepts, siglip_loss, triplet_clip_loss, xac_loss)
-from pooling import concept_similarity  # noqa: E402
+from pooling import concept_similarity, token_similarity  # noqa: E402
 
 
 def unit(*shape, seed, dtype=torch.float64):
@@ -587,7 +587,9 @@ def test_no_loss_waits_for_a_gpu(method, softmax, monkeypatch):
                 {"image_features": features(4).detach(), "text_features": features(4).detach(),
                  "negative_features": features(4, 2).detach()}, torch.zeros(2, device=device),
                 caption_similarity=concept_similarity(features(4, 6), features(4)),
-                paraphrase_features=features(4), paraphrase_mask=torch.tensor([True, False, True, True]))
+                paraphrase_features=features(4), paraphrase_mask=torch.tensor([True, False, True, True]),
+                word_similarity=token_similarity(features(4, 6), features(4, 15)).view(4, 3, 5),
+                word_mask=torch.ones(4, 3, 5, dtype=torch.bool))
             terms = METHOD_TABLE[method].loss(inputs)
             terms.pop("thresholds", None)
             terms |= extra_terms(inputs, dict.fromkeys(TERMS, 1))

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from losses import caption_xac_loss, first_row, gather_features, paraphrase_loss  # noqa: E402
-from pooling import concept_pool, concept_similarity  # noqa: E402
+from losses import (caption_xac_loss, first_row, fsc_clip_loss, gather_features,  # noqa: E402
+                    paraphrase_loss)
+from pooling import concept_pool, concept_similarity, token_similarity  # noqa: E402
 
-F_IN, D, TOKENS, B = 5, 6, 4, 9
+F_IN, D, TOKENS, B, K, L = 5, 6, 4, 9, 3, 4
 SPLITS = {1: [[9]], 2: [[4, 5], [0, 9]], 4: [[2, 1, 3, 3], [3, 0, 4, 2]]}  # image rows of each process
 
 
@@ -31,7 +32,7 @@ class Towers(torch.nn.Module):
         out = {"s": self.logit_scale.exp(), "b": self.logit_bias}
         out["I"] = F.normalize(self.image(inputs["images"].mean(1)), dim=-1)
         out["V"] = F.normalize(self.token(inputs["images"]), dim=-1)
-        for name in ("T", "P"):
+        for name in ("T", "P", "N", "W"):
             out[name] = F.normalize(self.text(inputs[name]), dim=-1)
         return out
 
@@ -47,8 +48,13 @@ def batch(masks, seed=5):
         some = torch.rand(*shape, generator=g) < 0.6
         return {"some": some, "none": some & False, "all": some | True}[masks]
 
-    inputs = {"images": random(B, TOKENS), "T": random(B), "P": random(B)}
-    return inputs, {"P": mask(B)}
+    inputs = {"images": random(B, TOKENS), "T": random(B), "P": random(B), "N": random(B, K), "W": random(B, 1 + K, L)}
+    valid = {"P": mask(B), "N": mask(B, K), "W": torch.rand(B, 1 + K, L, generator=g) < 0.6}
+    valid["N"][1] &= masks == "all"         # a row without a negative
+    valid["W"][:, 0, 0] = True              # each caption has a word,
+    valid["W"][:, 1:, 0] = valid["N"]       # and each negative;
+    valid["W"][:, 1:] &= valid["N"][..., None]      # where there is none, no token counts
+    return inputs, valid
 
 
 def sigmoid_sum(grid):
@@ -83,6 +89,46 @@ def naive_paraphrase(x, masks):
     return {"paraphrase": sum(cross_entropy(z[i], i) for i in rows) / len(rows)}
 
 
+def naive_focal(scores, b):
+    """Rows of [the true logit, those of the negatives], with the row's mean of those that have a negative."""
+    rows = []
+    for z in scores:
+        if len(z) == 1:
+            continue
+        total = 0
+        for c in range(len(z)):
+            if b is None:
+                p = torch.exp(z[c]) / sum(torch.exp(y) for y in z)
+                q = 0.02 / len(z) + (0.98 if c == 0 else 0)
+                total = total - q * (1 - p) ** 2 * torch.log(p)
+            else:
+                p = 1 / (1 + torch.exp(-z[c] - b if c == 0 else z[c] + b))
+                total = total - 0.99 * (1 - p) ** 2 * torch.log(p) - 0.01 * p ** 2 * torch.log(1 - p)
+        rows.append(total)
+    return sum(rows) / len(rows) if rows else scores[0][0] * 0
+
+
+def naive_fsc_clip(x, masks):
+    texts = [[0, *(1 + k for k in range(K) if masks["N"][i, k])] for i in range(B)]
+    ghn, lhn = [], []
+    for i in range(B):
+        features = [x["T"][i], *x["N"][i]]
+        ghn.append([x["s"] * x["I"][i] @ features[c] for c in texts[i]])
+        local = []
+        for c in texts[i]:
+            scores = []
+            for y in x["W"][i, c][masks["W"][i, c]]:
+                with torch.no_grad():
+                    near = torch.stack([v @ y for v in x["V"][i]])
+                    weights = (near - near.min()) / (near.max() - near.min())
+                    weights = weights / weights.sum()
+                pooled = sum(w * v for w, v in zip(weights, x["V"][i]))
+                scores.append(x["s"] * F.normalize(pooled, dim=0) @ y)
+            local.append(torch.log(sum(torch.exp(score) for score in scores)))
+        lhn.append(local)
+    return {"ghn": naive_focal(ghn, x["b"]), "lhn": naive_focal(lhn, x["b"])}
+
+
 # ------------------------------------------------------------------------------------------------- ours, of some rows
 
 def our_caption_xac(x, masks, offset):
@@ -93,10 +139,15 @@ def our_paraphrase(x, masks, offset):
     return {"paraphrase": paraphrase_loss(x["P"], x["T"], masks["P"], x["s"], x["b"], offset)}
 
 
-NAIVE = {"caption_xac": naive_caption_xac, "paraphrase": naive_paraphrase}
-OURS = {"caption_xac": our_caption_xac, "paraphrase": our_paraphrase}
-OF_ALL = {"T"}                  # what the processes gather
-MASKS_OF_ALL = set()
+def our_fsc_clip(x, masks, offset):
+    similarity = token_similarity(x["V"], x["W"].flatten(1, 2)).view(masks["W"].shape)
+    return fsc_clip_loss(x["I"], x["T"], x["N"], masks["N"], similarity, masks["W"], x["s"], x["b"], offset)
+
+
+NAIVE = {"caption_xac": naive_caption_xac, "paraphrase": naive_paraphrase, "fsc_clip": naive_fsc_clip}
+OURS = {"caption_xac": our_caption_xac, "paraphrase": our_paraphrase, "fsc_clip": our_fsc_clip}
+OF_ALL = ("T", "N")             # what the processes gather, in this order
+MASKS_OF_ALL = ("N",)
 CASES = [(name, kind, masks) for name in OURS for kind in ("sigmoid", "softmax") for masks in ("some", "none", "all")]
 
 
@@ -197,3 +248,56 @@ def test_paraphrases_as_released():
     P, T = (F.normalize(torch.randn(6, 8, dtype=torch.float64), dim=-1) for _ in range(2))
     expected = F.cross_entropy(20 * P @ T.T, torch.arange(6))
     assert abs(paraphrase_loss(P, T, torch.ones(6).bool(), 20.0) - expected) < 1e-12
+
+
+# What the released code of FSC-CLIP gives for random inputs: the two losses, and the norms of their gradients with
+# respect to I, T, N, patches, words.
+RELEASED_FSC_CLIP = {
+    0: (1.2570258188931065, 1.2549838764383803, 5.36302628934788, 3.8744936750627423, 3.0091977858236594,
+        2.871006153546007, 1.3692939281430005),
+    1: (6.404991765237648, 1.3909401824682857, 6.227653944475292, 4.0464075903362735, 3.405060995715189,
+        2.271320831175368, 0.983085075200944),
+}
+
+
+@pytest.mark.parametrize("seed", RELEASED_FSC_CLIP)
+def test_fsc_clip_equals_the_released_code(seed):
+    g = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    shapes = [(5, 6), (5, 6), (5, 3, 6), (5, 7, 6)]
+    I, T, N, V = leaves = [F.normalize(random(*shape), dim=-1).requires_grad_() for shape in shapes]
+    words = random(5, 4, 4, 6).requires_grad_()         # which the released code normalises itself
+    word_mask = torch.rand(5, 4, 4, generator=g) < 0.7
+    word_mask[..., 0] = True
+    mask = torch.ones(5, 3, dtype=torch.bool)
+    mask[1] = False
+    similarity = token_similarity(V, F.normalize(words, dim=-1).flatten(1, 2)).view(5, 4, 4)
+    terms = fsc_clip_loss(I, T, N, mask, similarity, word_mask, 9.0)
+    gradients = torch.autograd.grad(terms["ghn"], leaves[:3], retain_graph=True)
+    gradients += torch.autograd.grad(terms["lhn"], [V, words])
+    found = [*terms.values(), *(gradient.norm() for gradient in gradients)]
+    for ours, theirs in zip(found, RELEASED_FSC_CLIP[seed], strict=True):       # its labels are float32
+        assert ours.item() == pytest.approx(theirs, abs=1e-6)
+
+
+def test_words_pool_without_pooled_vectors():
+    """Values and gradients of token_similarity against autograd; an image of equal patches is 0, not nan."""
+    V = F.normalize(torch.randn(3, 5, 6, dtype=torch.float64), dim=-1).requires_grad_()
+    y = F.normalize(torch.randn(3, 8, 6, dtype=torch.float64), dim=-1).requires_grad_()
+    near = y @ V.mT
+    weights = (near - near.amin(-1, keepdim=True)).detach()
+    expected = (F.normalize(weights @ V, dim=-1) * y).sum(-1)
+    ours = token_similarity(V, y)
+    assert (ours - expected).abs().max() < 1e-12
+    upstream = torch.randn(3, 8, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad(out, [V, y], upstream) for out in (ours, expected))):
+        assert (a - b).abs().max() < 1e-12
+    equal = torch.ones(1, 5, 4).requires_grad_()
+    zero = token_similarity(equal, torch.ones(1, 2, 4) / 2)
+    zero.sum().backward()
+    assert not zero.any() and not equal.grad.any() and zero.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (token_similarity(V.float(), y.float()) - expected).abs().max() < 1e-6
