@@ -8,6 +8,7 @@ A row is a dict with
     negatives       optional list of str, false captions ("" in place of one that there is not)
     negative_image  optional PIL image that the caption does not describe
     neighbour       optional row, a hard negative for this one
+    units           optional list of (part of the caption, false version of it), both str
     paraphrase      optional str, a second true caption (of rows of files: one of their others)
 A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
 """
@@ -44,7 +45,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from concepts import (CAPTION_KEYS, DELIMITERS, extract_batch, index_phrases, negate, read_table,
-                      shuffle_bigrams, string_id, substitute_negatives, swap_negatives)
+                      shuffle_bigrams, string_id, substitute_negatives, swap_negatives, unit_pairs)
 from model import clean_text
 
 # The loader's workers are the parallelism; threads of the tokenizer would only get in their way.
@@ -154,6 +155,7 @@ class Scenes(Dataset):
             "concepts": [f"a {colour} {shape}" for colour, shape in objects],
             "negatives": negatives,
             "paraphrase": exchange_first_two(objects, cells, link),
+            "units": scene_units(objects, wrong, link),
             "objects": objects,
             "key": f"scene {self.split} {index}",
         }
@@ -180,8 +182,17 @@ class Scenes(Dataset):
 def describe(objects, link):
     """The caption of some (colour, shape); the link stands between the first two."""
     phrases = [f"a {colour} {shape}" for colour, shape in objects]
-    first_two = f"{phrases[0]} {link} {phrases[1]}"
+    first_two = f" {link} ".join(phrases[:2])
     return " and ".join([first_two, *phrases[2:]])
+
+
+def scene_units(objects, wrong, link):
+    """CS-CLIP's units: the relation of two objects, colours exchanged; the first in false forms."""
+    first = describe(objects[:1], link)
+    units = [(describe(objects[:2], link), describe(wrong[0][:2], link))]
+    for others in wrong[1:3]:
+        units.append((first, describe(others[:1], link)))
+    return units
 
 
 def exchange_first_two(objects, cells, link):
@@ -281,8 +292,9 @@ class CaptionFile(Dataset):
     and Karpathy (.json), as one data set.
 
     Optional columns or json keys of any of them: concepts and negatives (lists, or texts with |
-    in between), negative_image (a path), and neighbours (numbers of rows of the same file,
-    counted from 0; numbers of rows that are not used are passed over).
+    in between), negative_image (a path), neighbours (numbers of rows of the same file, counted
+    from 0; numbers of rows that are not used are passed over), and units (a json list of pairs, a
+    part of the caption and a false version of it).
 
     sources      files joined by "::"; {000..331}, {a,b}, * and ? are patterns, as in a shell
     image_root   folder that the image paths of tables are relative to
@@ -403,6 +415,8 @@ class CaptionFile(Dataset):
             row["concepts"] = parse_list(row["concepts"])
         if "negatives" in row:
             row["negatives"] = parse_list(row["negatives"], empty=True)
+        if "units" in row:
+            row["units"] = parse_pairs(row["units"])
         if "neighbours" in row:
             part, number = self._find(index)
             first = index - number
@@ -422,7 +436,7 @@ class Options:
     def identity(self):
         """What an index depends on beside its file."""
         joined = self.joined.identity if self.joined else None
-        return ["rows", self.image_key, self.caption_keys, joined]
+        return ["rows with units", self.image_key, self.caption_keys, joined]
 
 
 def open_parts(paths, options):
@@ -582,7 +596,7 @@ class JoinedCaptions:
 
     def __init__(self, path, caption_keys, index_dir):
         self.path = path
-        identity = ["captions", caption_keys]
+        identity = ["captions with units", caption_keys]
         self.index, remarks = open_index(
             path, identity, index_dir,
             lambda writer: write_captions(path, caption_keys, writer))
@@ -642,7 +656,7 @@ def write_captions(path, caption_keys, writer):
     reports = Reports()
     columns = {}            # an ordered set
     name_column = ""
-    wanted = {*(caption_keys or CAPTION_KEYS), "concepts", "negatives"}
+    wanted = {*(caption_keys or CAPTION_KEYS), "concepts", "negatives", "units"}
     hashes = array("q")
     for row in read_rows(path):
         if isinstance(row, Report):
@@ -712,6 +726,7 @@ def make_sample(path, number, row, options, writer):
         "captions": captions,
         "concepts": sources[0].get("concepts"),
         "negatives": sources[0].get("negatives"),
+        "units": sources[0].get("units"),
         "negative_image": row.get("negative_image"),
         "neighbours": row.get("neighbours"),
     }
@@ -1427,6 +1442,20 @@ def parse_list(value, separator="|", empty=False):
     return texts if empty else [text for text in texts if text]
 
 
+def parse_pairs(value):
+    """The column units: a list of pairs of texts, or json of one. ValueError for anything else."""
+    wrong = ValueError(f"units {str(value)[:60]!r}: expected a json list of pairs of texts, "
+                       '[["a red dog", "a black dog"], ...]')
+    try:
+        pairs = json.loads(value) if isinstance(value, str) else value
+        pairs = [(unit.strip(), foil.strip()) for unit, foil in pairs]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise wrong from None
+    if not all(unit and foil for unit, foil in pairs):
+        raise wrong
+    return pairs
+
+
 def load_image(file, max_pixels=None):
     """Read an image, whole, as RGB: 16 bits become 8, what is transparent becomes white.
 
@@ -1553,6 +1582,8 @@ class Collate:
     spans            a concept is a span of the caption's tokens, not a text of its own
     paraphrases      add the rows' paraphrase
     words            captions and negatives get the same L, and a word_mask
+    units            so many parts of each caption, each with a false version of it: drawn from the
+                     row's own units, or else made by concepts.unit_pairs
 
     A batch of B rows, neighbours of rows behind all others:
     images (B, 3, S, S) as the transform gives them (train_transform: uint8, see normalize_images),
@@ -1568,11 +1599,12 @@ class Collate:
     negative_tokens      (B, K, L'), and negative_mask (B, K) bool, false where there is none
     negative_images      (B, 3, S, S), and negative_image_mask (B,) bool; zero where there is none
     paraphrase_tokens    (B, L'), and paraphrase_mask (B,) bool, false where there is none
+    unit_tokens          (B, units, 2, L'), and unit_mask (B, units) bool, false where there is none
     word_mask            (B, 1 + K, L) bool, of captions and negatives: Tokenizer.word_mask
     """
 
     def __init__(self, transform, tokenize, with_concepts=True, pad_concepts=1, negatives=None,
-                 negative_images=False, spans=False, paraphrases=False, words=False):
+                 negative_images=False, spans=False, paraphrases=False, words=False, units=0):
         self.transform = transform
         self.tokenize = tokenize
         self.with_concepts = with_concepts
@@ -1582,6 +1614,7 @@ class Collate:
         self.spans = spans
         self.paraphrases = paraphrases
         self.words = words
+        self.units = units
 
     def __call__(self, rows):
         neighbours = [row["neighbour"] for row in rows if "neighbour" in row]
@@ -1604,6 +1637,8 @@ class Collate:
             self.add_negatives(batch, rows)
         if self.paraphrases:
             self.add_paraphrases(batch, rows)
+        if self.units:
+            self.add_units(batch, rows)
         if self.with_concepts:
             concepts, batch["fallback"] = concepts_of(rows)
             if self.spans:
@@ -1674,6 +1709,20 @@ class Collate:
                 swapped = swap_negatives(caption, rng, (kind,))
                 own = own + ["".join(swapped)]      # one, or none
         return (own + [""] * 4)[:4]
+
+    def add_units(self, batch, rows):
+        texts = []                                                              # B * units * 2
+        for row in rows:
+            rng = random.Random(row["seed"])
+            pairs = row.get("units") or unit_pairs(row["caption"], rng, self.units,
+                                                   row.get("concepts"))
+            pairs = rng.sample(pairs, min(self.units, len(pairs)))
+            for pair in pairs + [("", "")] * (self.units - len(pairs)):
+                texts += pair
+        tokens = self.tokenize(texts, trim=True)                                # (..., L')
+        batch["unit_tokens"] = tokens.view(len(rows), self.units, 2, -1)
+        mask = torch.tensor([text != "" for text in texts[::2]])
+        batch["unit_mask"] = mask.view(len(rows), self.units)
 
     def add_paraphrases(self, batch, rows):
         texts = [row.get("paraphrase", "") for row in rows]

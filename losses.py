@@ -385,6 +385,7 @@ class Plan:
     labels: torch.Tensor | None = None              # (b, N) bool, this process's images and columns
     pairs: int = 0                                  # (image, phrase) pairs of all processes
     negative_mask: torch.Tensor | None = None       # (B, K) bool, of all processes, on the CPU
+    unit_mask: torch.Tensor | None = None           # (B, K') bool, the same
 
     @property
     def offset(self):
@@ -405,7 +406,7 @@ class Plan:
 
 
 def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, dedupe=True,
-               merge=True, negative_mask=None, pad_id=0, multiple=1):
+               merge=True, negative_mask=None, pad_id=0, multiple=1, unit_mask=None):
     """Exchange all that is known of a batch before the towers run. All tensors are on the CPU.
 
     Parameters
@@ -425,6 +426,8 @@ def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, de
         The token that fills shorter concepts up.
     multiple : int
         Fill the number of shared concepts up to a multiple of it, for torch.compile.
+    unit_mask : Tensor (b, K') bool, optional
+        This process's, to be gathered.
 
     Returns
     -------
@@ -437,12 +440,15 @@ def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, de
     everyone = _exchange(
         *_sizes_and_ids(batch_size, concept_ids, pairs),
         torch.zeros(0, 0) if concept_tokens is None else concept_tokens,
-        torch.zeros(0, 0) if negative_mask is None else negative_mask)
-    sizes, ids_of_all, tokens_of_all, masks = zip(*everyone)
+        torch.zeros(0, 0) if negative_mask is None else negative_mask,
+        torch.zeros(0, 0) if unit_mask is None else unit_mask)
+    sizes, ids_of_all, tokens_of_all, masks, unit_masks = zip(*everyone)
     rows, pair_counts, different_counts = torch.stack(sizes).T.tolist()
     plan = Plan(rows)
     if negative_mask is not None:
         plan.negative_mask = torch.cat(masks).bool()
+    if unit_mask is not None:
+        plan.unit_mask = torch.cat(unit_masks).bool()
     if concept_ids is None:
         return plan
     if concept_tokens is not None:
@@ -906,6 +912,60 @@ def fsc_clip_loss(image_features, text_features, negative_features, mask, word_s
     return terms
 
 
+def cs_clip_loss(image_features, unit_features, foil_features, mask, logit_scale, logit_bias=None,
+                 offset=0):
+    """CS-CLIP: parts of a caption, each with a false version of it that its own image rejects.
+
+    Kargi et al. 2026, Half-truths break similarity-based retrieval (weight 0.5 beside NegCLIP's
+    loss, where a caption has 2 units):
+        mean_k 1/2 [CE([s I U_k^T | s I_i.U-_ki]) + CE(s U_k I^T)]
+    U_k are the k-th units of all captions, U-_ki the foil of the k-th unit of caption i. Rows and
+    columns without a unit are left out, and so is a k that no caption has. With logit_bias it is
+    the sigmoid loss of the same pairs, divided by the number of the k-th units.
+
+    The released code differs: a k without any unit counts as 0 in the mean, each process compares
+    its own rows alone, and a caption that has no second unit gives the first twice. There and here
+    a unit that two captions have in common is negative for each other's image.
+
+    Parameters
+    ----------
+    image_features : Tensor (b, D)
+        Of this process.
+    unit_features : Tensor (B, K, D)
+        Of all processes.
+    foil_features : Tensor (b, K, D)
+        Of this process.
+    mask : Tensor (B, K) bool
+        Of all processes, false where there is no unit.
+    logit_scale, logit_bias, offset
+        As in siglip_loss.
+
+    Returns
+    -------
+    Tensor ()
+        This process's share.
+    """
+    own = slice(offset, offset + len(image_features))
+    total = 0
+    for k in range(mask.shape[1]):
+        valid = mask[:, k]
+        images = _valid(image_features, valid[own])  # (v, D)
+        units = _valid(unit_features[:, k], valid)  # (V, D)
+        foils = _valid(foil_features[:, k], valid[own])  # (v, D)
+        to_units = _logits(images, units, logit_scale)  # (v, V)
+        to_foils = logit_scale * (_float(images) * _float(foils)).sum(1, keepdim=True)  # (v, 1)
+        logits = torch.cat([to_units, to_foils], dim=1)  # (v, V + 1)
+        labels = _diagonal(logits, int(valid[:offset].sum()))
+        count = len(units)
+        if logit_bias is not None:
+            total = total + _sigmoid_share(logits + logit_bias, labels, count)
+            continue
+        one_each = torch.ones(count, dtype=torch.int64, device=logits.device)
+        columns = _columns_share(to_units, labels[:, :count], one_each)
+        total = total + 0.5 * (columns + _rows_share(logits, labels, count))
+    return total / mask.any(0).sum().clamp_min(1)
+
+
 def _focal(log_p):
     """(1 - p)^2 (-log p)"""
     return -log_p * torch.expm1(log_p).square()
@@ -1033,6 +1093,9 @@ class Features:
     paraphrase_mask: torch.Tensor | None = None                 # (b,) bool
     word_similarity: torch.Tensor | None = None                 # (b, 1 + K, L), see fsc_clip_loss
     word_mask: torch.Tensor | None = None                       # (b, 1 + K, L) bool
+    unit_features: torch.Tensor | None = None                   # (B, K, D), see cs_clip_loss
+    foil_features: torch.Tensor | None = None                   # (b, K, D)
+    unit_mask: torch.Tensor | None = None                       # (B, K) bool, false where none is
 
 
 def c2lip(features):
@@ -1083,6 +1146,16 @@ def fsc_clip(features):
     terms = fsc_clip_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
                           f.word_similarity, f.word_mask, f.logit_scale, f.logit_bias, f.offset)
     return {"contrastive": _image_text_share(f), **terms}
+
+
+def cs_clip(features):
+    """CS-CLIP: swapped captions as negatives, and parts of captions, each with a foil."""
+    f = features
+    terms = negclip(features)
+    if f.unit_features is not None:
+        terms["units"] = cs_clip_loss(f.image_features, f.unit_features, f.foil_features,
+                                      f.unit_mask, f.logit_scale, f.logit_bias, f.offset)
+    return terms
 
 
 def con_clip(features):
@@ -1167,6 +1240,8 @@ class Method:
     negatives: str | None = None
     # The outputs of all tokens of captions and negatives.
     words: bool = False
+    # So many parts of each caption, each with a false version of it.
+    units: int = 0
     # Rows bring an image that their negative caption is true of.
     negative_images: bool = False
     # Rows bring a row with a similar image.
@@ -1187,6 +1262,7 @@ METHODS = {
     "degla": Method(degla, {"tgc": 0.1, "igc": 0.1, "distill": 0.005}, negatives="typed",
                     teacher=True, defaults={"ema": 0.9996}),
     "fsc_clip": Method(fsc_clip, {"ghn": 0.5, "lhn": 0.2}, negatives="mixed", words=True),
+    "cs_clip": Method(cs_clip, {"units": 0.5}, negatives="swap", units=2),
     "con_clip": Method(con_clip, negatives="negate", negative_images=True,
                        defaults={"freeze": "visual"}),
     "triplet_clip": Method(triplet_clip, negatives="swap", negative_images=True),
@@ -1204,5 +1280,6 @@ TERMS = {
     "igc": "Image-grounded contrast: an image prefers its caption to that one's negatives (DeGLA).",
     "ghn": "Focal loss of an image over its caption and that one's negatives (FSC-CLIP).",
     "lhn": "The same, with an image as each word of a text sees it (FSC-CLIP).",
+    "units": "An image finds a part of its caption among all, and not its false version (CS-CLIP).",
     "distill": "Squared distance of all features from those of the averaged weights (DeGLA).",
 }

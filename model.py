@@ -431,7 +431,7 @@ class CLIP(nn.Module):
 
     def forward(self, images, tokens, concept_tokens=None, spans=None, negative_tokens=None,
                 negative_images=None, return_tokens=False, paraphrase_tokens=None,
-                return_words=False):
+                return_words=False, unit_tokens=None):
         """One pass through both towers: DistributedDataParallel must see all parameters in one.
 
         images (B, 3, S, S), tokens (B, L), and where a method wants them
@@ -441,6 +441,7 @@ class CLIP(nn.Module):
             negative_tokens  (B, K, L') int64: K wrong captions of each image
             negative_images  (B, 3, S, S)
             paraphrase_tokens (B, L') int64: a second caption of each image
+            unit_tokens      (B, K', 2, L') int64: parts of each caption, each with a false version
         Returns a dict; all features are unit vectors.
             logit_scale (a factor, no logarithm), logit_bias (or None)
             image_features (B, D), text_features (B, D)
@@ -449,7 +450,7 @@ class CLIP(nn.Module):
                 caption and of its negatives, which have the same L
             concept_features (U, D), or (B M, D) of spans
             negative_features (B, K, D), negative_image_features (B, D)
-            paraphrase_features (B, D)
+            paraphrase_features (B, D), unit_features (B, K', 2, D)
         """
         out = {"logit_scale": self.logit_scale.exp(), "logit_bias": self.logit_bias}
         if return_tokens:
@@ -479,6 +480,9 @@ class CLIP(nn.Module):
             out["negative_image_features"] = self.encode_image(negative_images, True)
         if paraphrase_tokens is not None:
             out["paraphrase_features"] = self.encode_text(paraphrase_tokens, True)
+        if unit_tokens is not None:
+            units = self.encode_text(unit_tokens.flatten(0, 2), True)  # (B K' 2, D)
+            out["unit_features"] = units.unflatten(0, unit_tokens.shape[:3])
         return out
 
     def checkpoint(self):

@@ -309,6 +309,7 @@ args.negatives = method.negatives       # for the log
 with_concepts = weights["npc"] > 0 or weights["xac"] > 0
 with_paraphrases = weights["paraphrase"] > 0
 with_words = method.words and weights["lhn"] > 0
+with_units = method.units > 0 and weights["units"] > 0
 with_patches = weights["xac"] > 0 or weights["caption_xac"] > 0 or with_words
 with_teacher = method.teacher or weights["distill"] > 0
 if with_teacher and args.ema is None:
@@ -801,7 +802,8 @@ collate = Collate(
     negative_images=method.negative_images,
     spans=args.concept_features == "span",
     paraphrases=with_paraphrases,
-    words=with_words)
+    words=with_words,
+    units=method.units if with_units else 0)
 loader = DataLoader(
     Seeded(dataset, args.seed, method.neighbours, with_paraphrases),
     batch_sampler=sampler,
@@ -835,7 +837,7 @@ def check_rows(rows, step):
 
 
 INPUTS = ("images", "tokens", "concept_tokens", "spans", "negative_tokens", "negative_images",
-          "paraphrase_tokens")
+          "paraphrase_tokens", "unit_tokens")
 
 
 def batches():
@@ -879,7 +881,8 @@ def agree(rows):
             merge=args.concept_features == "phrase",
             negative_mask=rows.get("negative_mask"),
             pad_id=model.config.pad_id,
-            multiple=rows_multiple)
+            multiple=rows_multiple,
+            unit_mask=rows.get("unit_mask"))
     except RuntimeError as error:
         end_with_a_line(error)
         raise
@@ -946,6 +949,10 @@ def loss_terms(out, rows, plan, taught):
     if with_paraphrases:
         features.paraphrase_features = out["paraphrase_features"]               # (b, D)
         features.paraphrase_mask = rows["paraphrase_mask"]                      # (b,)
+    if with_units:
+        features.unit_features = gathered["unit_features"]                      # (B, K, D)
+        features.foil_features = out["unit_features"][:, :, 1]                  # (b, K, D)
+        features.unit_mask = plan.unit_mask                                     # (B, K)
     if with_words:
         words = out["word_features"]                                            # (b, 1 + K, L, D)
         similarity = token_similarity(out["patch_tokens"], words.flatten(1, 2))
@@ -988,6 +995,9 @@ def gather_texts(out, plan):
         counts.append(plan.given_counts)
     if method.negatives:
         texts["negative_features"] = out["negative_features"]
+        counts.append(plan.rows)
+    if with_units:
+        texts["unit_features"] = out["unit_features"][:, :, 0]
         counts.append(plan.rows)
     return dict(zip(texts, gather_together(list(texts.values()), counts)))
 

@@ -1257,6 +1257,35 @@ def test_negatives_of_three_sorts_with_their_words():
     assert torch.equal(batch["word_mask"].flatten(0, 1), tokenizer.word_mask(flat, tokens.shape[2]))
 
 
+def test_units_and_foils(folder):
+    rows = [{"image": "a.png", "caption": "a dog", "units": [["a dog", "a cat"], ["dog ", " cat"], ["the dog", "the cat"]]},
+            {"image": "a.png", "caption": "a black dog on a couch", "units": ""},
+            {"image": "a.png", "caption": "running"}, {"image": "a.png", "caption": "x", "units": '[["a dog", ""]]'},
+            {"image": "a.png", "caption": "x", "units": ["a dog", "a cat"]}]
+    for path in (write(folder, "u.jsonl", "\n".join(map(json.dumps, rows))), ):
+        seeded = Seeded(CaptionFile(path, str(folder)), 0)
+        read = [seeded[(0, i)] for i in range(5)]
+    assert read[0]["units"] == [("a dog", "a cat"), ("dog", "cat"), ("the dog", "the cat")] and "units" not in read[1]
+    for row in read[3:]:
+        assert "expected a json list of pairs of texts" in row["error"]
+    config = nano()
+    tokenizer = Tokenizer(config)
+    batch = Collate(image_transform(config), tokenizer, units=2)(read)
+    assert batch["unit_mask"].tolist() == [[True, True], [True, True], [False, False]] and len(batch["bad"]) == 2
+    drawn = random.Random(read[0]["seed"]).sample(read[0]["units"], 2)
+    assert torch.equal(batch["unit_tokens"][0].flatten(0, 1), tokenizer(sum(map(list, drawn), []), trim=True))
+
+
+def test_units_of_scenes_are_true_and_foils_false():
+    for i in range(50):
+        scene = Scenes(50, relations=0.5)[i]
+        (relation, swapped), *entities = scene["units"]
+        assert relation == scene["caption"] and swapped == scene["negatives"][0]
+        assert [unit for unit, _ in entities] == [scene["concepts"][0]] * 2
+        for (_, foil), negative in zip(entities, scene["negatives"][1:]):
+            assert negative.startswith(foil + " ") and foil not in scene["concepts"]
+
+
 def test_negatives_of_the_row_come_first():
     config = nano()
     rows = plain_rows()

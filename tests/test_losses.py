@@ -263,8 +263,9 @@ def test_plan_by_hand():
         assert torch.equal(labels, with_pairs.labels)
         assert columns.flatten().tolist() == with_pairs.given.tolist()
     mask = torch.tensor([[True], [False]])
-    plain = plan_batch(2, negative_mask=mask)
+    plain = plan_batch(2, negative_mask=mask, unit_mask=~mask)
     assert plain.rows == [2] and plain.labels is None and torch.equal(plain.negative_mask, mask)
+    assert torch.equal(plain.unit_mask, ~mask)
     none = torch.zeros(0, dtype=torch.int64)
     empty = plan_batch(2, none, none.view(0, 2), none.view(0, 4), multiple=8)
     assert empty.tokens.shape == (8, 4) and empty.labels.shape == (2, 0) and empty.pairs == 0
@@ -570,7 +571,7 @@ def test_no_loss_waits_for_a_gpu(method, softmax, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)  # there is no GPU
     mask, image_mask = torch.rand(4, 2) < 0.6, torch.tensor([True, False, True, True])
     plan = plan_batch(4, torch.tensor([5, 6, 7, -1]), torch.tensor([[0, 0], [1, 1], [2, 2], [3, 0], [-1, 0]]),
-                      torch.ones(4, 3, dtype=torch.int64), negative_mask=mask)
+                      torch.ones(4, 3, dtype=torch.int64), negative_mask=mask, unit_mask=mask)
     # the backward of fake CUDA tensors needs a GPU; on fake CPU tensors it is the same one
     for device in ("cuda", "cpu"):
         with FakeTensorMode(allow_non_fake_inputs=True), ToCPU() as to_cpu:
@@ -589,7 +590,8 @@ def test_no_loss_waits_for_a_gpu(method, softmax, monkeypatch):
                 caption_similarity=concept_similarity(features(4, 6), features(4)),
                 paraphrase_features=features(4), paraphrase_mask=torch.tensor([True, False, True, True]),
                 word_similarity=token_similarity(features(4, 6), features(4, 15)).view(4, 3, 5),
-                word_mask=torch.ones(4, 3, 5, dtype=torch.bool))
+                word_mask=torch.ones(4, 3, 5, dtype=torch.bool), unit_features=features(4, 2),
+                foil_features=features(4, 2), unit_mask=placed.unit_mask)
             terms = METHOD_TABLE[method].loss(inputs)
             terms.pop("thresholds", None)
             terms |= extra_terms(inputs, dict.fromkeys(TERMS, 1))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from losses import (caption_xac_loss, first_row, fsc_clip_loss, gather_features,  # noqa: E402
+from losses import (caption_xac_loss, cs_clip_loss, first_row, fsc_clip_loss, gather_features,  # noqa: E402
                     paraphrase_loss)
 from pooling import concept_pool, concept_similarity, token_similarity  # noqa: E402
 
@@ -32,7 +32,7 @@ class Towers(torch.nn.Module):
         out = {"s": self.logit_scale.exp(), "b": self.logit_bias}
         out["I"] = F.normalize(self.image(inputs["images"].mean(1)), dim=-1)
         out["V"] = F.normalize(self.token(inputs["images"]), dim=-1)
-        for name in ("T", "P", "N", "W"):
+        for name in ("T", "P", "N", "W", "U", "foils"):
             out[name] = F.normalize(self.text(inputs[name]), dim=-1)
         return out
 
@@ -48,12 +48,16 @@ def batch(masks, seed=5):
         some = torch.rand(*shape, generator=g) < 0.6
         return {"some": some, "none": some & False, "all": some | True}[masks]
 
-    inputs = {"images": random(B, TOKENS), "T": random(B), "P": random(B), "N": random(B, K), "W": random(B, 1 + K, L)}
+    inputs = {"images": random(B, TOKENS), "T": random(B), "P": random(B), "N": random(B, K), "W": random(B, 1 + K, L),
+              "U": random(B, K), "foils": random(B, K)}
     valid = {"P": mask(B), "N": mask(B, K), "W": torch.rand(B, 1 + K, L, generator=g) < 0.6}
     valid["N"][1] &= masks == "all"         # a row without a negative
     valid["W"][:, 0, 0] = True              # each caption has a word,
     valid["W"][:, 1:, 0] = valid["N"]       # and each negative;
     valid["W"][:, 1:] &= valid["N"][..., None]      # where there is none, no token counts
+    valid["U"] = mask(B, K)
+    valid["U"][:, 1] &= masks == "all"      # units that no caption has
+    valid["U"][:3] &= masks == "all"        # a process without any
     return inputs, valid
 
 
@@ -129,6 +133,22 @@ def naive_fsc_clip(x, masks):
     return {"ghn": naive_focal(ghn, x["b"]), "lhn": naive_focal(lhn, x["b"])}
 
 
+def naive_cs_clip(x, masks):
+    of_each_k = []
+    for k in range(K):
+        rows = [i for i in range(B) if masks["U"][i, k]]
+        if not rows:
+            continue
+        z = {i: [x["s"] * x["I"][i] @ x["U"][j, k] for j in rows] + [x["s"] * x["I"][i] @ x["foils"][i, k]] for i in rows}
+        if x["b"] is not None:
+            grid = [(z[i][c] + x["b"], c == n) for n, i in enumerate(rows) for c in range(len(rows) + 1)]
+            of_each_k.append(sigmoid_sum(grid) / len(rows))
+            continue
+        both = [cross_entropy(z[i], n) + cross_entropy([z[j][n] for j in rows], n) for n, i in enumerate(rows)]
+        of_each_k.append(sum(both) / (2 * len(rows)))
+    return {"units": sum(of_each_k) / len(of_each_k) if of_each_k else x["s"] * 0}
+
+
 # ------------------------------------------------------------------------------------------------- ours, of some rows
 
 def our_caption_xac(x, masks, offset):
@@ -144,10 +164,15 @@ def our_fsc_clip(x, masks, offset):
     return fsc_clip_loss(x["I"], x["T"], x["N"], masks["N"], similarity, masks["W"], x["s"], x["b"], offset)
 
 
-NAIVE = {"caption_xac": naive_caption_xac, "paraphrase": naive_paraphrase, "fsc_clip": naive_fsc_clip}
-OURS = {"caption_xac": our_caption_xac, "paraphrase": our_paraphrase, "fsc_clip": our_fsc_clip}
-OF_ALL = ("T", "N")             # what the processes gather, in this order
-MASKS_OF_ALL = ("N",)
+def our_cs_clip(x, masks, offset):
+    return {"units": cs_clip_loss(x["I"], x["U"], x["foils"], masks["U"], x["s"], x["b"], offset)}
+
+
+NAIVE = {"caption_xac": naive_caption_xac, "paraphrase": naive_paraphrase, "fsc_clip": naive_fsc_clip,
+         "cs_clip": naive_cs_clip}
+OURS = {"caption_xac": our_caption_xac, "paraphrase": our_paraphrase, "fsc_clip": our_fsc_clip, "cs_clip": our_cs_clip}
+OF_ALL = ("T", "N", "U")        # what the processes gather, in this order
+MASKS_OF_ALL = ("N", "U")
 CASES = [(name, kind, masks) for name in OURS for kind in ("sigmoid", "softmax") for masks in ("some", "none", "all")]
 
 
@@ -301,3 +326,21 @@ def test_words_pool_without_pooled_vectors():
     assert not zero.any() and not equal.grad.any() and zero.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert (token_similarity(V.float(), y.float()) - expected).abs().max() < 1e-6
+
+
+# The same of CS-CLIP's, for I, units, foils.
+RELEASED_CS_CLIP = {
+    0: (2.379464390205646, 3.1479790130981122, 2.912608645864892, 0.6775285515933692),
+    1: (2.321024781862589, 2.7441536125977573, 2.6892104664029532, 0.7234482619215319),
+}
+
+
+@pytest.mark.parametrize("seed", RELEASED_CS_CLIP)
+def test_cs_clip_equals_the_released_code(seed):
+    g = torch.Generator().manual_seed(seed)
+    leaves = [F.normalize(torch.randn(*shape, generator=g, dtype=torch.float64), dim=-1).requires_grad_()
+              for shape in [(6, 8), (6, 2, 8), (6, 2, 8)]]
+    mask = torch.rand(6, 2, generator=g) < 0.7
+    loss = cs_clip_loss(*leaves, mask, 9.0)
+    found = [loss, *(gradient.norm() for gradient in torch.autograd.grad(loss, leaves))]
+    assert [x.item() for x in found] == pytest.approx(RELEASED_CS_CLIP[seed], abs=1e-12)

@@ -286,7 +286,8 @@ def test_bfloat16_stays_near_float32(tmp_path):
 METHOD_RUNS = [("ce_clip",), ("degla", "--loss", "clip"), ("con_clip", "--relations", "1"),
                ("triplet_clip", "--loss", "clip"), ("c2lip", "--concept-features", "span", "--distill-weight", "0.1"),
                ("siglip", "--caption-xac-weight", "0.5", "--paraphrase-weight", "0.5", "--relations", "0.5"),
-               ("fsc_clip",), ("fsc_clip", "--loss", "clip", "--npc-weight", "1", "--concept-features", "span")]
+               ("fsc_clip",), ("fsc_clip", "--loss", "clip", "--npc-weight", "1", "--concept-features", "span"),
+               ("cs_clip", "--relations", "0.5")]
 
 
 @pytest.mark.slow
@@ -297,7 +298,8 @@ def test_methods_do_not_depend_on_processes_and_parts(exact, tmp_path, method):
     whole = [r for r in map(json.loads, open(exact(*extra) / "log.jsonl")) if "loss" in r]
     parts = [r for r in map(json.loads, open(tmp_path / "log.jsonl")) if "loss" in r]
     assert len(whole) == len(parts) == 6
-    terms = {"ce_clip": 3, "degla": 4, "con_clip": 1, "triplet_clip": 1, "c2lip": 4, "siglip": 3, "fsc_clip": 4 if "clip" in method else 3}[method[0]]
+    terms = {"ce_clip": 3, "degla": 4, "con_clip": 1, "triplet_clip": 1, "c2lip": 4, "siglip": 3, "fsc_clip": 4 if "clip" in method else 3,
+             "cs_clip": 2}[method[0]]
     names = [k for k in list(whole[0]) if k == "contrastive" or k in TERMS]
     assert len(names) == terms
     for a, b in zip(whole, parts):
@@ -315,6 +317,8 @@ def test_method_weights_are_the_published_ones(exact):
     degla = arguments("degla", "--loss", "clip")
     assert [degla[k] for k in ("tgc_weight", "igc_weight", "distill_weight", "ema")] == [0.1, 0.1, 0.005, 0.9996]
     assert arguments("con_clip", "--relations", "1")["freeze"] == "visual"
+    assert [arguments("fsc_clip")[k] for k in ("ghn_weight", "lhn_weight", "negatives")] == [0.5, 0.2, "mixed"]
+    assert arguments("cs_clip", "--relations", "0.5")["units_weight"] == 0.5
 
 
 def test_captions_and_concepts_are_pooled_together(exact):
