@@ -9,6 +9,8 @@ A row is a dict with
     negative_image  optional PIL image that the caption does not describe
     neighbour       optional row, a hard negative for this one
     partner         optional row, with which this one becomes a pair, see join_pair
+    units           optional list of (part of the caption, false version of it), both str
+    paraphrase      optional str, a second true caption (of rows of files: one of their others)
 A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
 """
 import concurrent.futures
@@ -44,8 +46,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from concepts import (CAPTION_KEYS, DELIMITERS, SWAP_TAGS, different_words, exchange,
-                      extract_batch, index_phrases, negate, read_table, string_id, swap_negatives,
-                      swappable)
+                      extract_batch, index_phrases, negate, read_table, shuffle_bigrams, string_id,
+                      substitute_negatives, swap_negatives, swappable, unit_pairs)
 from model import clean_text
 
 # The loader's workers are the parallelism; threads of the tokenizer would only get in their way.
@@ -154,6 +156,8 @@ class Scenes(Dataset):
             "caption": caption,
             "concepts": [f"a {colour} {shape}" for colour, shape in objects],
             "negatives": negatives,
+            "paraphrase": exchange_first_two(objects, cells, link),
+            "units": scene_units(objects, wrong, link),
             "objects": objects,
             "key": f"scene {self.split} {index}",
         }
@@ -180,8 +184,25 @@ class Scenes(Dataset):
 def describe(objects, link):
     """The caption of some (colour, shape); the link stands between the first two."""
     phrases = [f"a {colour} {shape}" for colour, shape in objects]
-    first_two = f"{phrases[0]} {link} {phrases[1]}"
+    first_two = f" {link} ".join(phrases[:2])
     return " and ".join([first_two, *phrases[2:]])
+
+
+def scene_units(objects, wrong, link):
+    """CS-CLIP's units: the relation of two objects, colours exchanged; the first in false forms."""
+    first = describe(objects[:1], link)
+    units = [(describe(objects[:2], link), describe(wrong[0][:2], link))]
+    for others in wrong[1:3]:
+        units.append((first, describe(others[:1], link)))
+    return units
+
+
+def exchange_first_two(objects, cells, link):
+    """The same caption, told from the second object: "b right of a" for "a left of b"."""
+    first, second, *rest = objects
+    if link != "and":
+        link = relation(cells[1], cells[0])
+    return describe([second, first, *rest], link)
 
 
 def relation(first, second):
@@ -276,8 +297,9 @@ class CaptionFile(Dataset):
     and Karpathy (.json), as one data set.
 
     Optional columns or json keys of any of them: concepts and negatives (lists, or texts with |
-    in between), negative_image (a path), and neighbours (numbers of rows of the same file,
-    counted from 0; numbers of rows that are not used are passed over).
+    in between), negative_image (a path), neighbours (numbers of rows of the same file, counted
+    from 0; numbers of rows that are not used are passed over), and units (a json list of pairs, a
+    part of the caption and a false version of it).
 
     sources      files joined by "::"; {000..331}, {a,b}, * and ? are patterns, as in a shell
     image_root   folder that the image paths of tables are relative to
@@ -350,6 +372,11 @@ class CaptionFile(Dataset):
             texts += self.sample(index)["captions"]
         return texts
 
+    def count_several_captions(self, first_rows):
+        """How many of the first rows have two different captions."""
+        counts = [len(set(self.sample(index)["captions"])) for index in range(first_rows)]
+        return sum(count > 1 for count in counts)
+
     def __len__(self):
         return int(self.starts[-1])
 
@@ -393,6 +420,8 @@ class CaptionFile(Dataset):
             row["concepts"] = parse_list(row["concepts"])
         if "negatives" in row:
             row["negatives"] = parse_list(row["negatives"], empty=True)
+        if "units" in row:
+            row["units"] = parse_pairs(row["units"])
         if "neighbours" in row:
             part, number = self._find(index)
             first = index - number
@@ -412,7 +441,7 @@ class Options:
     def identity(self):
         """What an index depends on beside its file."""
         joined = self.joined.identity if self.joined else None
-        return ["rows", self.image_key, self.caption_keys, joined]
+        return ["rows with units", self.image_key, self.caption_keys, joined]
 
 
 def open_parts(paths, options):
@@ -572,7 +601,7 @@ class JoinedCaptions:
 
     def __init__(self, path, caption_keys, index_dir):
         self.path = path
-        identity = ["captions", caption_keys]
+        identity = ["captions with units", caption_keys]
         self.index, remarks = open_index(
             path, identity, index_dir,
             lambda writer: write_captions(path, caption_keys, writer))
@@ -632,7 +661,7 @@ def write_captions(path, caption_keys, writer):
     reports = Reports()
     columns = {}            # an ordered set
     name_column = ""
-    wanted = {*(caption_keys or CAPTION_KEYS), "concepts", "negatives"}
+    wanted = {*(caption_keys or CAPTION_KEYS), "concepts", "negatives", "units"}
     hashes = array("q")
     for row in read_rows(path):
         if isinstance(row, Report):
@@ -702,6 +731,7 @@ def make_sample(path, number, row, options, writer):
         "captions": captions,
         "concepts": sources[0].get("concepts"),
         "negatives": sources[0].get("negatives"),
+        "units": sources[0].get("units"),
         "negative_image": row.get("negative_image"),
         "neighbours": row.get("neighbours"),
     }
@@ -1417,6 +1447,20 @@ def parse_list(value, separator="|", empty=False):
     return texts if empty else [text for text in texts if text]
 
 
+def parse_pairs(value):
+    """The column units: a list of pairs of texts, or json of one. ValueError for anything else."""
+    wrong = ValueError(f"units {str(value)[:60]!r}: expected a json list of pairs of texts, "
+                       '[["a red dog", "a black dog"], ...]')
+    try:
+        pairs = json.loads(value) if isinstance(value, str) else value
+        pairs = [(unit.strip(), foil.strip()) for unit, foil in pairs]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise wrong from None
+    if not all(unit and foil for unit, foil in pairs):
+        raise wrong
+    return pairs
+
+
 def load_image(file, max_pixels=None):
     """Read an image, whole, as RGB: 16 bits become 8, what is transparent becomes white.
 
@@ -1550,10 +1594,15 @@ class Collate:
     tokenize         list of str -> LongTensor (N, L), with .spans for spans=True (model.Tokenizer)
     with_concepts    add concepts: the row's own, or those of its caption
     pad_concepts     round the number of concepts up to a multiple, for torch.compile
-    negatives        None, "swap" (K = 1), "typed" (noun, adjective, verb, phrase: K = 4) or
-                     "negate" (K = 1); a row's own negatives come first; or "pairs", see join_pair
+    negatives        None, "swap" (K = 1), "typed" (noun, adjective, verb, phrase: K = 4),
+                     "negate" (K = 1) or "mixed" (a swap, a substitute, shuffled pairs of words:
+                     K = 3); a row's own negatives come first; or "pairs", see join_pair
     negative_images  add the rows' negative_image
     spans            a concept is a span of the caption's tokens, not a text of its own
+    paraphrases      add the rows' paraphrase
+    words            captions and negatives get the same L, and a word_mask
+    units            so many parts of each caption, each with a false version of it: drawn from the
+                     row's own units, or else made by concepts.unit_pairs
     pair_size        side of the image that a row and its partner become
     noise            add noise, with which losses.pgd_attack begins
 
@@ -1571,10 +1620,14 @@ class Collate:
     negative_tokens      (B, K, L'), and negative_mask (B, K) bool, false where there is none
     negative_images      (B, 3, S, S), and negative_image_mask (B,) bool; zero where there is none
     noise                (B, 3, S, S) uint8, uniform, a function of the row's own seed
+    paraphrase_tokens    (B, L'), and paraphrase_mask (B,) bool, false where there is none
+    unit_tokens          (B, units, 2, L'), and unit_mask (B, units) bool, false where there is none
+    word_mask            (B, 1 + K, L) bool, of captions and negatives: Tokenizer.word_mask
     """
 
     def __init__(self, transform, tokenize, with_concepts=True, pad_concepts=1, negatives=None,
-                 negative_images=False, spans=False, noise=False, pair_size=None):
+                 negative_images=False, spans=False, paraphrases=False, words=False, units=0,
+                 noise=False, pair_size=None):
         self.transform = transform
         self.tokenize = tokenize
         self.with_concepts = with_concepts
@@ -1584,6 +1637,9 @@ class Collate:
         self.spans = spans
         self.noise = noise
         self.pair_size = pair_size
+        self.paraphrases = paraphrases
+        self.words = words
+        self.units = units
 
     def __call__(self, rows):
         everything = rows + brought(rows, "neighbour")
@@ -1609,6 +1665,10 @@ class Collate:
             self.add_negative_images(batch, rows)
         if self.negatives and (self.negatives != "pairs" or partners):
             self.add_negatives(batch, rows)
+        if self.paraphrases:
+            self.add_paraphrases(batch, rows)
+        if self.units:
+            self.add_units(batch, rows)
         if self.with_concepts:
             concepts, batch["fallback"] = concepts_of(rows)
             if self.spans:
@@ -1647,6 +1707,21 @@ class Collate:
         tokens = self.tokenize(texts, trim=True)                                # (B * K, L')
         batch["negative_mask"] = mask.view(len(rows), -1)                       # (B, K)
         batch["negative_tokens"] = tokens.unflatten(0, batch["negative_mask"].shape)
+        if self.words:
+            self.add_words(batch, texts)
+
+    def add_words(self, batch, negatives):
+        """Tokenize captions and negatives once more, together, so that they have the same L."""
+        K = batch["negative_mask"].shape[1]
+        texts = []                                                              # B * (1 + K)
+        for i, caption in enumerate(batch["captions"]):
+            texts += [caption, *negatives[i * K:(i + 1) * K]]
+        tokens = self.tokenize(texts, trim=True)
+        mask = self.tokenize.word_mask(texts, tokens.shape[1])
+        tokens = tokens.unflatten(0, (-1, 1 + K))                               # (B, 1 + K, L)
+        batch["tokens"] = tokens[:, 0].contiguous()
+        batch["negative_tokens"] = tokens[:, 1:].contiguous()
+        batch["word_mask"] = mask.view(tokens.shape)
 
     def negatives_of(self, row):
         """K false captions, "" for none, from the row or from its caption by its seed."""
@@ -1661,11 +1736,35 @@ class Collate:
             choices = [text for text in own if text][:1]
             choices = choices or swap_negatives(caption, rng) or [""]
             return [rng.choice(choices)]
+        if self.negatives == "mixed":
+            if not own:
+                for make in (swap_negatives, substitute_negatives, shuffle_bigrams):
+                    own = own + [rng.choice(make(caption, rng) or [""])]
+            return (own + [""] * 3)[:3]
         if not own:
             for kind in ("noun", "adjective", "verb", "phrase"):
                 swapped = swap_negatives(caption, rng, (kind,))
                 own = own + ["".join(swapped)]      # one, or none
         return (own + [""] * 4)[:4]
+
+    def add_units(self, batch, rows):
+        texts = []                                                              # B * units * 2
+        for row in rows:
+            rng = random.Random(row["seed"])
+            pairs = row.get("units") or unit_pairs(row["caption"], rng, self.units,
+                                                   row.get("concepts"))
+            pairs = rng.sample(pairs, min(self.units, len(pairs)))
+            for pair in pairs + [("", "")] * (self.units - len(pairs)):
+                texts += pair
+        tokens = self.tokenize(texts, trim=True)                                # (..., L')
+        batch["unit_tokens"] = tokens.view(len(rows), self.units, 2, -1)
+        mask = torch.tensor([text != "" for text in texts[::2]])
+        batch["unit_mask"] = mask.view(len(rows), self.units)
+
+    def add_paraphrases(self, batch, rows):
+        texts = [row.get("paraphrase", "") for row in rows]
+        batch["paraphrase_tokens"] = self.tokenize(texts, trim=True)            # (B, L')
+        batch["paraphrase_mask"] = torch.tensor([text != "" for text in texts])
 
     def add_concepts(self, batch, concepts):
         """Each different string once; see losses.concept_columns for what becomes of them."""
@@ -1946,14 +2045,16 @@ def scramble(values, key):
 class Seeded(Dataset):
     """Rows by (epoch, index), each with a seed of its own, a function of (seed, epoch, index).
 
-    By this seed one caption of several is drawn and, if neighbours are asked for, one neighbour.
+    By this seed one caption of several is drawn and, if they are asked for, one neighbour, and
+    another caption as paraphrase.
     An item (epoch, index, "partner") brings another row, any of the data, as its partner.
     """
 
-    def __init__(self, dataset, seed, neighbours=True):
+    def __init__(self, dataset, seed, neighbours=True, paraphrases=False):
         self.dataset = dataset
         self.seed = seed
         self.neighbours = neighbours
+        self.paraphrases = paraphrases
 
     def __getitem__(self, item):
         epoch, index, *wanted = item
@@ -1964,10 +2065,14 @@ class Seeded(Dataset):
             row["caption"] = rng.choice(row["captions"])
         if self.neighbours and row.get("neighbours"):
             chosen = rng.choice(row["neighbours"])
-            without = Seeded(self.dataset, self.seed, neighbours=False)     # it brings none itself
+            without = Seeded(self.dataset, self.seed, False, self.paraphrases)  # brings none itself
             row["neighbour"] = without[epoch, chosen]
         if wanted and "error" not in row:
             row["partner"] = self.draw_partner(row, epoch, rng)
+        if self.paraphrases and "captions" in row:
+            others = [text for text in row["captions"] if text != row["caption"]]
+            if others:
+                row["paraphrase"] = rng.choice(others)
         return row
 
     def draw_partner(self, row, epoch, rng):

@@ -385,6 +385,7 @@ class Plan:
     labels: torch.Tensor | None = None              # (b, N) bool, this process's images and columns
     pairs: int = 0                                  # (image, phrase) pairs of all processes
     negative_mask: torch.Tensor | None = None       # (B, K) bool, of all processes, on the CPU
+    unit_mask: torch.Tensor | None = None           # (B, K') bool, the same
 
     @property
     def offset(self):
@@ -405,7 +406,7 @@ class Plan:
 
 
 def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, dedupe=True,
-               merge=True, negative_mask=None, pad_id=0, multiple=1):
+               merge=True, negative_mask=None, pad_id=0, multiple=1, unit_mask=None):
     """Exchange all that is known of a batch before the towers run. All tensors are on the CPU.
 
     Parameters
@@ -425,6 +426,8 @@ def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, de
         The token that fills shorter concepts up.
     multiple : int
         Fill the number of shared concepts up to a multiple of it, for torch.compile.
+    unit_mask : Tensor (b, K') bool, optional
+        This process's, to be gathered.
 
     Returns
     -------
@@ -437,12 +440,15 @@ def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, de
     everyone = _exchange(
         *_sizes_and_ids(batch_size, concept_ids, pairs),
         torch.zeros(0, 0) if concept_tokens is None else concept_tokens,
-        torch.zeros(0, 0) if negative_mask is None else negative_mask)
-    sizes, ids_of_all, tokens_of_all, masks = zip(*everyone)
+        torch.zeros(0, 0) if negative_mask is None else negative_mask,
+        torch.zeros(0, 0) if unit_mask is None else unit_mask)
+    sizes, ids_of_all, tokens_of_all, masks, unit_masks = zip(*everyone)
     rows, pair_counts, different_counts = torch.stack(sizes).T.tolist()
     plan = Plan(rows)
     if negative_mask is not None:
         plan.negative_mask = torch.cat(masks).bool()
+    if unit_mask is not None:
+        plan.unit_mask = torch.cat(unit_masks).bool()
     if concept_ids is None:
         return plan
     if concept_tokens is not None:
@@ -681,6 +687,58 @@ def xac_loss(similarity, labels, logit_scale, logit_bias=None, count=None):
         count = labels.shape[1]
     logits = logit_scale * _float(similarity)  # (b, N)
     return _contrast_share(logits, labels, logit_bias, count)
+
+
+def caption_xac_loss(similarity, logit_scale, logit_bias=None, offset=0):
+    """xac_loss with whole captions in the place of concepts, each positive for its own image.
+
+    FLAIR (Xiao et al. 2025, Fine-grained language-informed image representations) has this as its
+    text-conditioned sigmoid loss, with an attention that is trained. Here it is C2LIP's, which has
+    no parameters. similarity (b, B) comes from pooling.concept_similarity with the captions of all
+    processes as queries; in the same call as the concepts it is nearly free.
+    """
+    return xac_loss(similarity, _diagonal(similarity, offset), logit_scale, logit_bias)
+
+
+# ---- captions and their paraphrases -----------------------------------------------------------
+def paraphrase_loss(paraphrase_features, text_features, mask, logit_scale, logit_bias=None,
+                    offset=0):
+    """READ's sentence alignment: a second caption of an image finds the first among all captions.
+
+    Kwon et al. 2025, Enhancing compositional reasoning in CLIP via reconstruction and alignment of
+    text descriptions (weight 0.5):
+        mean_i -log softmax_j(s P_i.T_j)_i
+    over the images i that have a second caption P_i. With logit_bias it is the sigmoid loss of the
+    same rows and columns, divided by the number of these images.
+
+    The form is that of the released code, whose rows are the P and which goes this one way. In the
+    paper's formula, as CS-CLIP's code repeats it, the rows are the T. The released code compares
+    within each process alone, and draws P also among sentences that a language model wrote.
+
+    Parameters
+    ----------
+    paraphrase_features : Tensor (b, D)
+        Of this process.
+    text_features : Tensor (B, D)
+        Of all processes.
+    mask : Tensor (b,) bool
+        Of this process, false where there is no second caption.
+    logit_scale, logit_bias, offset
+        As in siglip_loss.
+
+    Returns
+    -------
+    Tensor ()
+        This process's share. It is 0 without any second caption.
+    """
+    mask = mask.to(paraphrase_features.device, non_blocking=True)[:, None]  # (b, 1)
+    count = _global_sum(mask.sum())
+    logits = _logits(paraphrase_features, text_features, logit_scale)  # (b, B)
+    labels = _diagonal(logits, offset) & mask
+    if logit_bias is None:
+        return _rows_share(logits, labels, count)
+    logits = (logits + logit_bias).masked_fill(~mask, -torch.inf)  # of which the loss is 0
+    return _sigmoid_share(logits, labels, count)
 
 
 # ---- robust images, and what a model knew before ----------------------------------------------
@@ -952,6 +1010,121 @@ def degla_loss(image_features, text_features, negative_features, mask, teacher, 
     return terms
 
 
+def fsc_clip_loss(image_features, text_features, negative_features, mask, word_similarity,
+                  word_mask, logit_scale, logit_bias=None, offset=0):
+    """FSC-CLIP: focal losses over a caption and its own negatives, globally and word by word.
+
+    Oh et al. 2024, Preserving multi-modal capabilities of pre-trained VLMs for improving
+    vision-linguistic compositionality. Arguments are those of negclip_loss, and
+    pooling.token_similarity's result, word_similarity (b, 1 + K, L), of the tokens of this
+    process's captions and of their K negatives; word_mask (b, 1 + K, L) bool is true for the tokens
+    that count. Returns a dict of shares, which the paper weighs 0.5 and 0.2 beside CLIP's loss
+    (0.2 for B/32, else 0.5):
+
+    ghn
+        With p the softmax over [s I_i.T_i | s I_i.T-_ik for the n valid k], the mean over the rows
+        with n > 0 of sum_c q_c (1 - p_c)^2 (-log p_c), where q = 0.98 + 0.02 / (n + 1) for the
+        caption and 0.02 / (n + 1) for each negative.
+    lhn
+        The same of logsumexp over the words of s word_similarity in the place of s I_i.T. Without
+        word_similarity (None) it is left out.
+
+    With logit_bias each candidate c is a choice between true and false of its own, p_c the sigmoid:
+    sum_c 0.99 f(p of what it is) + 0.01 f(p of what it is not), f(p) = (1 - p)^2 (-log p).
+
+    The released code differs: a negative that there is not has the logit 0 in its softmax, and each
+    process takes the mean over its own rows.
+    """
+    own = slice(offset, offset + len(image_features))
+    valid = mask[own].to(image_features.device, non_blocking=True)  # (b, K)
+    count = mask.any(1).sum()
+    logits = _choices(image_features, text_features[own], negative_features[own], valid,
+                      logit_scale)  # (b, 1 + K)
+    terms = {"ghn": _focal_share(logits, valid, logit_bias, count)}
+    if word_similarity is not None:
+        word_mask = word_mask.to(valid.device, non_blocking=True)
+        words = logit_scale * _float(word_similarity)  # (b, 1 + K, L)
+        # not -inf, whose gradient would be nan where no word counts
+        words = words.masked_fill(~word_mask, torch.finfo(words.dtype).min)
+        terms["lhn"] = _focal_share(words.logsumexp(dim=-1), valid, logit_bias, count)
+    return terms
+
+
+def cs_clip_loss(image_features, unit_features, foil_features, mask, logit_scale, logit_bias=None,
+                 offset=0):
+    """CS-CLIP: parts of a caption, each with a false version of it that its own image rejects.
+
+    Kargi et al. 2026, Half-truths break similarity-based retrieval (weight 0.5 beside NegCLIP's
+    loss, where a caption has 2 units):
+        mean_k 1/2 [CE([s I U_k^T | s I_i.U-_ki]) + CE(s U_k I^T)]
+    U_k are the k-th units of all captions, U-_ki the foil of the k-th unit of caption i. Rows and
+    columns without a unit are left out, and so is a k that no caption has. With logit_bias it is
+    the sigmoid loss of the same pairs, divided by the number of the k-th units.
+
+    The released code differs: a k without any unit counts as 0 in the mean, each process compares
+    its own rows alone, and a caption that has no second unit gives the first twice. There and here
+    a unit that two captions have in common is negative for each other's image.
+
+    Parameters
+    ----------
+    image_features : Tensor (b, D)
+        Of this process.
+    unit_features : Tensor (B, K, D)
+        Of all processes.
+    foil_features : Tensor (b, K, D)
+        Of this process.
+    mask : Tensor (B, K) bool
+        Of all processes, false where there is no unit.
+    logit_scale, logit_bias, offset
+        As in siglip_loss.
+
+    Returns
+    -------
+    Tensor ()
+        This process's share.
+    """
+    own = slice(offset, offset + len(image_features))
+    total = 0
+    for k in range(mask.shape[1]):
+        valid = mask[:, k]
+        images = _valid(image_features, valid[own])  # (v, D)
+        units = _valid(unit_features[:, k], valid)  # (V, D)
+        foils = _valid(foil_features[:, k], valid[own])  # (v, D)
+        to_units = _logits(images, units, logit_scale)  # (v, V)
+        to_foils = logit_scale * (_float(images) * _float(foils)).sum(1, keepdim=True)  # (v, 1)
+        logits = torch.cat([to_units, to_foils], dim=1)  # (v, V + 1)
+        labels = _diagonal(logits, int(valid[:offset].sum()))
+        count = len(units)
+        if logit_bias is not None:
+            total = total + _sigmoid_share(logits + logit_bias, labels, count)
+            continue
+        one_each = torch.ones(count, dtype=torch.int64, device=logits.device)
+        columns = _columns_share(to_units, labels[:, :count], one_each)
+        total = total + 0.5 * (columns + _rows_share(logits, labels, count))
+    return total / mask.any(0).sum().clamp_min(1)
+
+
+def _focal(log_p):
+    """(1 - p)^2 (-log p)"""
+    return -log_p * torch.expm1(log_p).square()
+
+
+def _focal_share(logits, valid, logit_bias, count):
+    """FSC-CLIP's focal loss of rows (b, 1 + K), the true one first, over those with a negative."""
+    is_candidate = F.pad(valid, (1, 0), value=True)
+    counts = is_candidate & valid.any(1, keepdim=True)
+    if logit_bias is None:
+        log_p = logits.masked_fill(~is_candidate, -torch.inf).log_softmax(dim=1)
+        losses = _focal(log_p.masked_fill(~counts, 0))
+        smoothed = 0.02 * losses / is_candidate.sum(1, keepdim=True)
+        return (0.98 * losses[:, 0].sum() + smoothed.sum()) / count.clamp_min(1)
+    z = logits.masked_fill(~counts, 0) + logit_bias
+    is_first = torch.arange(z.shape[1], device=z.device) == 0
+    z = torch.where(is_first, z, -z)
+    losses = 0.99 * _focal(F.logsigmoid(z)) + 0.01 * _focal(F.logsigmoid(-z))
+    return (losses * counts).sum() / count.clamp_min(1)
+
+
 def _distill_share(image_features, texts, negatives, valid, teacher, own):
     """Squared distances of this process's features from the teacher's, summed.
 
@@ -1104,6 +1277,14 @@ class Features:
     thresholds: torch.Tensor | None = None                      # (K,) of ce_clip's last step
     caption_labels: torch.Tensor | None = None                  # (b, B) bool, see Method
     replayed: bool = False                                      # a batch of replay, see Method
+    caption_similarity: torch.Tensor | None = None              # (b, B), see caption_xac_loss
+    paraphrase_features: torch.Tensor | None = None             # (b, D), of second captions
+    paraphrase_mask: torch.Tensor | None = None                 # (b,) bool
+    word_similarity: torch.Tensor | None = None                 # (b, 1 + K, L), see fsc_clip_loss
+    word_mask: torch.Tensor | None = None                       # (b, 1 + K, L) bool
+    unit_features: torch.Tensor | None = None                   # (B, K, D), see cs_clip_loss
+    foil_features: torch.Tensor | None = None                   # (b, K, D)
+    unit_mask: torch.Tensor | None = None                       # (B, K) bool, false where none is
 
 
 def c2lip(features):
@@ -1176,6 +1357,24 @@ def clic(features):
                      f.logit_scale, f.logit_bias, f.offset)
 
 
+def fsc_clip(features):
+    """FSC-CLIP: a focal loss over a caption and its negatives, and one over their words."""
+    f = features
+    terms = fsc_clip_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
+                          f.word_similarity, f.word_mask, f.logit_scale, f.logit_bias, f.offset)
+    return {"contrastive": _image_text_share(f), **terms}
+
+
+def cs_clip(features):
+    """CS-CLIP: swapped captions as negatives, and parts of captions, each with a foil."""
+    f = features
+    terms = negclip(features)
+    if f.unit_features is not None:
+        terms["units"] = cs_clip_loss(f.image_features, f.unit_features, f.foil_features,
+                                      f.unit_mask, f.logit_scale, f.logit_bias, f.offset)
+    return terms
+
+
 def con_clip(features):
     """CoN-CLIP: negated captions, and images that they are true of."""
     f = features
@@ -1195,7 +1394,9 @@ def triplet_clip(features):
 
 
 def extra_terms(features, weights):
-    """The terms that any method may take besides its own: npc, xac and distill.
+    """The terms that any method may take besides its own.
+
+    They are npc, xac, caption_xac, paraphrase and distill.
 
     weights is {term: weight} of the terms that the method does not give itself. Returns {term: this
     process's share} of those terms that have a weight other than 0 and whose inputs are there.
@@ -1205,6 +1406,13 @@ def extra_terms(features, weights):
         terms["npc"] = _npc_share(features)
     if weights.get("xac") and features.concept_similarity is not None:
         terms["xac"] = _xac_share(features)
+    if weights.get("caption_xac") and features.caption_similarity is not None:
+        terms["caption_xac"] = caption_xac_loss(features.caption_similarity, features.logit_scale,
+                                                features.logit_bias, features.offset)
+    if weights.get("paraphrase") and features.paraphrase_features is not None:
+        terms["paraphrase"] = paraphrase_loss(
+            features.paraphrase_features, features.text_features, features.paraphrase_mask,
+            features.logit_scale, features.logit_bias, features.offset)
     if weights.get("distill") and features.teacher is not None:
         own = slice(features.offset, features.offset + len(features.image_features))
         negatives, valid = None, None
@@ -1253,10 +1461,14 @@ class Method:
     loss: Callable
     # {term: default weight}. The weight of contrastive is 1.
     weights: dict = field(default_factory=dict)
-    # How captions get negatives: "swap" two words, one of each of four kinds ("typed"), "negate".
-    # With "pairs" every other batch is of images joined in pairs, whose "negatives" are three more
-    # true captions and, last, a false one.
+    # How captions get negatives: "swap" two words, one of each of four kinds ("typed"), "negate",
+    # or one of each of FSC-CLIP's three sorts ("mixed"). With "pairs" every other batch is of
+    # images joined in pairs, whose "negatives" are three more true captions and, last, a false one.
     negatives: str | None = None
+    # The outputs of all tokens of captions and negatives.
+    words: bool = False
+    # So many parts of each caption, each with a false version of it.
+    units: int = 0
     # Rows bring an image that their negative caption is true of.
     negative_images: bool = False
     # Each step has a second batch, of pairs that show what the model knew before it was trained.
@@ -1285,6 +1497,8 @@ METHODS = {
                     teacher=True, defaults={"ema": 0.9996}),
     "clic": Method(clic, {"pairs": 0.5, "sneg": 0.5, "uni": 1.0}, negatives="pairs",
                    defaults={"freeze": "visual"}),
+    "fsc_clip": Method(fsc_clip, {"ghn": 0.5, "lhn": 0.2}, negatives="mixed", words=True),
+    "cs_clip": Method(cs_clip, {"units": 0.5}, negatives="swap", units=2),
     "con_clip": Method(con_clip, negatives="negate", negative_images=True,
                        defaults={"freeze": "visual"}),
     "triplet_clip": Method(triplet_clip, negatives="swap", negative_images=True),
@@ -1294,6 +1508,8 @@ METHODS = {
 TERMS = {
     "npc": "Noun-phrase contrast: every image against every noun phrase of the batch (C2LIP).",
     "xac": "Cross-attention contrast: the same, with the image pooled by the phrase (C2LIP).",
+    "caption_xac": "Cross-attention contrast with whole captions as phrases (FLAIR).",
+    "paraphrase": "A second caption of the image finds the first among all (READ, there 0.5).",
     "cmr": "Cross-modal ranking: an image prefers its caption to negatives by a margin (CE-CLIP).",
     "imc": "Intra-modal contrast: a caption is far from all negative captions (CE-CLIP).",
     "tgc": "Text-grounded contrast: a caption prefers its teacher to its own negatives (DeGLA).",
@@ -1304,5 +1520,8 @@ TERMS = {
     "pairs": "Two images joined as one, against captions of both (CLIC).",
     "sneg": "Joined images prefer each caption to one in which the two exchange a word (CLIC).",
     "uni": "Squared distance of a caption of joined images from its sentences exchanged (CLIC).",
+    "ghn": "Focal loss of an image over its caption and that one's negatives (FSC-CLIP).",
+    "lhn": "The same, with an image as each word of a text sees it (FSC-CLIP).",
+    "units": "An image finds a part of its caption among all, and not its false version (CS-CLIP).",
     "distill": "Squared distance of all features from those of the averaged weights (DeGLA).",
 }

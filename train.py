@@ -140,7 +140,7 @@ group.add_argument("--loss", choices=("siglip", "clip"),
                    help="Sigmoid (siglip) or softmax (clip). Default: the one that the weights "
                         "were trained with.")
 for term, text in TERMS.items():
-    group.add_argument(f"--{term}-weight", type=float, metavar="W",
+    group.add_argument(f"--{term.replace('_', '-')}-weight", type=float, metavar="W",
                        help=f"{text} Default: what --method gives it, and 0 for other methods.")
 group.add_argument("--no-dedupe", dest="dedupe", action="store_false",
                    help="A phrase is a positive only for the caption it was found in, and a "
@@ -273,7 +273,7 @@ from data import (ORDER, CaptionFile, Collate, Epochs, EveryOther, Scenes, Seede
 from losses import (METHODS, Features, awc_loss, extra_terms, fisher_weights, gather_features,
                     gather_together, pgd_attack, plan_batch, tecoa_loss)
 from model import CLIP, MODELS, no_decay, read_tokenizer, set_tokenizer
-from pooling import concept_similarity
+from pooling import concept_similarity, token_similarity
 
 # ---- what was not given ----------------------------------------------------
 if args.device is None:
@@ -320,6 +320,10 @@ for term in TERMS:
 args.negatives = method.negatives       # for the log
 
 with_concepts = weights["npc"] > 0 or weights["xac"] > 0
+with_paraphrases = weights["paraphrase"] > 0
+with_words = method.words and weights["lhn"] > 0
+with_units = method.units > 0 and weights["units"] > 0
+with_patches = weights["xac"] > 0 or weights["caption_xac"] > 0 or with_words
 with_teacher = method.teacher or weights["distill"] > 0
 with_pairs = method.negatives == "pairs"        # in every other batch
 if with_teacher and args.ema is None:
@@ -512,6 +516,14 @@ else:
     scenes = args.steps * args.batch_size if args.steps else 100_000
     dataset = Scenes(scenes, "train", args.seed, relations=args.relations,
                      negative_images=method.negative_images, world=args.world)
+if with_paraphrases and args.data:
+    first_rows = min(len(dataset), 1000)
+    with_several = dataset.count_several_captions(first_rows)
+    if not with_several:
+        stop(f"--paraphrase-weight {args.paraphrase_weight:g}: none of the first {first_rows:,} "
+             f"rows of {args.data} has two captions: name several columns, --caption-key A,B, or "
+             "put json lists into one")
+    print0(f"{with_several:,} of the first {first_rows:,} rows have a second caption")
 
 
 def open_replay():
@@ -830,6 +842,9 @@ collate = Collate(
     negatives=method.negatives,
     negative_images=method.negative_images,
     spans=args.concept_features == "span",
+    paraphrases=with_paraphrases,
+    words=with_words,
+    units=method.units if with_units else 0,
     noise=args.attack_steps is not None,
     pair_size=model.config.image_size)
 loading = {
@@ -839,7 +854,7 @@ loading = {
     "multiprocessing_context": "fork" if args.workers else None,
     "worker_init_fn": ignore_signals}
 loader = DataLoader(
-    Seeded(dataset, args.seed, method.neighbours),
+    Seeded(dataset, args.seed, method.neighbours, with_paraphrases),
     batch_sampler=EveryOther(sampler) if with_pairs else sampler,
     collate_fn=collate,
     **loading)
@@ -874,7 +889,8 @@ def check_rows(rows, step):
              f"{args.max_bad:g}; the last is {key}: {why}. Check --image-root, or raise --max-bad")
 
 
-INPUTS = ("images", "tokens", "concept_tokens", "spans", "negative_tokens", "negative_images")
+INPUTS = ("images", "tokens", "concept_tokens", "spans", "negative_tokens", "negative_images",
+          "paraphrase_tokens", "unit_tokens")
 
 
 def batches():
@@ -931,7 +947,8 @@ def agree(rows):
             merge=args.concept_features == "phrase",
             negative_mask=rows.get("negative_mask"),
             pad_id=model.config.pad_id,
-            multiple=rows_multiple)
+            multiple=rows_multiple,
+            unit_mask=rows.get("unit_mask"))
     except RuntimeError as error:
         end_with_a_line(error)
         raise
@@ -962,7 +979,7 @@ def forward(network, inputs):
             pixels = normalize_images(inputs[name], model.config)
             inputs[name] = pixels.to(model.logit_scale.dtype)       # float64 in float64 runs
     with precision():
-        return network(**inputs, return_tokens=weights["xac"] > 0)
+        return network(**inputs, return_tokens=with_patches, return_words=with_words)
 
 
 def precision():
@@ -1042,9 +1059,19 @@ def loss_terms(out, rows, plan, taught):
         features.negative_image_mask = rows["negative_image_mask"]              # (b,)
     if taught is not None:
         features.teacher = gather_taught(taught, plan)
-    if weights["xac"]:
-        features.concept_similarity = concept_similarity(                       # (b, N)
-            out["patch_tokens"], features.concept_features)
+    if with_paraphrases:
+        features.paraphrase_features = out["paraphrase_features"]               # (b, D)
+        features.paraphrase_mask = rows["paraphrase_mask"]                      # (b,)
+    if with_units:
+        features.unit_features = gathered["unit_features"]                      # (B, K, D)
+        features.foil_features = out["unit_features"][:, :, 1]                  # (b, K, D)
+        features.unit_mask = plan.unit_mask                                     # (B, K)
+    if with_words:
+        words = out["word_features"]                                            # (b, 1 + K, L, D)
+        similarity = token_similarity(out["patch_tokens"], words.flatten(1, 2))
+        features.word_similarity = similarity.view(words.shape[:3])             # (b, 1 + K, L)
+        features.word_mask = rows["word_mask"]
+    add_similarities(features, out)
     if args.concept_count == "all":
         features.concept_count = plan.pairs
 
@@ -1076,6 +1103,21 @@ def replay_terms(out, rows, plan, taught):
     return weigh(terms)
 
 
+def add_similarities(features, out):
+    """This process's images, pooled by concepts and by captions in one pass, against these."""
+    queries = {}
+    if weights["xac"]:
+        queries["concept_similarity"] = features.concept_features               # (N, D)
+    if weights["caption_xac"]:
+        queries["caption_similarity"] = features.text_features                  # (B, D)
+    if not queries:
+        return
+    similarity = concept_similarity(out["patch_tokens"], torch.cat(list(queries.values())))
+    parts = similarity.split([len(query) for query in queries.values()], dim=1)
+    for name, part in zip(queries, parts):
+        setattr(features, name, part)                                           # (b, N), (b, B)
+
+
 def gather_texts(out, plan):
     """Captions, concepts and negatives of all processes, in one exchange: {name: features}."""
     texts = {"text_features": out["text_features"]}
@@ -1085,6 +1127,9 @@ def gather_texts(out, plan):
         counts.append(plan.given_counts)
     if "negative_features" in out:
         texts["negative_features"] = out["negative_features"]
+        counts.append(plan.rows)
+    if with_units:
+        texts["unit_features"] = out["unit_features"][:, :, 0]
         counts.append(plan.rows)
     return dict(zip(texts, gather_together(list(texts.values()), counts)))
 
@@ -1755,8 +1800,9 @@ def baseline_command():
         here = os.environ.get("LOCAL_WORLD_SIZE", world_size)
         launcher = ["torchrun", f"--nproc_per_node={here}"]
     command = [*launcher, "train.py", "--method", "siglip" if args.loss != "clip" else "clip"]
+    of_terms = [f"--{term.replace('_', '-')}-weight" for term in TERMS]
     command += own_arguments(without=(
-        "--method", "--out-dir", "--resume", "--overwrite", "--npc-weight", "--xac-weight"))
+        "--method", "--out-dir", "--resume", "--overwrite", *of_terms))
     if "--out-dir" in " ".join(sys.argv):
         command += ["--out-dir", f"{args.out_dir}-plain"]
     return shlex.join(command)

@@ -79,6 +79,16 @@ def test_relations_change_captions_only_and_are_true():
     assert 50 < links.pop("some") < 110 and set(links) == {"left of", "right of", "above", "below"}
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_paraphrases_of_scenes_say_the_same(world):
+    opposite = {"and": "and", "left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    for i in range(50):
+        scene = Scenes(50, relations=0.5, world=world)[i]
+        first, second, *rest = scene["concepts"]
+        link = scene["caption"].removeprefix(first).split(second)[0].strip()
+        assert scene["paraphrase"] == " and ".join([f"{second} {opposite[link]} {first}", *rest])
+
+
 def test_scenes_of_today_are_those_of_yesterday():
     """What relations and negatives added must not move a pixel: checksums of the first scenes of the first version."""
     import zlib
@@ -399,6 +409,10 @@ def test_one_of_several_captions_by_seed_epoch_and_index(shards):
     drawn = [[Seeded(data, 7)[(epoch, i)]["caption"] for epoch in range(40)] for i in (4, 5)]
     assert drawn == [[Seeded(data, 7)[(epoch, i)]["caption"] for epoch in range(40)] for i in (4, 5)]
     assert set(drawn[0]) == {"json 4", "alt 4", "other 4"} and [c[:-2] for c in drawn[0]] != [c[:-2] for c in drawn[1]]
+    for epoch in range(40):     # a paraphrase is another one, and does not change which is drawn
+        row = Seeded(data, 7, paraphrases=True)[(epoch, 4)]
+        assert row["caption"] == drawn[0][epoch] and row["paraphrase"] in {*data[4]["captions"]} - {row["caption"]}
+    assert data.count_several_captions(5) == 5 and "paraphrase" not in Seeded(data, 7)[(0, 4)]
     with pytest.raises(ValueError, match="no images with captions.*keys .*caption.*--caption-key"):
         CaptionFile(shards, caption_key="nothing")
 
@@ -1229,6 +1243,50 @@ def test_negatives_made_from_the_caption():
     assert torch.equal(batch["negative_tokens"][:, 0], tokenizer(texts, trim=True))
 
 
+def test_negatives_of_three_sorts_with_their_words():
+    config, rows = nano(), plain_rows()
+    tokenizer = Tokenizer(config)
+    collate = Collate(image_transform(config), tokenizer, negatives="mixed", words=True)
+    texts = [[row["caption"], *collate.negatives_of(row)] for row in rows]
+    assert texts[0][1] in swap_negatives(rows[0]["caption"], random.Random(0)) and texts[1][1:3] == ["", ""]
+    assert sorted(texts[0][3].split()) == sorted(rows[0]["caption"].split())
+    batch = collate(plain_rows())
+    assert batch["negative_mask"].tolist() == [[text != "" for text in row[1:]] for row in texts]
+    tokens = torch.cat([batch["tokens"][:, None], batch["negative_tokens"]], 1)
+    flat = sum(texts, [])
+    assert torch.equal(tokens.flatten(0, 1), tokenizer(flat, trim=True))
+    assert torch.equal(batch["word_mask"].flatten(0, 1), tokenizer.word_mask(flat, tokens.shape[2]))
+
+
+def test_units_and_foils(folder):
+    rows = [{"image": "a.png", "caption": "a dog", "units": [["a dog", "a cat"], ["dog ", " cat"], ["the dog", "the cat"]]},
+            {"image": "a.png", "caption": "a black dog on a couch", "units": ""},
+            {"image": "a.png", "caption": "running"}, {"image": "a.png", "caption": "x", "units": '[["a dog", ""]]'},
+            {"image": "a.png", "caption": "x", "units": ["a dog", "a cat"]}]
+    for path in (write(folder, "u.jsonl", "\n".join(map(json.dumps, rows))), ):
+        seeded = Seeded(CaptionFile(path, str(folder)), 0)
+        read = [seeded[(0, i)] for i in range(5)]
+    assert read[0]["units"] == [("a dog", "a cat"), ("dog", "cat"), ("the dog", "the cat")] and "units" not in read[1]
+    for row in read[3:]:
+        assert "expected a json list of pairs of texts" in row["error"]
+    config = nano()
+    tokenizer = Tokenizer(config)
+    batch = Collate(image_transform(config), tokenizer, units=2)(read)
+    assert batch["unit_mask"].tolist() == [[True, True], [True, True], [False, False]] and len(batch["bad"]) == 2
+    drawn = random.Random(read[0]["seed"]).sample(read[0]["units"], 2)
+    assert torch.equal(batch["unit_tokens"][0].flatten(0, 1), tokenizer(sum(map(list, drawn), []), trim=True))
+
+
+def test_units_of_scenes_are_true_and_foils_false():
+    for i in range(50):
+        scene = Scenes(50, relations=0.5)[i]
+        (relation, swapped), *entities = scene["units"]
+        assert relation == scene["caption"] and swapped == scene["negatives"][0]
+        assert [unit for unit, _ in entities] == [scene["concepts"][0]] * 2
+        for (_, foil), negative in zip(entities, scene["negatives"][1:]):
+            assert negative.startswith(foil + " ") and foil not in scene["concepts"]
+
+
 def test_negatives_of_the_row_come_first():
     config = nano()
     rows = plain_rows()
@@ -1236,6 +1294,7 @@ def test_negatives_of_the_row_come_first():
     texts = {kind: [Collate(None, None, negatives=kind).negatives_of(row) for row in rows]
              for kind in ("swap", "typed", "negate")}
     assert texts["typed"][:2] == [["", "a blue ring", "x", "y"], ["a slow walk", "", "", ""]]
+    assert Collate(None, None, negatives="mixed").negatives_of(rows[0]) == ["", "a blue ring", "x"]
     assert texts["swap"][:2] == [["a blue ring"], ["a slow walk"]] and texts["negate"][0][0] not in rows[0]["negatives"]
     batch = Collate(image_transform(config), Tokenizer(config), negatives="typed")(rows)
     assert batch["negative_mask"].tolist()[:2] == [[False, True, True, True], [True, False, False, False]]

@@ -283,8 +283,12 @@ def test_bfloat16_stays_near_float32(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- every method
 
-METHOD_RUNS = [("tecoa",), ("gift", "--loss", "clip"), ("clic", "--loss", "clip"), ("ce_clip",), ("degla", "--loss", "clip"), ("con_clip", "--relations", "1"),
-               ("triplet_clip", "--loss", "clip"), ("c2lip", "--concept-features", "span", "--distill-weight", "0.1")]
+METHOD_RUNS = [("tecoa",), ("gift", "--loss", "clip"), ("clic", "--loss", "clip"),
+               ("ce_clip",), ("degla", "--loss", "clip"), ("con_clip", "--relations", "1"),
+               ("triplet_clip", "--loss", "clip"), ("c2lip", "--concept-features", "span", "--distill-weight", "0.1"),
+               ("siglip", "--caption-xac-weight", "0.5", "--paraphrase-weight", "0.5", "--relations", "0.5"),
+               ("fsc_clip",), ("fsc_clip", "--loss", "clip", "--npc-weight", "1", "--concept-features", "span"),
+               ("cs_clip", "--relations", "0.5")]
 
 
 @pytest.mark.slow
@@ -295,7 +299,8 @@ def test_methods_do_not_depend_on_processes_and_parts(exact, tmp_path, method):
     whole = [r for r in map(json.loads, open(exact(*extra) / "log.jsonl")) if "loss" in r]
     parts = [r for r in map(json.loads, open(tmp_path / "log.jsonl")) if "loss" in r]
     assert len(whole) == len(parts) == 6
-    terms = {"tecoa": 1, "gift": 4, "clic": 4, "ce_clip": 3, "degla": 4, "con_clip": 1, "triplet_clip": 1, "c2lip": 4}[method[0]]
+    terms = {"ce_clip": 3, "degla": 4, "con_clip": 1, "triplet_clip": 1, "c2lip": 4, "siglip": 3, "fsc_clip": 4 if "clip" in method else 3,
+             "cs_clip": 2}[method[0]]
     names = [k for k in list(whole[-1]) if k == "contrastive" or k in TERMS]
     assert len(names) == terms
     for a, b in zip(whole, parts):
@@ -342,6 +347,29 @@ def test_method_weights_are_the_published_ones(exact):
     degla = arguments("degla", "--loss", "clip")
     assert [degla[k] for k in ("tgc_weight", "igc_weight", "distill_weight", "ema")] == [0.1, 0.1, 0.005, 0.9996]
     assert arguments("con_clip", "--relations", "1")["freeze"] == "visual"
+    assert [arguments("fsc_clip")[k] for k in ("ghn_weight", "lhn_weight", "negatives")] == [0.5, 0.2, "mixed"]
+    assert arguments("cs_clip", "--relations", "0.5")["units_weight"] == 0.5
+
+
+def test_captions_and_concepts_are_pooled_together(exact):
+    """The terms of c2lip do not change where captions are queries as well; at the first step all weights are equal."""
+    alone, both = exact(), exact("--caption-xac-weight", "0.5")
+    for term in ("contrastive", "npc", "xac"):
+        assert curve(both, term)[0] == pytest.approx(curve(alone, term)[0], rel=1e-12)
+    assert curve(both, "loss")[0] == pytest.approx(curve(alone, "loss")[0] + 0.5 * curve(both, "caption_xac")[0], rel=1e-12)
+
+
+def test_paraphrases_need_several_captions(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
+    for name, caption in (("one", ["a wall", "a wall"]), ("two", ["a wall", "a black wall"])):
+        rows = [json.dumps({"image": "0.png", "caption": caption if i % 2 else "a door"}) for i in range(64)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    common = ["--image-root", tmp_path, "--preset", "nano", "--paraphrase-weight", "0.5", "--out-dir", tmp_path / "out"]
+    says = mistake("--data", tmp_path / "one.jsonl", *common)
+    assert "none of the first 64 rows" in says and "--caption-key" in says
+    done = run("train.py", *SMALL, "--data", tmp_path / "two.jsonl", *common)
+    assert "32 of the first 64 rows have a second caption" in done.stdout
+    assert all(x > 0 for x in curve(tmp_path / "out", "paraphrase"))
 
 
 def test_concept_count_changes_the_divisor_of_both_terms_alone(exact, tmp_path):
