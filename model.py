@@ -430,7 +430,8 @@ class CLIP(nn.Module):
         return (features, outputs) if return_tokens else features
 
     def forward(self, images, tokens, concept_tokens=None, spans=None, negative_tokens=None,
-                negative_images=None, return_tokens=False):
+                negative_images=None, return_tokens=False, paraphrase_tokens=None,
+                return_words=False, unit_tokens=None):
         """One pass through both towers: DistributedDataParallel must see all parameters in one.
 
         images (B, 3, S, S), tokens (B, L), and where a method wants them
@@ -439,12 +440,17 @@ class CLIP(nn.Module):
                              caption; (0, 0) is padding, whose features mean nothing
             negative_tokens  (B, K, L') int64: K wrong captions of each image
             negative_images  (B, 3, S, S)
+            paraphrase_tokens (B, L') int64: a second caption of each image
+            unit_tokens      (B, K', 2, L') int64: parts of each caption, each with a false version
         Returns a dict; all features are unit vectors.
             logit_scale (a factor, no logarithm), logit_bias (or None)
             image_features (B, D), text_features (B, D)
             patch_tokens (B, T, D), with return_tokens
+            word_features (B, 1 + K, L, D), with return_words: the outputs of the tokens of a
+                caption and of its negatives, which have the same L
             concept_features (U, D), or (B M, D) of spans
             negative_features (B, K, D), negative_image_features (B, D)
+            paraphrase_features (B, D), unit_features (B, K', 2, D)
         """
         out = {"logit_scale": self.logit_scale.exp(), "logit_bias": self.logit_bias}
         if return_tokens:
@@ -452,18 +458,31 @@ class CLIP(nn.Module):
             out["image_features"], out["patch_tokens"] = features
         else:
             out["image_features"] = self.encode_image(images, True)
-        if spans is None:
+        if return_words:
+            texts = torch.cat([tokens[:, None], negative_tokens], dim=1)  # (B, 1 + K, L)
+            features, words = self.encode_text(texts.flatten(0, 1), True, return_tokens=True)
+            features, words = (x.unflatten(0, texts.shape[:2]) for x in (features, words))
+            out["text_features"], out["negative_features"] = features[:, 0], features[:, 1:]
+            out["word_features"] = unit(words)
+            outputs = words[:, 0]
+        elif spans is None:
             out["text_features"] = self.encode_text(tokens, True)
         else:
             out["text_features"], outputs = self.encode_text(tokens, True, return_tokens=True)
+        if spans is not None:
             out["concept_features"] = span_features(outputs, spans)
         if concept_tokens is not None and spans is None:
             out["concept_features"] = self.encode_text(concept_tokens, True)
-        if negative_tokens is not None:
+        if negative_tokens is not None and not return_words:
             negatives = self.encode_text(negative_tokens.flatten(0, 1), True)  # (B K, D)
             out["negative_features"] = negatives.view(*negative_tokens.shape[:2], -1)
         if negative_images is not None:
             out["negative_image_features"] = self.encode_image(negative_images, True)
+        if paraphrase_tokens is not None:
+            out["paraphrase_features"] = self.encode_text(paraphrase_tokens, True)
+        if unit_tokens is not None:
+            units = self.encode_text(unit_tokens.flatten(0, 2), True)  # (B K' 2, D)
+            out["unit_features"] = units.unflatten(0, unit_tokens.shape[:3])
         return out
 
     def checkpoint(self):
@@ -621,6 +640,18 @@ class Tokenizer:
             raise ValueError(f"the tokenizer gives id {tokens.max()}, the model embeds "
                              f"{self.config.vocab_size} tokens: give its own")
         return tokens
+
+    def word_mask(self, texts, length):
+        """Which of the tokens of N texts are theirs: (N, length) bool.
+
+        Not the padding, nor a start of text, whose output is that of any text in a causal model.
+        The end of text is among them.
+        """
+        mask = torch.zeros(len(texts), length, dtype=torch.bool)
+        for row, encoding in enumerate(self.encode(texts)):
+            has_start = len(encoding.ids) > 1 and encoding.special_tokens_mask[0]
+            mask[row, int(has_start):len(encoding.ids)] = True
+        return mask
 
     def spans(self, text, phrases):
         """For each phrase the tokens [(first, end)] of the text where it first stands as words.

@@ -248,6 +248,31 @@ def test_string_id_is_the_same_everywhere():
 
 
 # ------------------------------------------------------------------------------------------- hard negatives
+def test_units_and_their_foils():
+    caption = "a small dog next to a white cat on the red couch"
+    units = {"a small dog", "a white cat", "the red couch", "a small dog next to a white cat",
+             "a white cat on the red couch"}
+    found = {}
+    for seed in range(200):
+        pairs = concepts.unit_pairs(caption, random.Random(seed))
+        assert len(pairs) == 2 and pairs == concepts.unit_pairs(caption, random.Random(seed))
+        for unit, foil in pairs:
+            found.setdefault(unit, set()).add(foil)
+            assert foil != unit and not {"sofa", "puppy"} & {*foil.split()}
+            changed = {*foil.split()} - {*unit.split()}
+            assert not changed & {"dog", "cat", "couch", "small", "white", "red"}       # of another unit
+    assert found.keys() == units
+    assert "a white dog next to a small cat" in found["a small dog next to a white cat"]
+    for seed in range(20):      # the one relation is as true the other way round
+        assert ("a dog and a cat", "a cat and a dog") not in concepts.unit_pairs("a dog and a cat", random.Random(seed), 9)
+    for seed in range(20):      # and so is "a white and brown dog"
+        for _, foil in concepts.unit_pairs("a white and brown dog on a large red couch", random.Random(seed), 9):
+            assert not foil.startswith("a brown and white") and "red large" not in foil
+    known = concepts.unit_pairs("a red ring left of a blue bar", random.Random(0), 9, ["a red ring", "a blue bar", "x"])
+    assert {unit for unit, _ in known} == {"a red ring", "a blue bar", "a red ring left of a blue bar"}
+    assert concepts.unit_pairs("", random.Random(0)) == concepts.unit_pairs("running", random.Random(0)) == []
+
+
 def test_swaps():
     rng = random.Random(0)
     for kind, caption, expected in (
@@ -257,6 +282,8 @@ def test_swaps():
             ("verb", "a man sitting near a dog running", "a man running near a dog sitting")):
         assert concepts.swap_negatives(caption, rng, (kind,)) == [expected]
     assert concepts.swap_negatives("a dog", rng) == concepts.swap_negatives("", rng) == []
+    assert concepts.shuffle_bigrams("a dog and a cat", random.Random(1)) == ["and a cat a dog"]
+    assert concepts.shuffle_bigrams("a dog a dog", rng) == concepts.shuffle_bigrams("", rng) == []
     assert concepts.swap_negatives("a dog and a dog", rng) == []
     with pytest.raises(ValueError, match="adverb"):
         concepts.swap_negatives("a dog", rng, ("adverb",))
