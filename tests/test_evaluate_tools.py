@@ -265,6 +265,9 @@ def test_one_table_over_benchmarks(several, capsys):
     command(["compare", *several])
     out = capsys.readouterr().out
     assert out.index("headline") < out.index("sugarcrepe  ") and out.count("percent with 95 % intervals") == 3
+    for columns in ("relation", "swap_attribute"):
+        with pytest.raises(ValueError, match=f"no figure of these files is named {columns}: expected .* headline, attri"):
+            command(["compare", *several, "--columns", columns])
 
 
 def test_the_mean_of_benchmarks_is_of_independent_ones():
