@@ -5,6 +5,7 @@
     python evaluate.py --init timm/ViT-B-16-SigLIP --bench sugarcrepe     public weights
     python evaluate.py describe sugarcrepe                                its protocol and source
     python evaluate.py compare A.json B.json                              two results, item by item
+    python evaluate.py compare A.json B.json C.json --columns headline    one table over benchmarks
 
 From Python, for any object that has encode_image, encode_text, tokenize and transform:
 
@@ -56,10 +57,10 @@ BENCHES = {name: spec["about"] for name, spec in TABLE.items()}
 COMMANDS = {
     "evaluate": "score a model on benchmarks; the word itself may be left out",
     "download": "fetch the files of benchmarks, as far as they may be fetched",
-    "compare": "compare two files of --json item by item",
+    "compare": "compare two files of --json item by item, or print tables of several",
     "describe": "print the protocol of a benchmark, its source and what to download",
     "verify": "score public checkpoints and print these figures beside the published ones",
-    "plot": "draw the curves of one or more training runs",
+    "plot": "draw the curves of training runs, or results as bars or radar charts",
     "show": "draw which parts of an image are most similar to each phrase of its caption",
 }
 
@@ -838,11 +839,10 @@ def check(benches, **options):
 
 def check_pictures(task, options):
     """Open pictures of a task until one can be read."""
-    for pictures, _ in task.needed():
-        for picture in pictures:
-            data = PictureData([picture], lambda image: image, options.allow_missing)
-            if data[0] is not None:
-                return
+    for picture in itertools.chain(*task.images):
+        data = PictureData([picture], lambda image: image, options.allow_missing)
+        if not picture.missing and data[0] is not None:
+            return
     raise ValueError(f"no image of {type(task).__name__.lower()} {picture.name} can be read")
 
 

@@ -634,7 +634,7 @@ def test_check_finds_what_run_would_find(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
     (tmp_path / "pairs.csv").write_text("image,caption\nnone.png,a dog\n1.png,a cat\n")
     good = dict(data=str(tmp_path / "pairs.csv"), image_root=str(tmp_path), allow_missing=True)
-    evaluate.check(["scenes", "retrieval"], **good)
+    evaluate.check(["scenes", "scenes_pointing", "retrieval"], **good)
     for benches, changes, says in (
             (["scnes"], {}, "no bench 'scnes'"), (["sugarcrepe"], {"data_dir": str(tmp_path)}, "download sugarcrepe"),
             (["retrieval"], {"image_root": "elsewhere"}, "no image .* can be read"),
