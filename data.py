@@ -12,6 +12,10 @@ A row is a dict with
     units           optional list of (part of the caption, false version of it), both str
     paraphrase      optional str, a second true caption (of rows of files: one of their others)
 A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
+
+In this order: Scenes; CaptionFile, which are the pairs on disk; the index of a file; the readers of
+tables and tars; images; TrainTransform and Collate, from rows to batches; Epochs and Seeded, the
+order of the rows; how many workers; the tokenizer of a model from scratch.
 """
 import concurrent.futures
 import contextlib
@@ -22,7 +26,6 @@ import hashlib
 import io
 import json
 import math
-import mmap
 import multiprocessing
 import os
 import random
@@ -46,8 +49,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from concepts import (CAPTION_KEYS, DELIMITERS, SWAP_TAGS, different_words, exchange,
-                      extract_batch, index_phrases, negate, read_table, shuffle_bigrams, string_id,
-                      substitute_negatives, swap_negatives, swappable, unit_pairs)
+                      extract_batch, index_phrases, negate, read_table, shuffle_bigrams,
+                      start_worker, string_id, substitute_negatives, swap_negatives, swappable,
+                      unit_pairs)
 from model import clean_text
 
 # The loader's workers are the parallelism; threads of the tokenizer would only get in their way.
@@ -281,7 +285,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # Train the tokenizer on the captions of so many rows at most, and on so many letters of a word.
 TOKENIZER_ROWS = 200_000
 TOKENIZER_LETTERS = 100
-# Files of so many bytes, several of them, are read by several processes.
+# Several files of so many bytes together are read by several processes.
 PARALLEL_FROM = 2**26
 # So many reports of a file are kept; all of them are counted.
 MAX_REPORTS = 1000
@@ -320,6 +324,8 @@ class CaptionFile(Dataset):
     lost_rows  how many rows that was. A damaged tar is reckoned to have had as many rows as the
                whole ones beside it have on average, or twice what is left if it is alone.
     remarks    [(name, what)] of what looks like a mistake in the files, though no row was lost
+
+    And source_sizes is a list of how many rows each of the sources has, see weigh.
     """
 
     def __init__(self, sources, image_root="", image_key=None, caption_key=None, captions=None,
@@ -338,8 +344,10 @@ class CaptionFile(Dataset):
             self.remarks += joined.remarks
             columns |= joined.columns
         paths = []
+        last_parts = [0]
         for source in sources.split("::"):
             paths += expand(source)
+            last_parts.append(len(paths))
         options = Options(image_key, caption_keys, joined, index_dir)
         self.parts = open_parts(paths, options)
         for part in self.parts:
@@ -350,6 +358,7 @@ class CaptionFile(Dataset):
             self.skipped = joined.unused(self.parts) + self.skipped
         # The first row of each file in the whole data set, and the number of all rows.
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+        self.source_sizes = np.diff(self.starts[last_parts]).tolist()
         self.lost_rows = count_lost(self.parts)
         self._check(sources, caption_keys, columns)
 
@@ -429,48 +438,26 @@ class CaptionFile(Dataset):
             row["neighbours"] = [first + place for place in places]
 
 
+@dataclass
 class Options:
-    """How files are read, see CaptionFile; joined is the open JoinedCaptions, or None."""
+    """How files are read, see CaptionFile."""
+    image_key: str | None
+    caption_keys: list
+    joined: "JoinedCaptions | None"
+    index_dir: str | None
 
-    def __init__(self, image_key, caption_keys, joined, index_dir):
-        self.image_key = image_key
-        self.caption_keys = caption_keys
-        self.joined = joined
-        self.index_dir = index_dir
-
-    def identity(self):
-        """What an index depends on beside its file."""
+    def identity(self, split):
+        """What an index depends on beside its file; split: see file_and_split."""
         joined = self.joined.identity if self.joined else None
-        return ["rows with units", self.image_key, self.caption_keys, joined]
+        return ["rows with units", self.image_key, self.caption_keys, joined, split]
 
 
 def open_parts(paths, options):
-    """Open the rows of each file, with a progress bar where that takes time.
-
-    Files without an index are read now, large ones by several processes. The ranks of a host begin
-    with different files, and each waits for those that another one is reading.
-    """
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Open the rows of each file, with a progress bar where that takes time."""
     # None: no bar where nobody sees it, which is not on a terminal.
     quiet = True if os.environ.get("RANK", "0") != "0" else None
     with tqdm(desc="reading", unit=" rows", delay=1, disable=quiet) as bar:
-        new = []
-        for path in paths[rank::ranks]:
-            if is_large(path) and not has_index(path, options):
-                new.append(path)
-        workers = min(default_workers(), len(new))
-        if workers > 1:
-            count = functools.partial(count_rows, options=options)
-            # Forked, as the loader's workers are: they import nothing anew.
-            context = multiprocessing.get_context("fork")
-            with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-                for number, rows in enumerate(pool.map(count, new), 1):
-                    bar.set_description(f"read {number:,} of {len(new):,} files", refresh=False)
-                    bar.update(rows)
-        elif ranks > 1:
-            for path in new:
-                count_rows(path, options)
+        index_new(paths, options, bar)
         parts = []
         for number, path in enumerate(paths, 1):
             bar.set_description(f"reading file {number:,} of {len(paths):,}", refresh=False)
@@ -478,14 +465,37 @@ def open_parts(paths, options):
     return parts
 
 
-def is_large(path):
-    """Whether it takes a while to read a file."""
-    return os.path.getsize(file_and_split(path)[0]) >= PARALLEL_FROM
+def index_new(paths, options, bar):
+    """Read the files that have no index yet by several processes, if there is much to read.
+
+    The ranks of a host read different files. Later each waits for those that another is reading.
+    """
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    new = []
+    for path in paths[rank::ranks]:
+        if keeps_index(file_and_split(path)[0]) and not has_index(path, options):
+            new.append(path)
+    size = sum(os.path.getsize(file_and_split(path)[0]) for path in new)
+    if len(paths) == 1 or size < PARALLEL_FROM:
+        return
+    # Forked, as the loader's workers are: they import nothing anew.
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(default_workers(), len(new)), multiprocessing.get_context("fork"), start_worker)
+    with pool:
+        counts = pool.map(functools.partial(count_rows, options=options), new)
+        try:
+            for number, rows in enumerate(counts, 1):
+                bar.set_description(f"read {number:,} of {len(new):,} files", refresh=False)
+                bar.update(rows)
+        except concurrent.futures.BrokenExecutor:
+            raise OSError("a process that reads --data was killed, most often for want of memory: "
+                          "start again, it goes on with the next file") from None
 
 
 def has_index(path, options):
     file, split = file_and_split(path)
-    identity = [*options.identity(), split]
+    identity = options.identity(split)
     folders = index_folders(file, options.index_dir)
     return any(os.path.exists(index_path(file, identity, folder)) for folder in folders)
 
@@ -511,7 +521,7 @@ class Part:
         self.path = path
         file, split = file_and_split(path)
         self.index, remarks = open_index(
-            file, [*options.identity(), split], options.index_dir,
+            file, options.identity(split), options.index_dir,
             lambda writer: write_rows(path, options, writer, bar))
         about = self.index.about
         self.skipped = [tuple(pair) for pair in about["skipped"]]
@@ -554,31 +564,40 @@ def write_rows(path, options, writer, bar):
     numbers  the number of each row in the file, where some are not usable
     used     the places of the joined captions that were used
     Returns what is to be remembered of the file, see Part."""
-    reports = Reports()
-    columns = {}            # an ordered set
+    try:
+        return write_each(read_pairs(path), path, options, writer, bar)
+    except ScatteredTar:
+        writer.clear()
+        return write_each(read_pairs(path, scattered=True), path, options, writer, bar)
+
+
+def write_each(rows, path, options, writer, bar):
+    """Write rows, and note what there is to report, see write_rows."""
+    notes = Notes()
     number = 0
-    for row in read_pairs(path):
+    for row in name_errors(path, rows):
         if isinstance(row, Report):
-            reports.add(row)
+            notes.add(row)
             number += row.rows
             continue
-        columns.update(dict.fromkeys(row))
+        notes.add_columns(row)
         sample = make_sample(path, number, row, options, writer)
         if isinstance(sample, Report):
-            reports.add(sample)
+            notes.add(sample)
         else:
             writer.text(sample)
             writer.number("numbers", number)
         number += 1
         if number % 1000 == 0:
             bar.update(1000)
-    return {**vars(reports), "columns": [to_text(name) for name in columns]}
+    return vars(notes)
 
 
-class Reports:
-    """What was wrong with a file: see Part."""
+class Notes:
+    """What is remembered of a file beside its rows: see Part."""
 
     def __init__(self):
+        self.columns = {}       # an ordered set of names
         self.skipped = []
         self.remarks = []
         self.lost = 0
@@ -590,6 +609,10 @@ class Reports:
             pairs.append((report.name, report.why))
         self.lost += report.rows
         self.torn |= report.torn
+
+    def add_columns(self, row):
+        if row.keys() != self.columns.keys():       # most rows have those of the first
+            self.columns.update(dict.fromkeys(row))
 
 
 class JoinedCaptions:
@@ -658,16 +681,15 @@ def write_captions(path, caption_keys, writer):
     hashes  of the names, sorted
     order   the numbers of the texts in this order
     Returns what is to be remembered of the table, see JoinedCaptions."""
-    reports = Reports()
-    columns = {}            # an ordered set
+    notes = Notes()
     name_column = ""
     wanted = {*(caption_keys or CAPTION_KEYS), "concepts", "negatives", "units"}
     hashes = array("q")
-    for row in read_rows(path):
+    for row in name_errors(path, read_rows(path)):
         if isinstance(row, Report):
-            reports.add(row)
+            notes.add(row)
             continue
-        columns.update(dict.fromkeys(row))
+        notes.add_columns(row)
         name_column = first_present(JOIN_KEYS, row)
         name = str(row.get(name_column) or "")
         about = {key: value for key, value in row.items() if key in wanted}
@@ -676,22 +698,16 @@ def write_captions(path, caption_keys, writer):
     order = np.argsort(hashes, kind="stable")
     writer.numbers("hashes", np.array(hashes)[order])
     writer.numbers("order", order)
-    return {**vars(reports), "columns": [to_text(name) for name in columns],
-            "name_column": name_column}
+    return {**vars(notes), "name_column": name_column}
 
 
+@dataclass
 class Report:
-    """What a reader gives in place of rows: how many are lost, or a remark if it is none.
-
-    name, why   for the user: which row or file, and what is the matter
-    torn        the file itself is damaged, and rows an estimate
-    """
-
-    def __init__(self, name, why, rows=0, torn=False):
-        self.name = name
-        self.why = why
-        self.rows = rows
-        self.torn = torn
+    """What a reader gives in place of rows that are lost, or as a remark."""
+    name: str           # for the user: which row or file,
+    why: str            # and what is the matter
+    rows: int = 0       # so many are lost
+    torn: bool = False  # the file itself is damaged, and rows an estimate
 
 
 def count_lost(parts):
@@ -759,12 +775,18 @@ def captions_of(rows, caption_keys):
     CAPTION_KEYS that is not empty."""
     texts = []
     for row in rows:
-        keys = caption_keys
-        if not keys:
-            keys = [key for key in CAPTION_KEYS if row.get(key)][:1]
+        keys = caption_keys or first_filled(CAPTION_KEYS, row)
         for key in keys:
             texts += parse_list(row.get(key), separator=None)
     return texts
+
+
+def first_filled(keys, row):
+    """A list of the first of the keys that is not empty in the row, [] without one."""
+    for key in keys:
+        if row.get(key):
+            return [key]
+    return []
 
 
 def first_present(keys, row):
@@ -780,8 +802,7 @@ def first_present(keys, row):
 INDEX_FORMAT = 1
 INDEX_MARK = b"c2lip-1\n"           # the last bytes of an index that is whole
 INDEX_FOLDER = ".c2lip-index"       # beside the file
-# A smaller table is read into memory each time: it takes a moment, and no file is left behind.
-INDEX_FROM = 2**22
+INDEX_FROM = 2**22                  # bytes of a table that has one, see keeps_index
 # The digest of an index is over so many blocks at most, of so many bytes.
 DIGEST_BLOCKS = 32
 DIGEST_SIZE = 2**16
@@ -815,9 +836,12 @@ class Index:
     @classmethod
     def map(cls, path):
         """Open an index by its file. Raises ValueError or OSError."""
-        with open(path, "rb") as f:
-            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        return cls(np.frombuffer(mapped, np.uint8), path)
+        size = os.path.getsize(path)
+        if size == 0:
+            raise ValueError("it is empty")
+        # As mmap does, but without a file that stays open: of those a process may have 1,024.
+        mapped = torch.from_file(path, size=size, dtype=torch.uint8)
+        return cls(mapped.numpy(), path)
 
     def __reduce__(self):
         # A worker that is spawned, not forked, maps the file itself.
@@ -843,35 +867,29 @@ class Index:
                 f"the index {self.path} is damaged: remove it, and start again") from None
 
 
-class CannotWrite(Exception):
-    """An index cannot be written to a place: no permission, a full disk."""
-
-
 class IndexWriter:
     """Writes an Index in little memory: texts to its file, columns to files without a name.
 
     path  of the index, which appears there when it is finished; None: it stays in memory
+
+    Its methods raise OSError where they cannot write.
     """
 
     def __init__(self, path=None):
         self.path = path
         self.columns = {}           # name -> file
-        self.waiting = {}           # name -> numbers that are not in the file yet
-        self.size = 0
-        try:
-            if path is None:
-                self.file = io.BytesIO()
-            else:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                self.partial = f"{path}.{os.urandom(8).hex()}.partial"
-                self.file = open(self.partial, "w+b")
-        except OSError as error:
-            raise CannotWrite(error.strerror) from error
+        self.size = 0               # of the texts
+        if path is None:
+            self.file = io.BytesIO()
+        else:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            self.partial = f"{path}.{os.urandom(8).hex()}.partial"
+            self.file = open(self.partial, "w+b")
 
     def text(self, value):
         """Write the next text."""
         content = json.dumps(value).encode()
-        self._write(self.file, content)
+        self.file.write(content)
         self.size += len(content)
         self.number("ends", self.size)
 
@@ -879,60 +897,49 @@ class IndexWriter:
         """Write the next number of a column."""
         if column not in self.columns:
             self._add(column)
-        waiting = self.waiting[column]
-        waiting.append(value)
-        if len(waiting) == 8192:
-            self._flush(column)
+        self.columns[column].write(value.to_bytes(8, "little"))
 
     def numbers(self, column, values):
-        """Write a whole column."""
+        """Write a whole column, int64."""
         self._add(column)
-        self._write(self.columns[column], values.astype(np.int64).tobytes())
+        self.columns[column].write(values.tobytes())
 
     def _add(self, column):
-        self.waiting[column] = array("q")
         if self.path is None:
             self.columns[column] = io.BytesIO()
         else:
-            folder = os.path.dirname(self.path)
-            self.columns[column] = tempfile.SpooledTemporaryFile(max_size=2**20, dir=folder)
+            self.columns[column] = tempfile.TemporaryFile(dir=os.path.dirname(self.path))
 
-    def _flush(self, column):
-        self._write(self.columns[column], self.waiting[column].tobytes())
-        del self.waiting[column][:]
-
-    def _write(self, file, content):
-        try:
-            file.write(content)
-        except OSError as error:
-            raise CannotWrite(error.strerror) from error
+    def clear(self):
+        """Begin anew."""
+        self.file.seek(0)
+        self.file.truncate()
+        for column in self.columns.values():
+            column.close()
+        self.columns.clear()
+        self.size = 0
 
     def finish(self, about):
         """Write the columns and what is known about the file; returns the Index."""
-        try:
-            places = {}
-            position = self.size + -self.size % 8
-            self.file.write(bytes(position - self.size))
-            for name, column in self.columns.items():
-                self._flush(name)
-                count = column.tell() // 8
-                places[name] = (position, count)
-                column.seek(0)
-                shutil.copyfileobj(column, self.file, 2**20)
-                position += 8 * count
-            digest = sampled_digest(self._content())
-            text = json.dumps({**about, "places": places, "digest": digest}).encode()
-            text += b" " * (-len(text) % 8)         # numbers stay at multiples of 8 bytes
-            self.file.write(text + len(text).to_bytes(8, "little") + INDEX_MARK)
-            if self.path is None:
-                return Index(self._content())
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            os.replace(self.partial, self.path)     # others see a whole index or none
-            return Index.map(self.path)
-        except OSError as error:
-            raise CannotWrite(error.strerror) from error
+        places = {}
+        position = self.size + -self.size % 8
+        self.file.write(bytes(position - self.size))
+        for name, column in self.columns.items():
+            count = column.tell() // 8
+            places[name] = (position, count)
+            column.seek(0)
+            shutil.copyfileobj(column, self.file, 2**20)
+            position += 8 * count
+        digest = sampled_digest(self._content())
+        text = json.dumps({**about, "places": places, "digest": digest}).encode()
+        text += b" " * (-len(text) % 8)         # numbers stay at multiples of 8 bytes
+        self.file.write(text + len(text).to_bytes(8, "little") + INDEX_MARK)
+        if self.path is None:
+            return Index(self._content())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        os.replace(self.partial, self.path)     # others see a whole index or none
+        return Index.map(self.path)
 
     def _content(self):
         """All bytes so far, as an array."""
@@ -941,13 +948,13 @@ class IndexWriter:
         self.file.flush()
         if self.file.tell() == 0:
             return np.zeros(0, np.uint8)
-        mapped = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
-        return np.frombuffer(mapped, np.uint8)
+        return np.memmap(self.partial, np.uint8, "r")
 
-    def abandon(self):
+    def close(self):
         """Remove what was written, unless it is finished."""
-        with contextlib.suppress(OSError):          # a full disk again
-            self.file.close()
+        for file in (self.file, *self.columns.values()):
+            with contextlib.suppress(OSError):      # a full disk again
+                file.close()
         if self.path:
             with contextlib.suppress(OSError):
                 os.remove(self.partial)
@@ -978,30 +985,42 @@ def open_index(path, identity, index_dir, write):
                 user's cache folder. Where neither can be, they are in this process's memory.
     Returns the Index, and remarks about it as CaptionFile has them.
     """
-    stamp = file_stamp(path)
-    if not path.endswith(".tar") and stamp[0] < INDEX_FROM:
+    if not keeps_index(path):
         return write_index(path, None, write), []
-    remarks = []
     for folder in index_folders(path, index_dir):
-        target = index_path(path, identity, folder)
-        index, _ = find_index(target)
-        if index:
-            return index, remarks
         try:
-            with locked(target):
-                index, why = find_index(target)     # another process may have written it
-                if why:
-                    remarks.append((path, f"its index was damaged ({why}) and is made anew"))
-                if index is None:
-                    remove_old(target)
-                    index = write_index(path, target, write)
-            return index, remarks
+            return find_or_write(path, index_path(path, identity, folder), write)
         except CannotWrite as error:
-            problem = error
+            problem = error.strerror
     # The text names the folder, so that Python shows this warning once a folder.
     warnings.warn(f"{index_dir or os.path.dirname(path)}: {problem}: indices of its files are kept "
                   "in memory only, and made anew at each start. Give a folder with --index-dir")
-    return write_index(path, None, write), remarks
+    return write_index(path, None, write), []
+
+
+def keeps_index(path):
+    """Whether the index of a file is kept on disk. A small table is read into memory each time: it
+    takes a moment, and no file is left behind."""
+    return path.endswith(".tar") or os.path.getsize(path) >= INDEX_FROM
+
+
+def find_or_write(path, target, write):
+    """Open the index of a file at its place, or write it there; see open_index.
+
+    Raises CannotWrite if it is not there, and cannot be.
+    """
+    index, _ = find_index(target)
+    if index is not None:
+        return index, []
+    with locked(target):
+        index, problem = find_index(target)         # another process may have written it
+        if index is not None:
+            return index, []
+        remarks = []
+        if problem:
+            remarks.append((path, f"its index was damaged ({problem}) and is made anew"))
+        remove_old(target)
+        return write_index(path, target, write), remarks
 
 
 def find_index(target):
@@ -1010,23 +1029,30 @@ def find_index(target):
         return Index.map(target), ""
     except FileNotFoundError:
         return None, ""
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except Exception as error:      # damage raises nearly anything
         return None, str(error) or type(error).__name__
 
 
 def write_index(path, target, write):
     """Write the index of a file to its place, None for memory; reads the file a second time if it
-    is changed meanwhile."""
+    is changed meanwhile. Raises ValueError for a file that cannot be read, or CannotWrite."""
     for _ in range(2):
         stamp = file_stamp(path)
-        writer = IndexWriter(target)
         try:
-            about = write(writer)
+            with contextlib.closing(IndexWriter(target)) as writer:
+                about = write(writer)
+                if file_stamp(path) == stamp:
+                    return writer.finish({**about, "stamp": stamp})
+        except ValueError:
             if file_stamp(path) == stamp:
-                return writer.finish({**about, "stamp": stamp})
-        finally:
-            writer.abandon()
+                raise
+        except OSError as error:        # of the writer: see name_errors
+            raise CannotWrite(error.errno, error.strerror) from error
     raise ValueError(f"{path} is being written: it changed twice while it was read")
+
+
+class CannotWrite(OSError):
+    """An index cannot be written to a place: no permission, a full disk."""
 
 
 def index_folders(path, index_dir):
@@ -1069,7 +1095,7 @@ def locked(target):
         os.makedirs(os.path.dirname(target), exist_ok=True)
         file = open(f"{target}.lock", "w")
     except OSError as error:
-        raise CannotWrite(error.strerror) from error
+        raise CannotWrite(error.errno, error.strerror) from error
     with file:
         # A file system may have no locks: then all write, and the last one is kept.
         with contextlib.suppress(OSError):
@@ -1110,13 +1136,21 @@ def expand(source):
     return paths
 
 
-def read_pairs(path):
+def read_pairs(path, scattered=False):
     """The rows of a file, dicts, and Reports: see read_shard, read_annotations, read_rows."""
     if path.endswith(".tar"):
-        return read_shard(path)
+        return read_shard(path, scattered)
     if file_and_split(path)[0].endswith(".json"):
         return read_annotations(path)
     return read_rows(path)
+
+
+def name_errors(path, rows):
+    """Yield the rows; an error of reading them becomes a ValueError that names the file."""
+    try:
+        yield from rows
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read to its end: {error}") from None
 
 
 def file_and_split(path):
@@ -1126,7 +1160,7 @@ def file_and_split(path):
 
 
 def read_annotations(path):
-    """Return the images of COCO's captions_train2017.json or of Karpathy's dataset_flickr8k.json
+    """Yield the images of COCO's captions_train2017.json or of Karpathy's dataset_flickr8k.json
     (Karpathy and Fei-Fei 2015), each a dict of image and caption, a list of all its captions.
 
     Karpathy's file has all splits, of which "#SPLIT" behind its name chooses one; the default,
@@ -1155,7 +1189,7 @@ def read_annotations(path):
             f"({type(error).__name__} {what:.100})") from None
     if not rows:
         raise ValueError(f"{path}: no images of this split")
-    return rows
+    yield from rows
 
 
 def read_rows(path):
@@ -1231,46 +1265,85 @@ def read_json_lines(lines):
             yield None, "not an object in json"
 
 
-def read_shard(path):
-    """Return the samples of a tar, as img2dataset and webdataset write them, as dicts; a Report
-    at the end if it is damaged.
+def read_shard(path, scattered=False):
+    """Yield the samples of a tar, as img2dataset and webdataset write them, as dicts; a Report at
+    the end if it is damaged.
 
     Each has key, image ([offset, size] in the tar, or None), txt if there is one, and the keys of
     its json. Members of one name, but for the ending, are one sample; a second image or text of
     that name begins another one.
+
+    scattered  the members of a sample may stand anywhere, and all samples are in memory. Without
+               it they stand side by side: raises ScatteredTar at the end if they did not
     """
     size = os.path.getsize(path)
-    samples = []
-    reports = []
-    latest = {}         # the sample that a name belongs to now
+    damages = []
+    join = join_scattered if scattered else join_neighbours
+    count = 0
     with open(path, "rb") as f:
-        try:
-            for name, offset, length in tar_members(f, size):
-                key, ending = os.path.splitext(name.removeprefix("./"))
-                kind = MEMBERS.get(ending.lower())
-                if kind is None:
-                    continue
-                if key not in latest or latest[key].get(kind):
-                    latest[key] = {"key": key, "image": None}
-                    samples.append(latest[key])
-                content = [offset, length]
-                if kind != "image":
-                    content = read_at(f, offset, length).decode("utf-8", "replace")
-                latest[key][kind] = content
-            if not samples:
-                raise DamagedTar("no image and no caption is in it", 0)
-        except DamagedTar as damage:
-            lost = 1
-            if damage.position:
-                lost = max(1, math.ceil((size / damage.position - 1) * len(samples)))
-            reports.append(Report(
-                f"{path} is damaged or cut off from byte {damage.position:,} on",
-                f"{damage}; rows lost: {lost:,} or more", lost, torn=True))
-    rows = []
-    for sample in samples:
-        about = parse_json(sample.pop("json", ""))
-        rows.append({"image": None, **about, **sample})
-    return rows + reports
+        for sample in join(useful_members(f, size, damages)):
+            about = parse_json(sample.pop("json", ""))
+            yield {"image": None, **about, **sample}
+            count += 1
+    if not damages and not count:
+        damages.append(DamagedTar("no image and no caption is in it", 0))
+    for damage in damages:      # one at most
+        lost = 1
+        if damage.position:
+            lost = max(1, math.ceil((size / damage.position - 1) * count))
+        yield Report(f"{path} is damaged or cut off from byte {damage.position:,} on",
+                     f"{damage}; rows lost: {lost:,} or more", lost, torn=True)
+
+
+def useful_members(f, size, damages):
+    """Yield (key, kind, content) of the members of a tar that MEMBERS names: [offset, size] of an
+    image, else a text. Where the tar is damaged it ends, and adds the DamagedTar to a list."""
+    try:
+        for name, offset, length in tar_members(f, size):
+            key, ending = os.path.splitext(name.removeprefix("./"))
+            kind = MEMBERS.get(ending.lower())
+            if kind == "image":
+                yield key, kind, [offset, length]
+            elif kind:
+                yield key, kind, read_at(f, offset, length).decode("utf-8", "replace")
+    except DamagedTar as damage:
+        damages.append(damage)
+
+
+def join_neighbours(members):
+    """Yield the sample of members that follow one another under one name. Raises ScatteredTar at
+    the end if a name came back."""
+    sample = {}
+    names = array("q")          # 8 bytes for each sample: all that stays in memory
+    for key, kind, content in members:
+        if sample.get("key") != key:
+            names.append(hash(key))
+        if sample.get("key") != key or sample.get(kind):
+            if sample:
+                yield sample
+            sample = {"key": key, "image": None}
+        sample[kind] = content
+    if sample:
+        yield sample
+    hashes = np.sort(names)
+    if (hashes[1:] == hashes[:-1]).any():
+        raise ScatteredTar
+
+
+def join_scattered(members):
+    """The samples of members in any order, a list in the order of their first members."""
+    samples = []
+    latest = {}         # the sample that a name belongs to now
+    for key, kind, content in members:
+        if key not in latest or latest[key].get(kind):
+            latest[key] = {"key": key, "image": None}
+            samples.append(latest[key])
+        latest[key][kind] = content
+    return samples
+
+
+class ScatteredTar(Exception):
+    """The members of a sample do not stand side by side in a tar."""
 
 
 class DamagedTar(ValueError):
@@ -1939,31 +2012,42 @@ def concepts_of(rows):
 # the second; the first shuffled an array of all rows.
 ORDER = 2
 FEISTEL_ROUNDS = 6
+# The largest weight of a source.
+MAX_WEIGHT = 1_000_000
 
 
 class Epochs(Sampler):
-    """Batches of (epoch, index) for one process, over all epochs.
+    """Batches of (turn, index) for one process, over all epochs: the index of a row, and how many
+    times it was shown before, which without weights is the epoch.
 
     The order is a function of (seed, epoch) and nothing else, and of constant cost: a process
     computes its own rows only, at any step, for any length. An epoch has
     ceil(length / batch_size) batches, equal up to one row, and every row once; the batch of all
     processes together is the same for any world_size.
 
+    With sources an epoch shows some rows more often than others. Each source goes through its own
+    rows again and again, each time in another order, and an epoch takes the next so many of them:
+    over the epochs the rows of a source are shown equally often, up to once. A row that an epoch
+    shows twice may be twice in a batch.
+
     length      number of rows of the data
     batch_size  rows of a batch, of all processes together
     start_step, stop_step    the first batch, and the one behind the last (default: one epoch)
+    sources     [(rows, shown)]: how many rows each source has, in the order of the data, and how
+                many of them an epoch shows, see weigh; None: every row once
     """
 
     def __init__(self, length, batch_size, seed=0, rank=0, world_size=1, start_step=0,
-                 stop_step=None):
-        if batch_size > length:
-            raise ValueError(f"--batch-size {batch_size} is more than the {length} rows of data: "
-                             f"give at most {length}")
-        self.length = length
+                 stop_step=None, sources=None):
+        self.sources = sources or [(length, length)]
+        self.length = sum(shown for _, shown in self.sources)       # of an epoch
+        if batch_size > self.length:
+            raise ValueError(f"--batch-size {batch_size} is more than the {self.length} rows of "
+                             f"data: give at most {self.length}")
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.steps_per_epoch = -(-length // batch_size)
+        self.steps_per_epoch = -(-self.length // batch_size)
         self.start = start_step
         self.stop = self.steps_per_epoch if stop_step is None else stop_step
 
@@ -1976,8 +2060,56 @@ class Epochs(Sampler):
             first, size = share(self.length, self.steps_per_epoch, step_in_epoch)
             offset, size = share(size, self.world_size, self.rank)
             positions = np.arange(first + offset, first + offset + size)
-            rows = permute(positions, self.length, f"{self.seed} {epoch}")
-            yield [(epoch, row) for row in rows.tolist()]
+            slots = permute(positions, self.length, f"{self.seed} {epoch}")
+            turns, rows = self._rows(epoch, slots)
+            yield list(zip(turns.tolist(), rows.tolist()))
+
+    def _rows(self, epoch, slots):
+        """Turns and rows that stand in some slots of an epoch, which are numbered by source."""
+        turns = np.empty_like(slots)
+        rows = np.empty_like(slots)
+        first_row = 0
+        first_slot = 0
+        for number, (size, shown) in enumerate(self.sources):
+            own = (slots >= first_slot) & (slots < first_slot + shown)
+            shown_before = epoch * shown + slots[own] - first_slot
+            turn, place = np.divmod(shown_before, max(1, size))
+            # An epoch that shows the whole source needs no order here: its slots have one.
+            if size and shown % size:
+                for t in np.unique(turn):
+                    key = f"{self.seed} source {number} {t}"
+                    place[turn == t] = permute(place[turn == t], size, key)
+            turns[own] = turn
+            rows[own] = first_row + place
+            first_row += size
+            first_slot += shown
+        return turns, rows
+
+
+def weigh(sizes, weights):
+    """Return [(rows, shown)] for Epochs: with weight 2 an epoch shows each row of a source twice,
+    with 0.5 half of the rows, and the other half in the next epoch.
+
+    sizes    the number of rows of each source
+    weights  text such as "1,2", a number for each source
+    Raises ValueError for weights that are none.
+    """
+    words = weights.split(",")
+    if len(words) != len(sizes):
+        raise ValueError(f"--data-weights {weights}: {len(words)} weights for {len(sizes)} sources "
+                         "of --data, which are joined by '::'; give one for each")
+    sources = []
+    for word, size in zip(words, sizes):
+        try:
+            weight = float(word)
+        except ValueError:
+            weight = math.nan
+        if not 0 < weight <= MAX_WEIGHT:
+            raise ValueError(f"--data-weights {weights}: {word.strip()!r} is not a number above 0 "
+                             f"and up to {MAX_WEIGHT:,}")
+        shown = max(1, round(weight * size)) if size else 0
+        sources.append((size, shown))
+    return sources
 
 
 class EveryOther(Sampler):
@@ -1992,7 +2124,7 @@ class EveryOther(Sampler):
     def __iter__(self):
         for step, batch in enumerate(self.epochs, self.epochs.start):
             if step % 2 == 0:
-                batch = [(epoch, index, "partner") for epoch, index in batch]
+                batch = [(turn, index, "partner") for turn, index in batch]
             yield batch
 
 
@@ -2043,11 +2175,12 @@ def scramble(values, key):
 
 
 class Seeded(Dataset):
-    """Rows by (epoch, index), each with a seed of its own, a function of (seed, epoch, index).
+    """Rows by (turn, index), see Epochs, each with a seed of its own, a function of (seed, turn,
+    index).
 
     By this seed one caption of several is drawn and, if they are asked for, one neighbour, and
     another caption as paraphrase.
-    An item (epoch, index, "partner") brings another row, any of the data, as its partner.
+    An item (turn, index, "partner") brings another row, any of the data, as its partner.
     """
 
     def __init__(self, dataset, seed, neighbours=True, paraphrases=False):
@@ -2057,8 +2190,8 @@ class Seeded(Dataset):
         self.paraphrases = paraphrases
 
     def __getitem__(self, item):
-        epoch, index, *wanted = item
-        seed = zlib.crc32(f"{self.seed} {epoch} {index}".encode())
+        turn, index, *wanted = item
+        seed = zlib.crc32(f"{self.seed} {turn} {index}".encode())
         rng = random.Random(seed)
         row = {**self.dataset[index], "seed": seed}
         if "captions" in row:
@@ -2066,20 +2199,20 @@ class Seeded(Dataset):
         if self.neighbours and row.get("neighbours"):
             chosen = rng.choice(row["neighbours"])
             without = Seeded(self.dataset, self.seed, False, self.paraphrases)  # brings none itself
-            row["neighbour"] = without[epoch, chosen]
+            row["neighbour"] = without[turn, chosen]
         if wanted and "error" not in row:
-            row["partner"] = self.draw_partner(row, epoch, rng)
+            row["partner"] = self.draw_partner(row, turn, rng)
         if self.paraphrases and "captions" in row:
             others = [text for text in row["captions"] if text != row["caption"]]
             if others:
                 row["paraphrase"] = rng.choice(others)
         return row
 
-    def draw_partner(self, row, epoch, rng):
+    def draw_partner(self, row, turn, rng):
         """A row whose image is wide or not, as this one's is; any after MAX_DRAWS vain draws."""
         without = Seeded(self.dataset, self.seed, neighbours=False)
         for _ in range(MAX_DRAWS):
-            partner = without[epoch, rng.randrange(len(self.dataset))]
+            partner = without[turn, rng.randrange(len(self.dataset))]
             if "error" in partner or is_wide(partner["image"]) == is_wide(row["image"]):
                 break
         return partner

@@ -98,6 +98,10 @@ group.add_argument("--data", metavar="FILES",
                    help="Image-caption pairs: .csv, .tsv or .jsonl tables, or tar shards such as "
                         "'cc3m/{00000..00331}.tar', several joined by '::'. Default: the built-in "
                         "scenes.")
+group.add_argument("--data-weights", metavar="W,W",
+                   help="How often an epoch shows the rows of each source in --data: with 1,2 "
+                        "those of the second twice, with 1,0.5 one half of them, and in the next "
+                        "epoch the other half. Default: each row once.")
 group.add_argument("--image-root", default="", metavar="DIR",
                    help="The folder that the image paths of --data are relative to.")
 group.add_argument("--image-key", metavar="COLUMN",
@@ -254,6 +258,8 @@ group.add_argument("--dry-run", action="store_true",
 args = parser.parse_args()
 if args.steps is not None and args.epochs is not None:
     parser.error("--steps and --epochs are two ways to say how long: give one of them")
+if args.data_weights is not None and not args.data:
+    parser.error("--data-weights weighs the sources of --data: give both, or none of them")
 
 # ---- what takes long to import ---------------------------------------------
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning threads starve other processes
@@ -271,7 +277,7 @@ import evaluate
 from concepts import string_id
 from data import (ORDER, CaptionFile, Collate, Epochs, EveryOther, Scenes, Seeded,
                   default_workers, normalize_images, normalize_pixels, train_tokenizer,
-                  train_transform, unnormalize_images)
+                  train_transform, unnormalize_images, weigh)
 from losses import (METHODS, Features, awc_loss, extra_terms, fisher_weights, gather_features,
                     gather_together, pgd_attack, plan_batch, tecoa_loss)
 from model import CLIP, MODELS, no_decay, read_tokenizer, set_tokenizer
@@ -546,7 +552,11 @@ replay = guard(open_replay)
 if replay is not None and len(replay) < world_size * args.accum:
     stop(f"--replay {args.replay} has {len(replay)} rows, fewer than {world_size} processes x "
          f"--accum {args.accum}", 2)
-sampler = guard(Epochs, len(dataset), args.batch_size, args.seed, rank, world_size)
+weighed = None      # rows of each source, and how many of them an epoch shows
+if args.data_weights is not None:
+    weighed = guard(weigh, dataset.source_sizes, args.data_weights)
+sampler = guard(Epochs, len(dataset), args.batch_size, args.seed, rank, world_size,
+                sources=weighed)
 if args.batch_size < world_size * args.accum:
     stop(f"--batch-size {args.batch_size} is less than {world_size} processes x --accum "
          f"{args.accum}", 2)
@@ -1591,6 +1601,9 @@ print0(f"{model.config.name}, {millions:.1f} M parameters; {args.method}: {shown
        f"{'softmax' if model.logit_bias is None else 'sigmoid'}; {len(dataset):,} rows, "
        f"{args.steps:,} steps of {args.batch_size}, {world_size} x {args.device} in {args.dtype}"
        f"{', compiled' if args.compile else ''}")
+if weighed:
+    for source, (size, shown) in zip(args.data.split("::"), weighed):
+        print0(f"{source}: {size:,} rows, of which an epoch shows {shown:,}")
 if not gpu and millions > 10:
     print0(f"SLOW: a {model.config.name} on a CPU takes seconds an image")
 if gpu and not (args.compile and "bfloat16" in args.dtype):
@@ -1627,9 +1640,9 @@ if args.dry_run:
     began = time.time()
     loss = summed(step_function(rows, inputs, plan)["loss"].detach()).item()
     seconds = time.time() - began
-    images = args.steps * len(dataset) // sampler.steps_per_epoch
+    images = args.steps * sampler.length // sampler.steps_per_epoch
     print0(f"dry run: {len(rows['keys'])} rows read, {len(rows['bad'])} bad; loss {loss:.3f}; "
-           f"{images:,} images, {images / len(dataset):.2f} epochs; {seconds:.2f} s a step, "
+           f"{images:,} images, {images / sampler.length:.2f} epochs; {seconds:.2f} s a step, "
            f"{args.steps * seconds / 3600:.2f} hours and the time to read data; peak memory "
            f"{peak_mib():.0f} MiB. Nothing was trained")
     end()

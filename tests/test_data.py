@@ -7,8 +7,12 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
+import subprocess
+import sys
 import tarfile
+import time
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
@@ -27,7 +31,7 @@ import data as data_module
 from concepts import negate, swap_negatives
 from data import (COLOURS, SHAPES, WORLDS, CaptionFile, Collate, Epochs, EveryOther, Scenes, Seeded, default_workers,
                   exchange_between, join_pair, load_fast, load_image, normalize_images, normalize_pixels, permute, string_id,
-                  train_tokenizer, train_transform, unnormalize_images)
+                  train_tokenizer, train_transform, unnormalize_images, weigh)
 from model import MODELS, Tokenizer, image_transform
 
 
@@ -509,7 +513,7 @@ def test_truncated_shard(tmp_path, share):
     assert "cut.tar is damaged or cut off from byte" in data.skipped[-1][0]
 
 
-def test_damaged_header_in_the_middle(tmp_path):
+def test_damaged_header_in_the_middle(tmp_path, monkeypatch):
     path = shard(tmp_path / "a.tar", samples(0, 10))
     content = bytearray(open(path, "rb").read())
     start = next(m.offset for m in tarfile.open(path) if m.name == "000000006.png" or m.name == "000000006.webp")
@@ -522,8 +526,10 @@ def test_damaged_header_in_the_middle(tmp_path):
     with pytest.raises(ValueError, match="no images with captions.*c.tar"):
         CaptionFile(str(tmp_path / "c.tar"))
     (tmp_path / "d.tar").write_bytes(b"")
-    data = CaptionFile(f"{tmp_path}/{{a,c,d}}.tar")
-    assert len(data) == 10 and len(data.skipped) == 2
+    for _ in range(2):
+        data = CaptionFile(f"{tmp_path}/{{a,c,d}}.tar")
+        assert len(data) == 10 and len(data.skipped) == 2
+        monkeypatch.setattr(data_module, "tar_members", None)       # nor are tars without any row read again
 
 
 def test_members_that_cannot_be_read_are_named(tmp_path, monkeypatch):
@@ -591,6 +597,40 @@ def test_large_tables_are_read_row_by_row(tmp_path, kind):
     tracemalloc.stop()
     assert len(data) == n and data.sample(n - 1)["captions"][0].startswith("a wall 4999 ")
     assert peak < 8e6, peak     # all rows at once: 19e6
+
+
+def test_shards_are_read_sample_by_sample(tmp_path, monkeypatch):
+    """As above; only where the members of a sample stand apart, all samples are in memory."""
+    members = [(f"{i:09}.{ending}", content) for i in range(3000) for ending, content in (
+        ("jpg", b"x"), ("txt", b"a wall %d" % i), ("json", json.dumps({"raw": "y" * 2000}).encode()))]
+    near = shard(tmp_path / "near.tar", members)
+    apart = shard(tmp_path / "apart.tar", sorted(members, key=lambda member: member[0][-3:]))
+    CaptionFile(shard(tmp_path / "first.tar", members[:6]))
+    tracemalloc.start()
+    data = CaptionFile(near)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6, peak     # all samples at once: 7e6
+    passes, scan = [], data_module.tar_members
+    monkeypatch.setattr(data_module, "tar_members", lambda *args: passes.append(args) or scan(*args))
+    expected = [f"a wall {i}" for i in range(3000)]
+    assert data.captions == CaptionFile(apart).captions == expected and data.lost_rows == 0 and len(passes) == 2
+    assert CaptionFile(apart).captions == expected and len(passes) == 2
+
+
+def test_a_tar_that_is_cut_while_it_is_read(tmp_path, monkeypatch):
+    path = shard(tmp_path / "a.tar", samples(0, 9))
+    content, read = open(path, "rb").read(), data_module.read_at
+
+    def cut(f, position, length):
+        if position > 20_000 and os.path.getsize(path) == len(content):
+            with open(path, "r+b") as same_file:
+                same_file.truncate(15_000)
+        return read(f, position, length)
+    monkeypatch.setattr(data_module, "read_at", cut)
+    data = CaptionFile(path)
+    assert 0 < len(data) < 9 and "a.tar is damaged or cut off from byte" in data.skipped[-1][0]
+    assert len(CaptionFile(path)) == len(data) and len(os.listdir(tmp_path / ".c2lip-index")) == 1
 
 
 # ------------------------------------------------------------------------------------------- indices of large files
@@ -707,7 +747,7 @@ def test_a_full_disk_while_indexing(folder, large, monkeypatch, tmp_path_factory
 
     def full(self, value):
         if self.path and self.path.startswith(str(folder)) and "40" in str(value):
-            raise data_module.CannotWrite("No space left on device")
+            raise OSError(28, "No space left on device")
         text(self, value)
     monkeypatch.setattr(data_module.IndexWriter, "text", full)
     assert len(CaptionFile(path, str(folder))) == 50
@@ -715,10 +755,120 @@ def test_a_full_disk_while_indexing(folder, large, monkeypatch, tmp_path_factory
     assert len(os.listdir(cache / "c2lip" / "index")) == 1  # the next place
     os.remove(cache / "c2lip" / "index" / os.listdir(cache / "c2lip" / "index")[0])
     monkeypatch.setattr(data_module.IndexWriter, "finish", lambda self, about, finish=data_module.IndexWriter.finish: (
-        finish(self, about) if self.path is None else (_ for _ in ()).throw(data_module.CannotWrite("No space left"))))
+        finish(self, about) if self.path is None else (_ for _ in ()).throw(OSError(28, "No space left"))))
     with pytest.warns(UserWarning, match="No space left: indices of its files are kept in memory only.*--index-dir"):
         assert len(CaptionFile(path, str(folder))) == 50
     assert os.listdir(folder / ".c2lip-index") == os.listdir(cache / "c2lip" / "index") == []
+
+
+def in_a_child(function, *args):
+    """What a function returns in a process of its own, whose limits it may change."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    process = context.Process(target=lambda: results.put(function(*args)))
+    process.start()
+    result = results.get(timeout=100)
+    process.join()
+    return result
+
+
+def rows_within(limit, path, root):
+    """The rows, and what was said, of a process whose files may have so many bytes."""
+    import warnings
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        return rows_of(CaptionFile(path, root)), [str(warning.message) for warning in said]
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3000, 30_000, 300_000, 400_000])
+def test_a_disk_that_is_full_anywhere(folder, large, limit, monkeypatch):
+    """The system itself refuses to write on, at any place of an index: at a text, a column, the end."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    path, tar = table_of(folder, 4000), shard(folder / "a.tar", sorted(samples(0, 400), key=lambda member: member[0][-3:]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_module, "INDEX_FROM", 10 ** 9)
+        expected = rows_of(CaptionFile(path, str(folder)))
+    rows, said = in_a_child(rows_within, limit, path, str(folder))
+    assert rows == expected and len(said) == 1 and "File too large: indices of its files are kept in memory" in said[0]
+    assert os.listdir(folder / ".c2lip-index") == os.listdir(folder / "cache/c2lip/index") == []
+    rows, said = in_a_child(rows_within, limit, tar, str(folder))
+    assert {row["captions"][0] for row in rows} == {f"text {i}" for i in range(400)} and len(rows) == 400
+    assert len(said) == (limit < 40_000)
+
+
+def open_with_few_files(sources):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+    data = CaptionFile(sources)
+    return len(data), "error" in data[len(data) - 1]
+
+
+def test_more_files_than_a_process_may_open(tmp_path):
+    for i in range(60):
+        shard(tmp_path / f"{i:03}.tar", samples(i, i + 1))
+    for _ in range(2):
+        assert in_a_child(open_with_few_files, f"{tmp_path}/*.tar") == (60, False)
+
+
+def test_a_process_that_reads_files_is_killed(shards, monkeypatch):
+    monkeypatch.setattr(data_module, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(data_module, "default_workers", lambda: 2)
+    parent, written = os.getpid(), data_module.write_index
+    monkeypatch.setattr(data_module, "write_index",
+                        lambda *args: written(*args) if os.getpid() == parent else os.kill(os.getpid(), 9))
+    with pytest.raises(OSError, match="a process that reads --data was killed.*start again"):
+        CaptionFile(shards)
+    monkeypatch.setattr(data_module, "write_index", written)
+    assert len(CaptionFile(shards)) == 41
+
+
+def index_slowly(sources, started):
+    """Read files in several processes, whose ids are told, until they are killed."""
+    def wait(*args):
+        started.put(os.getpid())
+        time.sleep(100)
+    data_module.PARALLEL_FROM, data_module.default_workers, data_module.write_index = 0, lambda: 2, wait
+    CaptionFile(sources)
+
+
+def test_processes_that_read_files_end_with_their_parent(shards):
+    context = multiprocessing.get_context("fork")
+    started = context.Queue()
+    process = context.Process(target=index_slowly, args=(shards, started))
+    process.start()
+    workers = [started.get(timeout=60) for _ in range(2)]
+    process.kill()
+    process.join()
+    for _ in range(100):
+        if not any(os.path.exists(f"/proc/{pid}") for pid in workers):
+            break
+        time.sleep(0.1)
+    assert not any(os.path.exists(f"/proc/{pid}") and "Z" not in open(f"/proc/{pid}/stat").read().split()[2]
+                   for pid in workers)
+
+
+def test_a_shard_that_cannot_be_read_on(tmp_path, monkeypatch):
+    path, read = shard(tmp_path / "a.tar", samples(0, 9)), data_module.read_at
+
+    def broken(f, position, length):
+        if position > 10_000:
+            raise OSError(5, "Input/output error")
+        return read(f, position, length)
+    monkeypatch.setattr(data_module, "read_at", broken)
+    with pytest.raises(ValueError, match="a.tar cannot be read to its end: .*Input/output error"):
+        CaptionFile(path)
+    assert os.listdir(tmp_path / ".c2lip-index") == []
+
+
+def test_two_runs_index_the_same_table_at_once(folder, large):
+    path = table_of(folder, 3000)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=count, args=(path, results)) for _ in range(4)]
+    [p.start() for p in processes]
+    assert [results.get(timeout=60) for _ in processes] == [3000] * 4
+    [p.join() for p in processes]
+    assert index_of(folder).name.endswith(".index")
 
 
 def test_a_source_that_cannot_be_read_on(folder, large, monkeypatch):
@@ -728,7 +878,7 @@ def test_a_source_that_cannot_be_read_on(folder, large, monkeypatch):
         yield from list(read(path))[:20]
         raise OSError(5, "Input/output error")
     monkeypatch.setattr(data_module, "read_rows", broken)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(ValueError, match="t.csv cannot be read to its end: .*Input/output error"):
         CaptionFile(path, str(folder))
     assert os.listdir(folder / ".c2lip-index") == []
 
@@ -830,7 +980,9 @@ def test_random_tables_are_read_as_a_naive_reader_reads_them(tmp_path_factory, k
         elif kind == "tsv":
             f.writelines("\t".join(row) + "\r\n" * (seed % 2) + "\n" * (1 - seed % 2) for row in [("image", "caption"), *rows])
         else:
-            csv.writer(f, lineterminator=("\n", "\r\n")[seed % 2]).writerows([("image", "caption"), *rows])
+            # Where lines end in "\n" alone, the writer puts no quotes around "\r".
+            end = "\r\n" if seed % 2 or any("\r" in text for row in rows for text in row) else "\n"
+            csv.writer(f, lineterminator=end).writerows([("image", "caption"), *rows])
     expected = [(image, text.strip()) for image, text in rows if image and text.strip()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data_module, "INDEX_FROM", 0 if indexed else 10 ** 9)
@@ -1195,6 +1347,10 @@ def test_captions_with_brackets(folder):
 
 
 def test_captions_that_fit_nothing(shards, tmp_path):
+    with pytest.raises(ValueError, match="00000.tar: expected a .csv, .tsv or .jsonl"):
+        CaptionFile(shards, captions=str(tmp_path / "00000.tar"))
+    with pytest.raises(OSError, match="No such file.*none.csv"):
+        CaptionFile(shards, captions=str(tmp_path / "none.csv"))
     with pytest.raises(ValueError, match="no images with captions.*2 url fit no image, the first is"):
         CaptionFile(shards, captions=write(tmp_path, "c.csv", "url,caption\nhttp://y/1,a cat\n,a dog\n"))
     with pytest.raises(ValueError, match="no images with captions.* short.*--caption-key"):
@@ -1523,6 +1679,116 @@ def test_the_order_of_huge_data_takes_no_array():
     rows = [index for batch in batches for _, index in batch]
     assert len(set(rows)) == len(rows) and 0 <= min(rows) < length / 100 and 0.99 * length < max(rows) < length
     assert {epoch for batch in batches for epoch, _ in batch} == {10 ** 10 // stream.steps_per_epoch}
+
+
+def epochs_of(stream, count):
+    """The items of each of so many epochs."""
+    stream.start, stream.stop = 0, count * stream.steps_per_epoch
+    steps = list(stream)
+    return [sum(steps[i * stream.steps_per_epoch:(i + 1) * stream.steps_per_epoch], []) for i in range(count)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any), batch=st.integers(1, 30),
+       weights=st.lists(st.sampled_from([0.07, 0.3, 0.5, 1, 1.5, 2, 3]), min_size=4, max_size=4), seed=st.integers(0, 9))
+def test_weights_show_rows_as_often_as_they_say(sizes, batch, weights, seed):
+    """Against counting: each epoch so many of each source, in the long run all equally often, each turn of a row once;
+    the same batches on 1, 2 and 3 processes, and from any step on."""
+    weights = weights[:len(sizes)]
+    sources = weigh(sizes, ",".join(map(str, weights)))
+    starts = np.cumsum([0, *sizes])
+    length = sum(shown for _, shown in sources)
+    stream = Epochs(sum(sizes), min(batch, length), seed, sources=sources)
+    epochs = epochs_of(stream, 4)
+    seen = Counter()
+    for epoch in epochs:
+        assert len(epoch) == length
+        for first, last, weight in zip(starts, starts[1:], weights):
+            own = Counter(row for _, row in epoch if first <= row < last)
+            assert sum(own.values()) == (max(1, round(weight * (last - first))) if last > first else 0)
+            if weight in (1, 2, 3):
+                assert set(own.values()) <= {weight} and len(own) == last - first
+        seen.update(row for _, row in epoch)
+        for first, last in zip(starts, starts[1:]):
+            counts = [seen[row] for row in range(first, last)]
+            assert not counts or max(counts) - min(counts) <= 1
+    items = sum(epochs, [])
+    # The turns of a row are 0, 1, 2, ...: each showing of it has a seed of its own.
+    assert len(set(items)) == len(items) and all(turn < seen[row] for turn, row in items)
+    steps = list(stream)
+    if min(batch, length) >= 3:
+        for world in (2, 3):
+            ranks = [list(Epochs(sum(sizes), min(batch, length), seed, rank, world, 0, stream.stop, sources))
+                     for rank in range(world)]
+            assert [sum(parts, []) for parts in zip(*ranks)] == steps
+    half = stream.stop // 2
+    assert list(Epochs(sum(sizes), min(batch, length), seed, 0, 1, half, stream.stop, sources)) == steps[half:]
+
+
+def test_weights_of_one_change_nothing_and_others_shuffle():
+    plain = epochs_of(Epochs(50, 8, 3), 3)
+    assert epochs_of(Epochs(50, 8, 3, sources=weigh([20, 30], "1,1.0")), 3) == plain
+    halves = [{row for _, row in epoch if row < 1000} for epoch in epochs_of(
+        Epochs(2000, 100, sources=weigh([1000, 1000], "0.5,1")), 4)]
+    assert halves[0] | halves[1] == halves[2] | halves[3] == set(range(1000))
+    assert halves[0] not in halves[2:]                  # halves are drawn anew
+    assert 200 < len(halves[0] & set(range(500))) < 300
+    tracemalloc.start()
+    stream = Epochs(2 * 10 ** 12, 768, sources=weigh([10 ** 12, 10 ** 12], "0.3,2.7"), start_step=10 ** 10)
+    stream.stop = stream.start + 2
+    assert sum(map(len, stream)) in (767 * 2, 767 + 768, 768 * 2) and tracemalloc.get_traced_memory()[1] < 3e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("weights, says", [
+    ("1", "1 weights for 2 sources"), ("1,2,3", "3 weights for 2 sources"), ("", "1 weights for 2 sources"),
+    ("1,x", "'x' is not a number above 0"), ("1,", "'' is not a number"), ("0,1", "'0' is not"), ("1,-2", "'-2' is not"),
+    ("nan,1", "'nan' is not"), ("1,inf", "'inf' is not a number above 0 and up to 1,000,000"), ("1,1e400", "'1e400'")])
+def test_weights_that_are_none(weights, says):
+    with pytest.raises(ValueError, match=f"--data-weights {weights}: .*{says}") as error:
+        weigh([5, 6], weights)
+    assert "\n" not in str(error.value)
+
+
+def test_sources_of_several_files_have_one_weight(shards, folder):
+    table = write(folder, "t.csv", "image,caption\na.png,a red wall\nb.jpg,a blue wall\n")
+    data = CaptionFile(f"{shards}::{table}::{table}", str(folder))
+    assert data.source_sizes == [41, 2, 2]
+    assert weigh(data.source_sizes, "0.5, 3,1") == [(41, 20), (2, 6), (2, 2)]
+    stream = Epochs(len(data), 8, sources=weigh(data.source_sizes, "0.5,3,1"))
+    [epoch] = epochs_of(stream, 1)
+    captions = Counter(Seeded(data, 0)[item]["caption"] for item in epoch)
+    assert captions["a red wall"] == captions["a blue wall"] == 4 and sum(captions.values()) == 28
+    assert len({Seeded(data, 0)[item]["seed"] for item in epoch}) == 28
+
+
+def train(*args):
+    """(exit status, what it printed) of train.py."""
+    root = os.path.dirname(os.path.abspath(data_module.__file__))
+    done = subprocess.run([sys.executable, os.path.join(root, "train.py"), *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_weights_in_training(folder):
+    """The plan, the same bits after a resume, other weights refused."""
+    one, two = table_of(folder, 30, "one.csv"), table_of(folder, 10, "two.csv")
+    run = ["--data", f"{one}::{two}", "--image-root", folder, "--batch-size", 8, "--bench", "none", "--save-every", 3,
+           "--keep", 9, "--epochs", 2, "--data-weights"]
+    status, said = train(*run, "0.5,2", "--out-dir", folder / "whole")
+    assert status == 0 and "one.csv: 30 rows, of which an epoch shows 15\n" in said
+    assert "two.csv: 10 rows, of which an epoch shows 20\n" in said
+    os.makedirs(folder / "resumed")
+    shutil.copy(folder / "whole/step_00000006.pt", folder / "resumed")
+    status, said = train(*run, "0.5,1", "--out-dir", folder / "resumed", "--resume", "auto")
+    assert status == 1 and "was trained with --data-weights 0.5,2, now it is 0.5,1" in said and "Traceback" not in said
+    status, said = train(*run, "0.5,2", "--out-dir", folder / "resumed", "--resume", "auto")
+    assert status == 0
+    whole, resumed = (torch.load(folder / name / "last.pt", weights_only=True)["model"] for name in ("whole", "resumed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    status, said = train(*run, "0,1", "--out-dir", folder / "none")
+    assert status == 1 and said.splitlines()[-1].startswith("train.py: --data-weights 0,1: '0' is not a number above 0")
 
 
 def test_batch_larger_than_the_data():
