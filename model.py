@@ -512,7 +512,6 @@ class CLIP(nn.Module):
             state, _, intact = read_weights(path)
         if config is None:
             config = config_of_bare_file(state, source, model)
-            config = replace(config, tokenizer=released_tokenizer(model))
         elif model is not None:
             config = config_as_named(config, source, model)
         if image_size is not None:
@@ -774,7 +773,11 @@ OPEN_CLIP_BLOCK = {
     ".mlp.fc2.": ".mlp.c_proj.",
     ".pos_embed": ".positional_embedding",
 }
-TRANSFORMERS_BLOCK = {
+TRANSFORMERS_BOTH = {
+    "visual.norm.": "visual.post_layernorm.",
+    "visual.": "vision_model.",
+    "text.norm.": "text.final_layer_norm.",
+    "text.": "text_model.",
     ".blocks.": ".encoder.layers.",
     ".norm1.": ".layer_norm1.",
     ".norm2.": ".layer_norm2.",
@@ -784,62 +787,40 @@ TRANSFORMERS_BLOCK = {
     ".token_embedding.": ".embeddings.token_embedding.",
     ".pos_embed": ".embeddings.position_embedding.weight",
 }
-TRANSFORMERS_TEXT = {
-    "text.norm.": "text.final_layer_norm.",
-    "text.": "text_model.",
-    **TRANSFORMERS_BLOCK,
-}
 RENAMES = {
     "this project clip": {},
     "this project siglip": {},
     "open_clip clip": {
-        "visual": {
-            "visual.norm.": "visual.ln_post.",
-            "visual.norm_pre.": "visual.ln_pre.",
-            "visual.patch_embed.proj.": "visual.conv1.",
-            "visual.cls_token": "visual.class_embedding",
-            "visual.head.weight": "visual.proj",
-            **OPEN_CLIP_BLOCK,
-        },
-        "text": {
-            "text.norm.": "ln_final.",
-            "text.head.weight": "text_projection",
-            **OPEN_CLIP_BLOCK,
-            "text.": "",
-        },
+        "visual.norm.": "visual.ln_post.",
+        "visual.norm_pre.": "visual.ln_pre.",
+        "visual.patch_embed.proj.": "visual.conv1.",
+        "visual.cls_token": "visual.class_embedding",
+        "visual.head.weight": "visual.proj",
+        "text.norm.": "ln_final.",
+        "text.head.weight": "text_projection",
+        **OPEN_CLIP_BLOCK,
+        "text.": "",
     },
-    "open_clip siglip": {
-        "visual": {"visual.": "visual.trunk."},
-        "text": {
-            "text.norm.": "text.ln_final.",
-            "text.head.": "text.text_projection.",
-            **OPEN_CLIP_BLOCK,
-        },
+    "open_clip siglip": {  # only of the text tower: the other is timm's there, too
+        "text.norm.": "text.ln_final.",
+        "text.head.": "text.text_projection.",
+        **OPEN_CLIP_BLOCK,
     },
     "transformers clip": {
-        "visual": {
-            "visual.head.": "visual_projection.",
-            "visual.norm.": "visual.post_layernorm.",
-            "visual.norm_pre.": "visual.pre_layrnorm.",  # so it is spelt there
-            "visual.cls_token": "visual.embeddings.class_embedding",
-            "visual.": "vision_model.",
-            **TRANSFORMERS_BLOCK,
-        },
-        "text": {"text.head.": "text_projection.", **TRANSFORMERS_TEXT},
+        "visual.head.": "visual_projection.",
+        "visual.norm_pre.": "visual.pre_layrnorm.",  # so it is spelt there
+        "visual.cls_token": "visual.embeddings.class_embedding",
+        "text.head.": "text_projection.",
+        **TRANSFORMERS_BOTH,
     },
     "transformers siglip": {
-        "visual": {
-            "visual.norm.": "visual.post_layernorm.",
-            "visual.": "vision_model.",
-            ".attn_pool.latent": ".head.probe",
-            ".attn_pool.q.": ".head.attention.in_proj_",
-            ".attn_pool.kv.": ".head.attention.in_proj_",
-            ".attn_pool.proj.": ".head.attention.out_proj.",
-            ".attn_pool.norm.": ".head.layernorm.",
-            ".attn_pool.": ".head.",
-            **TRANSFORMERS_BLOCK,
-        },
-        "text": TRANSFORMERS_TEXT,
+        ".attn_pool.latent": ".head.probe",
+        ".attn_pool.q.": ".head.attention.in_proj_",
+        ".attn_pool.kv.": ".head.attention.in_proj_",
+        ".attn_pool.proj.": ".head.attention.out_proj.",
+        ".attn_pool.norm.": ".head.layernorm.",
+        ".attn_pool.": ".head.",
+        **TRANSFORMERS_BOTH,
     },
 }
 MARKS = {  # a tensor that only this layout has
@@ -864,8 +845,11 @@ def named_as(model, layout):
     named = {}
     for name, tensor in model.state_dict().items():
         theirs = name
-        for ours, other in RENAMES[layout].get(name.split(".")[0], {}).items():
-            theirs = theirs.replace(ours, other)
+        if layout == "open_clip siglip" and name.startswith("visual."):
+            theirs = name.replace("visual.", "visual.trunk.")
+        else:
+            for ours, other in RENAMES[layout].items():
+                theirs = theirs.replace(ours, other)
         if theirs in ("visual.proj", "text_projection"):
             tensor = tensor.T  # x @ W there, Linear here
         elif name == "visual.cls_token" and theirs.endswith("class_embedding"):
@@ -1032,18 +1016,18 @@ def read_weights(path):
 
 
 def config_of_bare_file(state, source, model):
-    """The config of a named model, for weights in a file without one."""
+    """The config of a named model, with its tokenizer, for weights in a file without one."""
     if model is None:
         raise ValueError(f"{source} does not tell its architecture: name it (--model), "
                          "or give its folder")
-    named = MODELS[model]
-    quick = MODELS.get(model + "-quickgelu", named)
+    config = MODELS[model]
+    quick = MODELS.get(model + "-quickgelu", config)
     if "input_resolution" in state:  # only OpenAI's own files have this
-        return quick
-    if named is not quick:
+        config = quick
+    elif config is not quick:
         warnings.warn(f"{source} is loaded with the exact GELU; "
                       f"OpenAI's and DFN's need {quick.name}")
-    return named
+    return replace(config, tokenizer=released_tokenizer(model))
 
 
 def released_tokenizer(model):
@@ -1102,8 +1086,8 @@ def find_source(source):
     is_file = source.endswith((".pt", ".bin", ".safetensors"))
     if source in MODELS:
         loads = f", which loads {SOURCES[source]}" if source in SOURCES else ""
-        raise ValueError(f"{source} is the name of a model, not of weights: give it as --model"
-                         f"{loads}")
+        raise ValueError(
+            f"{source} is the name of a model, not of weights: give it as --model{loads}")
     if source.count("/") != 1 or source[0] in "./~" or is_file:
         raise ValueError(f"{source}: no such file or folder, nor a hub id (owner/name)")
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
