@@ -808,27 +808,30 @@ def rules_of(kind):
 
 def rules_of_class(row, nouns):
     """Yield (word, Rule) for the words of a class; for nouns, for their plurals too."""
-    forms = [(row["words"], "")]
+    sets = row["words"]
     if row.get("mass"):
-        forms = [(row["words"], "not a")]
+        yield from rules_of_form(row, sets, sets, "not a")
     elif nouns and not row.get("plural"):
-        plurals = [[plural_of(word) for word in words] for words in row["words"]]
-        forms = [(row["words"], "needed"), (plurals, "")]
-    # For each set, the last words of it in any form: by them one sees that it is in a caption.
-    seen_by = [set() for _ in row["words"]]
-    for sets, _ in forms:
-        for number, words in enumerate(sets):
-            seen_by[number].update([word.split()[-1] for word in words])
-    for sets, article in forms:
-        compatible, excluded = {}, {}  # of a word: the words of all its sets, and what they exclude
-        for number, words in enumerate(sets):
-            for word in words:
-                compatible.setdefault(word, set()).update(words)
-                excluded.setdefault(word, set(row.get("unless", ()))).update(seen_by[number])
-        good = [word for word in excluded if word not in substitutes()["never put in"]]
-        for word in excluded:
-            options = {new: excluded[new] for new in good if new not in compatible[word]}
-            yield word, Rule(options, heads_of(row), frozenset(row.get("after", ())), article)
+        plurals = [[plural_of(word) for word in words] for words in sets]
+        both = [words + plural for words, plural in zip(sets, plurals)]
+        yield from rules_of_form(row, sets, both, "needed")
+        yield from rules_of_form(row, plurals, both, "")
+    else:
+        yield from rules_of_form(row, sets, sets, "")
+
+
+def rules_of_form(row, sets, all_forms, article):
+    """Yield (word, Rule) for the words of a class in one form; all_forms has each set in all."""
+    compatible, excluded = {}, {}  # of a word: the words of all its sets, and what they exclude
+    for words, forms in zip(sets, all_forms):
+        seen_by = [form.split()[-1] for form in forms]  # one of them shows the set in a caption
+        for word in words:
+            compatible.setdefault(word, set()).update(words)
+            excluded.setdefault(word, set(row.get("unless", ()))).update(seen_by)
+    good = [word for word in excluded if word not in substitutes()["never put in"]]
+    for word in excluded:
+        options = {new: excluded[new] for new in good if new not in compatible[word]}
+        yield word, Rule(options, heads_of(row), frozenset(row.get("after", ())), article)
 
 
 def heads_of(row):
