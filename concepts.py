@@ -530,7 +530,8 @@ def swap_negatives(caption, rng, kinds=("noun", "adjective", "verb", "phrase")):
 
     Of 100 texts of each kind, read as for substitute_negatives, those that were grammatical and
     false: noun 53, adjective 57, phrase 67. Most describe what cannot be ("a brown pillow leaps
-    across a small dog"); errors are wrong numbers and cuts, and texts that are still true.
+    across a small dog"). The errors are a singular in place of a plural, phrases cut amiss, and
+    texts that are still true.
     """
     spans = swappable(caption)
     negatives = []
@@ -595,7 +596,8 @@ def substitute_negatives(caption, rng, kinds=("attribute", "noun", "number", "pr
     rng        a random.Random.
     kinds      what is replaced; at most one text is returned for each. ValueError for others.
     frequency  None, or what word_frequency made of the captions at hand. Words are then drawn as
-               often as these captions use them, so that no rare word betrays a negative.
+               often as these captions use them, and never if they do not, so that no rare word
+               betrays a negative.
 
     Returns a list of texts that differ from the caption in a word, and in an "a" before it.
 
@@ -1027,8 +1029,8 @@ def read_records(file, delimiter):
 def take_lines(file, waiting, taken):
     """Yield the lines of one record, first those that wait, and append them to taken."""
     while len(taken) < MAX_RECORD:
-        line = waiting.popleft() if waiting else next(file, "")
-        if not line:
+        line = waiting.popleft() if waiting else next(file, None)
+        if line is None:
             return
         taken.append(line)
         yield line

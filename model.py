@@ -975,36 +975,11 @@ def resample_positions(tensor, shape, config, source):
 
 
 def read_weights(path):
-    """(state dict with the file's own names, CLIPConfig if this project wrote the file or None,
-    whether the weights are those that were saved, as far as the file tells).
-
-    Runs no code of the file. Raises ValueError.
-    """
+    """What a file of weights holds, see unpack. Runs no code of the file. Raises ValueError."""
     try:
         if path.endswith(".safetensors"):
-            saved = load_file(path)
-        else:
-            saved = torch.load(path, "cpu", weights_only=True)
-        config, fields, expected = None, None, None
-        if "config" in saved and "model" in saved:
-            fields, expected = dict(saved["config"]), saved.get("digest")
-            variant = fields.pop("value_tokens", "A")  # earlier versions had more patch tokens
-            if variant != "A":
-                raise ValueError(f"value_tokens is {variant!r}, but this code can only do 'A'")
-            config = CLIPConfig(**fields)
-            saved = saved["model"]
-        state = {}
-        for name, tensor in saved.get("state_dict", saved).items():
-            if torch.is_tensor(tensor):
-                if not name.isprintable():
-                    raise ValueError(f"a tensor is called {name!r}")
-                name = name.replace("_orig_mod.", "")  # torch.compile
-                state[name.removeprefix("module.")] = tensor  # DistributedDataParallel
-        if "visual.class_embedding" in state:  # open_clip's CustomTextCLIP: a CLIP all the same
-            state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
-        # Earlier versions wrote no digest.
-        intact = expected is None or digest(fields, state) == expected
-        return state, config, intact
+            return unpack(load_file(path))
+        return unpack(torch.load(path, "cpu", weights_only=True))
     except Exception as error:
         why = f"{type(error).__name__}: {first_line(error).split('. ')[0]}"
         if "TorchScript" in str(error):
@@ -1013,6 +988,37 @@ def read_weights(path):
         raise ValueError(
             f"{path} holds no readable weights ({why}): expected .safetensors, .bin or .pt of "
             "open_clip, transformers, OpenAI or this project") from None
+
+
+def unpack(saved):
+    """(state dict in its own layout, CLIPConfig, whether both are as they were saved).
+
+    Only files of this project have a config and can tell the third; others give None and True.
+    """
+    if "config" not in saved or "model" not in saved:
+        return plain_names(saved.get("state_dict", saved)), None, True
+    fields = dict(saved["config"])
+    variant = fields.pop("value_tokens", "A")  # earlier versions had more kinds of patch tokens
+    if variant != "A":
+        raise ValueError(f"value_tokens is {variant!r}, but this code can only do 'A'")
+    config = CLIPConfig(**fields)
+    state = plain_names(saved["model"])
+    expected = saved.get("digest")  # earlier versions wrote none
+    return state, config, expected is None or digest(fields, state) == expected
+
+
+def plain_names(saved):
+    """The tensors in a state dict, without what wrappers put before their names."""
+    state = {}
+    for name, tensor in saved.items():
+        if torch.is_tensor(tensor):
+            if not name.isprintable():
+                raise ValueError(f"a tensor is called {name!r}")
+            name = name.replace("_orig_mod.", "")  # torch.compile
+            state[name.removeprefix("module.")] = tensor  # DistributedDataParallel
+    if "visual.class_embedding" in state:  # open_clip's CustomTextCLIP: a CLIP all the same
+        state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
+    return state
 
 
 def config_of_bare_file(state, source, model):
