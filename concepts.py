@@ -593,13 +593,18 @@ def substitute_negatives(caption, rng, kinds=("attribute", "noun", "number", "pr
     takes the place of a word is not in the caption already, nor may it be true together with a
     word that is ("navy" beside "blue"). Singular and plural stay as they are.
 
-    rng        a random.Random.
-    kinds      what is replaced; at most one text is returned for each. ValueError for others.
-    frequency  None, or what word_frequency made of the captions at hand. Words are then drawn as
-               often as these captions use them, and never if they do not, so that no rare word
-               betrays a negative.
+    Parameters
+    ----------
+    rng : a random.Random.
+    kinds : what is replaced; at most one text is returned for each. ValueError for others.
+    frequency : None, or what word_frequency made of the captions at hand. Words are then drawn as
+        often as these captions use them, so that no rare word betrays a negative, and words that
+        they do not use are not drawn.
 
-    Returns a list of texts that differ from the caption in a word, and in an "a" before it.
+    Returns
+    -------
+    list of str. Each differs from the caption in one place, in the word itself and an "a" or "an"
+    before it.
 
     100 texts of each kind, made of captions of Flickr8k's test split, were read by one person. Both
     grammatical and false were: attribute 99, noun 97, number 100 (in 3 of them the number is
