@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nltk import PerceptronTagger, RegexpParser
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -63,9 +64,26 @@ def fast():
     return concepts.ConceptExtractor()
 
 
+class NLTKExtractor(concepts.ConceptExtractor):
+    """The same by NLTK's own tagger and chunker, at an eighth of the speed."""
+    def __init__(self, weights=None):
+        super().__init__(weights)
+        self.tagger = PerceptronTagger.decode_json_obj(concepts.load_weights(weights))
+        self.parser = RegexpParser(concepts.GRAMMAR)
+
+    def chunk(self, symbols):
+        tree = self.parser.parse([(i, self.tag_of[symbol]) for i, symbol in enumerate(symbols)])
+        tags = [tag if label in ("S", "NP") else label for (_, tag), label in tree.pos()]
+        chunks = []
+        for phrase in tree.subtrees(lambda node: node.label() == "NP"):
+            numbers = [number for number, _ in phrase.leaves()]
+            chunks.append((numbers[0], numbers[-1] + 1))
+        return "".join(self.symbol[tag] for tag in tags), chunks
+
+
 @pytest.fixture(scope="session")
 def readable():
-    return concepts.ConceptExtractor(fast=False)
+    return NLTKExtractor()
 
 
 def assert_same(fast, readable, captions):
@@ -161,9 +179,8 @@ def test_weights_file_must_be_one(tmp_path):
     for data in (b"no gzip", b"", whole[:1000], whole[:500] + b"xx" + whole[502:], gzip.compress(b"no json"),
                  *(gzip.compress(json.dumps(shape).encode()) for shape in wrong)):
         (tmp_path / "w").write_bytes(data)
-        for fast in (True, False):
-            with pytest.raises(ValueError, match="train"):
-                concepts.ConceptExtractor(weights=tmp_path / "w", fast=fast)
+        with pytest.raises(ValueError, match="train"):
+            concepts.ConceptExtractor(weights=tmp_path / "w")
 
 
 def test_weights_of_nltk(tmp_path, fast):
@@ -783,7 +800,7 @@ def test_training_is_reproducible(tmp_path):
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     extractor = concepts.ConceptExtractor(tmp_path / "one")
     assert extractor.extract("The dog sits on a red mat.")[-1] == "a red mat"
-    assert_same(extractor, concepts.ConceptExtractor(tmp_path / "one", fast=False), REAL[:100])
+    assert_same(extractor, NLTKExtractor(tmp_path / "one"), REAL[:100])
 
 
 def test_import_is_light():
