@@ -1393,10 +1393,12 @@ def triplet_clip(features):
     return {"contrastive": contrastive}
 
 
-def extra_terms(features, weights):
-    """The terms that any method may take besides its own.
+# The terms that any method may take besides its own.
+EXTRA_TERMS = ("npc", "xac", "caption_xac", "paraphrase", "distill")
 
-    They are npc, xac, caption_xac, paraphrase and distill.
+
+def extra_terms(features, weights):
+    """Those of EXTRA_TERMS that have a weight.
 
     weights is {term: weight} of the terms that the method does not give itself. Returns {term: this
     process's share} of those terms that have a weight other than 0 and whose inputs are there.

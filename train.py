@@ -278,8 +278,8 @@ from concepts import string_id
 from data import (ORDER, CaptionFile, Collate, Epochs, EveryOther, Scenes, Seeded,
                   default_workers, normalize_images, normalize_pixels, train_tokenizer,
                   train_transform, unnormalize_images, weigh)
-from losses import (METHODS, Features, awc_loss, extra_terms, fisher_weights, gather_features,
-                    gather_together, pgd_attack, plan_batch, tecoa_loss)
+from losses import (EXTRA_TERMS, METHODS, Features, awc_loss, extra_terms, fisher_weights,
+                    gather_features, gather_together, pgd_attack, plan_batch, tecoa_loss)
 from model import CLIP, MODELS, no_decay, read_tokenizer, set_tokenizer
 from pooling import concept_similarity, token_similarity
 
@@ -325,6 +325,10 @@ for term in TERMS:
     if getattr(args, f"{term}_weight") is None:
         setattr(args, f"{term}_weight", weights[term])
     weights[term] = getattr(args, f"{term}_weight")
+    takes = {*method.weights, *EXTRA_TERMS}
+    if weights[term] and term not in takes:
+        parser.error(f"--{term.replace('_', '-')}-weight {weights[term]:g}: --method {args.method} "
+                     f"has no such term. It takes {', '.join(sorted(takes))}")
 args.negatives = method.negatives       # for the log
 
 with_concepts = weights["npc"] > 0 or weights["xac"] > 0

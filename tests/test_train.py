@@ -1216,6 +1216,7 @@ def test_exact_decoding_differs_by_a_little(tmp_path):
     ("train.py", ["--steps", "40", "--lr", "1e12", "--warmup", "1"], 1, "last good checkpoint"),
     ("train.py", ["--replay", "x.csv"], 2, "--method c2lip has no use for it"),
     ("train.py", ["--method", "gift", "--cd-weight", "0", "--ita-weight", "0"], 2, "give one of them a weight above 0"),
+    ("train.py", ["--cmr-weight", "0.2"], 2, "--cmr-weight 0.2: --method c2lip has no such term. It takes caption_xac,"),
     ("train.py", ["--attack-steps", "0"], 2, "--attack-steps 0: expected a number above 0"),
     ("evaluate.py", [], 1, "give what to evaluate"),
     ("evaluate.py", ["--checkpoint", "x.pt", "--bench", "sugarcrape"], 1, "no bench 'sugarcrape': expected"),
