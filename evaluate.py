@@ -5,6 +5,7 @@
     python evaluate.py --init timm/ViT-B-16-SigLIP --bench sugarcrepe     public weights
     python evaluate.py describe sugarcrepe                                its protocol and source
     python evaluate.py compare A.json B.json                              two results, item by item
+    python evaluate.py compare A.json B.json C.json --columns headline    one table over benchmarks
 
 From Python, for any object that has encode_image, encode_text, tokenize and transform:
 
@@ -51,15 +52,16 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 DATA = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
 TABLE = DATA["benches"]         # {bench: about, source, files, folders, archives, means, ...}
 ARCHIVES = DATA["archives"]     # {name: url, path to download to, folder that it makes}
+PROMPTS = json.loads((ASSETS / "classes.json").read_text("utf-8"))  # {bench: templates, classes}
 GROUPS = DATA["groups"]         # {table over benchmarks: {bench: subsets in its columns}}
 BENCHES = {name: spec["about"] for name, spec in TABLE.items()}
 COMMANDS = {
     "evaluate": "score a model on benchmarks; the word itself may be left out",
     "download": "fetch the files of benchmarks, as far as they may be fetched",
-    "compare": "compare two files of --json item by item",
+    "compare": "compare two files of --json item by item, or print tables of several",
     "describe": "print the protocol of a benchmark, its source and what to download",
     "verify": "score public checkpoints and print these figures beside the published ones",
-    "plot": "draw the curves of one or more training runs",
+    "plot": "draw the curves of training runs, or results as bars or radar charts",
     "show": "draw which parts of an image are most similar to each phrase of its caption",
 }
 
@@ -856,11 +858,10 @@ def check(benches, **options):
 
 def check_pictures(task, options):
     """Open pictures of a task until one can be read."""
-    for pictures, _ in task.needed():
-        for picture in pictures:
-            data = PictureData([picture], lambda image: image, options.allow_missing)
-            if data[0] is not None:
-                return
+    for picture in itertools.chain(*task.images):
+        data = PictureData([picture], lambda image: image, options.allow_missing)
+        if not picture.missing and data[0] is not None:
+            return
     raise ValueError(f"no image of {type(task).__name__.lower()} {picture.name} can be read")
 
 
@@ -1069,7 +1070,7 @@ class Source:
         if options.image_root:
             folders.insert(0, options.image_root)
         paths, missing = {}, set()
-        for name in itertools.chain(*items):
+        for name in dict.fromkeys(itertools.chain(*items)):
             places = [os.path.join(folder, name) for folder in folders]
             paths[name] = next(filter(os.path.isfile, places), places[0])
             if not os.path.isfile(paths[name]):
@@ -1923,37 +1924,38 @@ def image_folder(source, path):
         raise Missing(f"{source.bench}: {error}; {how}") from None
 
 
-# name: its class in torchvision.datasets, what selects the test split, and a prompt; where that is
-# None, prompts (and names, if torchvision has none) are CLIP_benchmark's, in assets/classes.json
+# {benchmark: its class in torchvision.datasets, and what selects the test split}
 TORCHVISION = {
-    "cifar10": ("CIFAR10", {"train": False}, "a photo of a {}."),
-    "cifar100": ("CIFAR100", {"train": False}, "a photo of a {}."),
-    "food101": ("Food101", {"split": "test"}, "a photo of {}, a type of food."),
-    "stl10": ("STL10", {"split": "test"}, "a photo of a {}."),
-    "pets": ("OxfordIIITPet", {"split": "test"}, "a photo of a {}, a type of pet."),
-    "aircraft": ("FGVCAircraft", {"split": "test"}, "a photo of a {}, a type of aircraft."),
-    "dtd": ("DTD", {"split": "test"}, "a photo of a {} texture."),
-    "sun397": ("SUN397", {}, "a photo of a {}."),
-    "flowers": ("Flowers102", {"split": "test"}, None),
-    "caltech101": ("Caltech101", {}, None),
-    "cars": ("StanfordCars", {"split": "test"}, None),
-    "eurosat": ("EuroSAT", {}, None),
-    "gtsrb": ("GTSRB", {"split": "test"}, None),
-    "country211": ("Country211", {"split": "test"}, None),
-    "mnist": ("MNIST", {"train": False}, None),
-    "svhn": ("SVHN", {"split": "test"}, None),
+    "cifar10": ("CIFAR10", {"train": False}),
+    "cifar100": ("CIFAR100", {"train": False}),
+    "food101": ("Food101", {"split": "test"}),
+    "stl10": ("STL10", {"split": "test"}),
+    "pets": ("OxfordIIITPet", {"split": "test"}),
+    "aircraft": ("FGVCAircraft", {"split": "test"}),
+    "dtd": ("DTD", {"split": "test"}),
+    "sun397": ("SUN397", {}),
+    "flowers": ("Flowers102", {"split": "test"}),
+    "caltech101": ("Caltech101", {}),
+    "cars": ("StanfordCars", {"split": "test"}),
+    "eurosat": ("EuroSAT", {}),
+    "gtsrb": ("GTSRB", {"split": "test"}),
+    "country211": ("Country211", {"split": "test"}),
+    "mnist": ("MNIST", {"train": False}),
+    "svhn": ("SVHN", {"split": "test"}),
 }
 
 
 def torchvision_set(source, download=False):
     """Zero-shot classification of a test split of torchvision.datasets, top 1 and 5, by its class
     names and one prompt, such as "a photo of a {}." (Radford et al. 2021); flowers and those behind
-    it by CLIP_benchmark's names and prompts. top1_macro is the mean over classes. Caltech101 has no
-    test split: all images count, of 101 kinds of objects and a background.
+    it by CLIP_benchmark's names and prompts. Both are in assets/classes.json. top1_macro is the
+    mean over classes. Caltech101 has no test split: all images count, of 101 kinds of objects and a
+    background.
 
     classification_11 is the mean of the eleven sets on which pre-training is usually compared, of
-    aircraft, pets, caltech101 and flowers over classes."""
-    name, split, prompt = TORCHVISION[source.bench]
+    aircraft, pets, caltech101 and flowers over classes.
+    """
+    name, split = TORCHVISION[source.bench]
     path = os.path.join(source.options.data_dir, source.spec["folder"])
     try:
         data = getattr(torchvision.datasets, name)(path, download=download, **split)
@@ -1962,12 +1964,8 @@ def torchvision_set(source, download=False):
         raise Missing(f"{source.bench}: {error}; get it: {GET} {source.bench}") from None
     if name == "Caltech101":        # torchvision leaves the background out
         data = image_folder(source, os.path.join(data.root, "101_ObjectCategories"))
-    if prompt:
-        yield classification(source, data, data.classes, [prompt])
-    else:
-        known = json.loads((ASSETS / "classes.json").read_text("utf-8"))[source.bench]
-        classes = known.get("classes") or data.classes
-        yield classification(source, data, classes, known["templates"])
+    known = PROMPTS[source.bench]
+    yield classification(source, data, known.get("classes") or data.classes, known["templates"])
 
 
 def classification(source, data, classes, templates, count=None):
@@ -2213,8 +2211,10 @@ def describe(bench, data_dir):
     print(f"{bench}: {BENCHES[bench]}\n")
     print(inspect.getdoc(READERS[bench]))
     if bench in TORCHVISION:
-        name, split, prompt = TORCHVISION[bench]
-        print(f"\nHere torchvision.datasets.{name}, {split}, prompt {prompt!r}.")
+        name, split = TORCHVISION[bench]
+        first, *others = PROMPTS[bench]["templates"]
+        print(f"\nHere torchvision.datasets.{name}, {split}; prompt {first!r} and {len(others)} "
+              "more.")
     if "source" in spec:
         print(f"\nsource: {spec['source']}")
     needed = list(spec.get("files", {}).values())
@@ -2287,29 +2287,42 @@ def choose_tables(results, columns=None):
 
     columns: a group of benchmarks.json (headline, attribute, ...) for one table over benchmarks;
     names of subsets joined by commas, or "all", for a table of each benchmark; None: the headlines,
-    and of each benchmark the means, if it has any.
+    and of each benchmark the means, if it has any. Raises ValueError if nothing is so named.
     """
     known = {}          # {bench: its subsets}
     for bench in all_keys(results):
         known[bench] = all_keys([file.get(bench, {}) for file in results])
-    if columns in GROUPS:
-        chosen = []
-        for bench, subsets in GROUPS[columns].items():
-            chosen += [(bench, name) for name in subsets if name in known.get(bench, ())]
-        return [(columns, chosen)]
     tables = []
-    if columns is None and len(known) > 1:
-        tables = choose_tables(results, "headline")
-    for bench, subsets in known.items():
-        if columns is None:
-            some = [file[bench] for file in results if bench in file]
-            means = [name for name in subsets if any("parts" in x.get(name, {}) for x in some)]
-            subsets = means or subsets
-        elif columns != "all":
-            subsets = [name for name in columns.split(",") if name in subsets]
-        if subsets:
-            tables.append((bench, [(bench, name) for name in subsets]))
+    if columns in GROUPS or columns is None and len(known) > 1:
+        title = columns or "headline"
+        group = []
+        for bench, subsets in GROUPS[title].items():
+            group += [(bench, name) for name in subsets if name in known.get(bench, ())]
+        tables.append((title, group))
+    if columns not in GROUPS:
+        for bench, subsets in known.items():
+            if bench != ELEVEN:                         # which is a group
+                chosen = choose_subsets(subsets, results, bench, columns)
+                tables.append((bench, [(bench, name) for name in chosen]))
+    tables = [table for table in tables if table[1]]
+    if not tables:
+        raise ValueError(f"no figure of these files is named {columns}: expected names of subsets "
+                         f"or means joined by commas, all, or one of {', '.join(GROUPS)}")
     return tables
+
+
+def choose_subsets(subsets, results, bench, columns):
+    """Those of a benchmark's subsets and means that columns asks for, see choose_tables."""
+    if columns == "all":
+        return subsets
+    if columns:
+        return [name for name in columns.split(",") if name in subsets]
+    means = set()
+    for file in results:
+        for name, result in file.get(bench, {}).items():
+            if "parts" in result:
+                means.add(name)
+    return [name for name in subsets if name in means] or subsets
 
 
 def compare_two(a, b, items):
@@ -2321,18 +2334,11 @@ def compare_two(a, b, items):
     for bench in a:
         if bench in b:
             compare_bench(bench, a[bench], b[bench], items)
-    alone = sorted(subset_names(a) ^ subset_names(b))
+    alone = []
+    for bench in all_keys([a, b]):
+        names = set(a.get(bench, {})) ^ set(b.get(bench, {}))
+        alone += [f"{bench} {name}" for name in sorted(names)]
     print(f"in one file only: {', '.join(alone) or 'none'}")
-
-
-def subset_names(results):
-    """{bench: {subset or mean: results}} -> the set of "BENCH SUBSET"."""
-    names = set()
-    for bench, subsets in results.items():
-        for name, result in subsets.items():
-            if "correct" in result:
-                names.add(f"{bench} {name}")
-    return names
 
 
 def compare_bench(bench, a, b, items):

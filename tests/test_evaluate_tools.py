@@ -265,6 +265,9 @@ def test_one_table_over_benchmarks(several, capsys):
     command(["compare", *several])
     out = capsys.readouterr().out
     assert out.index("headline") < out.index("sugarcrepe  ") and out.count("percent with 95 % intervals") == 3
+    for columns in ("relation", "swap_attribute"):
+        with pytest.raises(ValueError, match=f"no figure of these files is named {columns}: expected .* headline, attri"):
+            command(["compare", *several, "--columns", columns])
 
 
 def test_the_mean_of_benchmarks_is_of_independent_ones():
@@ -631,7 +634,7 @@ def test_check_finds_what_run_would_find(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
     (tmp_path / "pairs.csv").write_text("image,caption\nnone.png,a dog\n1.png,a cat\n")
     good = dict(data=str(tmp_path / "pairs.csv"), image_root=str(tmp_path), allow_missing=True)
-    evaluate.check(["scenes", "retrieval"], **good)
+    evaluate.check(["scenes", "scenes_pointing", "retrieval"], **good)
     for benches, changes, says in (
             (["scnes"], {}, "no bench 'scnes'"), (["sugarcrepe"], {"data_dir": str(tmp_path)}, "download sugarcrepe"),
             (["retrieval"], {"image_root": "elsewhere"}, "no image .* can be read"),
