@@ -819,10 +819,9 @@ def gift_loss(image_features, text_features, teacher, labels, logit_scale, logit
         image-text alignment: CE(z) by rows + CE(z) by columns, with labels smoothed by 0.2 (the
         share 0.2 lies evenly on all), or with logit_bias siglip_loss of these pairs
 
-    All by reading the released code, of which the paper's formulas were not at hand. There the
-    pairs are of images that a diffusion model made, one process sees them all, logit_scale is held,
-    and the new pairs are of classes, in a cross-entropy with labels smoothed by 0.2. Here new pairs
-    have the contrast of CLIP or SigLIP.
+    Both equal the released code's; the paper's formulas were not at hand. There the pairs are of
+    images that a diffusion model made, logit_scale is held, and the new pairs are of classes, in a
+    cross-entropy with labels smoothed by 0.2. Here new pairs have the contrast of CLIP or SigLIP.
 
     Parameters
     ----------
@@ -1146,7 +1145,7 @@ def clic_loss(image_features, text_features, caption_features, mask, logit_scale
     """CLIC: two images as one, with captions of both, and one in which they exchange a word.
 
     Peleg et al. 2025, Advancing compositional awareness in CLIP with efficient fine-tuning. Returns
-    a dict of shares, which the paper weighs 0.5, 0.5 and 1:
+    a dict of shares, equal to the released code's, which the paper weighs 0.5, 0.5 and 1:
 
     pairs
         the mean over the true captions k of clip_loss(I, T_k), or with a bias of siglip_loss

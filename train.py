@@ -927,7 +927,6 @@ def batches():
         if replay_iterator is not None:
             rows["replay"] = next_batch(replay_iterator, step)
             rows["replay"][0]["replayed"] = True
-            check_rows(rows["replay"][0], step)
         yield rows, inputs, plan
 
 
@@ -1190,7 +1189,9 @@ def train_step_in_parts(rows, inputs, plan):
     terms = loss_terms(leaves, rows, plan, taught)
     backward(terms["loss"])
 
-    gradients = {name: leaves[name].grad.split(sizes[name]) for name in sizes}
+    # of a batch of replay the loss reads no patch tokens, which then have none
+    gradients = {name: leaves[name].grad.split(sizes[name]) for name in sizes
+                 if leaves[name].grad is not None}
     for i, part in enumerate(parts):
         is_last = i == args.accum - 1
         exchange = contextlib.nullcontext()
@@ -1199,7 +1200,7 @@ def train_step_in_parts(rows, inputs, plan):
         with exchange:
             out = forward(network, part)
             # the scalar whose gradient is, for every parameter, what backward() would have sent on
-            total = sum((out[name] * gradients[name][i]).sum() for name in sizes)
+            total = sum((out[name] * gradients[name][i]).sum() for name in gradients)
             if is_last:
                 for name in SCALARS:
                     if out[name] is not None:
@@ -1743,6 +1744,8 @@ upcoming = next(stream, None)
 for step in range(first_step + 1, args.steps + 1):
     rows, inputs, plan = upcoming
     check_rows(rows, step)
+    if "replay" in rows:
+        check_rows(rows["replay"][0], step)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step - 1)
     if (step - 1) % sampler.steps_per_epoch == 0:

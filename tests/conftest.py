@@ -76,6 +76,7 @@ SLOW = (
     "test_train.py::test_killed_at_*",
     "test_train.py::test_methods_do_not_depend_on_processes_and_parts[[]*_clip *",
     "test_train.py::test_methods_do_not_depend_on_processes_and_parts[[]degla *",
+    "test_train.py::test_methods_beside_compositionality_on_pairs[[]tecoa*",
     "test_train.py::test_on_a_terminal_an_error_stands_on_a_line_of_its_own",
     "test_train.py::test_one_dead_process_ends_all",
     "test_train.py::test_processes_and_accumulation_change_nothing[[]1-4*",

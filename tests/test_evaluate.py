@@ -701,11 +701,11 @@ def test_attacked_images_are_scored_beside_the_others(nano, tmp_path):
     (tmp_path / "names.txt").write_text("red dog\nblue cat\ntable\n")
     where = {"data": str(tmp_path / "data"), "classes": str(tmp_path / "names.txt"), "quiet": True}
     clean = evaluate.run(nano, ["folder"], **where)["folder"]
-    found = evaluate.run(nano, ["folder"], attack=8, attack_steps=20, **where)["folder"]
+    found = evaluate.run(nano, ["folder"], attack=8, attack_steps=9, **where)["folder"]
     assert {k: v for k, v in found.items() if not k.startswith("attacked")} == clean
     assert found.keys() - clean.keys() == {"attacked_top1", "attacked_top1_macro", "attacked_top5"}
     assert found["attacked_top1"]["right"] < found["top1"]["right"] and found["attacked_top5"]["accuracy"] == 1
-    in_threes = evaluate.run(nano, ["folder"], attack=8, attack_steps=20, batch_size=3, **where)["folder"]
+    in_threes = evaluate.run(nano, ["folder"], attack=8, attack_steps=9, batch_size=3, **where)["folder"]
     assert in_threes["attacked_top1"]["correct"] == found["attacked_top1"]["correct"]
     names = sorted(tmp_path.glob("data/*/*.png"))
     texts = torch.nn.functional.normalize(nano.encode_text(nano.tokenize(
@@ -717,7 +717,7 @@ def test_attacked_images_are_scored_beside_the_others(nano, tmp_path):
         generator = torch.Generator().manual_seed(i)
         noise = torch.randint(256, pixels.shape[1:], dtype=torch.uint8, generator=generator)[None]
         changed = (pixels + 8 / 255 * (noise / 127.5 - 1)).clamp(0, 1)
-        for _ in range(20):
+        for _ in range(9):
             changed = changed.detach().requires_grad_()
             logits = nano.logit_scale.exp() * nano.encode_image(2 * changed - 1, normalize=True) @ texts.T
             torch.nn.functional.cross_entropy(logits, own).backward()

@@ -248,6 +248,27 @@ def test_golden_values_of_the_released_loss(name):
             assert (grad - torch.from_numpy(golden[prefix + key])).abs().max() < 1e-6, prefix + key
 
 
+def test_golden_values_of_the_released_clic_gift_and_tecoa():
+    """Inputs at random, and what the three released codes made of them: losses, and the pixels of an attack."""
+    golden = {name: torch.from_numpy(x) for name, x in np.load(HERE / "fixtures" / "clic_gift_tecoa.npz").items()}
+    I, T, N, s = (golden[name] for name in ("image_features", "text_features", "caption_features", "logit_scale"))
+    numbers = golden["caption_numbers"]
+    teacher = {"image_features": golden["teacher_image_features"], "text_features": golden["teacher_text_features"]}
+    found = clic_loss(I, T, N, torch.ones(N.shape[:2], dtype=torch.bool), s)
+    found |= gift_loss(I, T, teacher, numbers[:, None] == numbers, s)
+    needs = fisher_weights([golden["gradients"]])
+    found["awc"] = awc_loss([golden["parameters"]], [golden["anchors"]], needs)
+    for name, loss in found.items():
+        assert abs(loss - golden[name]) < 1e-10, name
+
+    def loss(pixels):
+        features = F.normalize(((pixels - 0.4) / 0.3).flatten(1) @ golden["weight"], dim=-1)
+        return tecoa_loss(features, T, torch.eye(len(T), dtype=torch.bool), s)
+
+    attacked = pgd_attack(golden["pixels"], golden["noise"], loss, 2 / 255, 5)
+    assert (attacked - golden["attacked"]).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("sigmoid", [True, False])
 @pytest.mark.parametrize("seed", range(3))
 def test_losses_equal_naive_loops(sigmoid, seed):

@@ -319,7 +319,7 @@ def test_methods_do_not_depend_on_processes_and_parts(exact, tmp_path, method):
     parts = [r for r in map(json.loads, open(tmp_path / "log.jsonl")) if "loss" in r]
     assert len(whole) == len(parts) == 6
     terms = {"ce_clip": 3, "degla": 4, "con_clip": 1, "triplet_clip": 1, "c2lip": 4, "siglip": 3, "fsc_clip": 4 if "clip" in method else 3,
-             "cs_clip": 2}[method[0]]
+             "cs_clip": 2, "tecoa": 1, "gift": 4, "clic": 4}[method[0]]
     names = [k for k in list(whole[-1]) if k == "contrastive" or k in TERMS]
     assert len(names) == terms
     for a, b in zip(whole, parts):
