@@ -3010,11 +3010,12 @@ def verify(registry, bench, tolerance, **settings):
             continue
         results = score(model.to(options.device).eval(), tasks, options)
         print0(f"\n{name:32s}    ours  published  difference")
-        for key, found in results.items():
-            for subset, published in figures[key].items():
-                if subset not in found:
+        for key, subsets in figures.items():
+            for subset, published in subsets.items():
+                found = find_result(results, [(key, subset)])
+                if not found:
                     continue
-                ours = 100 * found[subset]["accuracy"]
+                ours = 100 * found["accuracy"]
                 is_close = abs(ours - published) <= tolerance + 1e-9
                 close, far = close + is_close, far + (not is_close)
                 verdict = "" if is_close else f"  more than {tolerance:g}"
