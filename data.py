@@ -325,7 +325,7 @@ class CaptionFile(Dataset):
                whole ones beside it have on average, or twice what is left if it is alone.
     remarks    [(name, what)] of what looks like a mistake in the files, though no row was lost
 
-    And source_sizes is a list of how many rows each of the sources has, see weigh.
+    And source_sizes is a list of how many rows each of the sources has, see weigh_sources.
     """
 
     def __init__(self, sources, image_root="", image_key=None, caption_key=None, captions=None,
@@ -2034,7 +2034,7 @@ class Epochs(Sampler):
     batch_size  rows of a batch, of all processes together
     start_step, stop_step    the first batch, and the one behind the last (default: one epoch)
     sources     [(rows, shown)]: how many rows each source has, in the order of the data, and how
-                many of them an epoch shows, see weigh; None: every row once
+                many of them an epoch shows, see weigh_sources; None: every row once
     """
 
     def __init__(self, length, batch_size, seed=0, rank=0, world_size=1, start_step=0,
@@ -2086,7 +2086,7 @@ class Epochs(Sampler):
         return turns, rows
 
 
-def weigh(sizes, weights):
+def weigh_sources(sizes, weights):
     """Return [(rows, shown)] for Epochs: with weight 2 an epoch shows each row of a source twice,
     with 0.5 half of the rows, and the other half in the next epoch.
 

@@ -1433,11 +1433,11 @@ def orders(caption):
     """A caption and ARO's four shuffles of its words: of nouns and of adjectives; of all others; of
     the words within each three; of the threes. Cleaned and cut to 30 words as there. The shuffles
     are random, seeded by the caption; parts of speech are of concepts.py."""
-    words = default_extractor().words(caption)      # (start, end, tag) of each
+    words = default_extractor().words(caption)
     rng = random.Random(caption)
     places = range(len(words))
-    nouns = [i for i in places if words[i][2] in ("NN", "NNS", "NNP", "NNPS", "QN")]
-    adjectives = [i for i in places if words[i][2] in ("JJ", "JJR", "JJS", "ORG")]
+    nouns = [i for i in places if words[i].tag in ("NN", "NNS", "NNP", "NNPS", "QN")]
+    adjectives = [i for i in places if words[i].tag in ("JJ", "JJR", "JJS", "ORG")]
     others = [i for i in places if i not in nouns and i not in adjectives]
     threes = [places[i:i + 3] for i in places[::3]]
 
@@ -1449,7 +1449,7 @@ def orders(caption):
                 order[place] = word
         shuffles.append(order)
     shuffles.append(list(itertools.chain(*rng.sample(threes, len(threes)))))
-    spellings = [caption[start:end] for start, end, _ in words]
+    spellings = [caption[word.start:word.end] for word in words]
     texts = [" ".join(spellings[i] for i in order) for order in shuffles[1:]]
     return tuple(clean_order(text) for text in (caption, *texts))
 

@@ -277,7 +277,7 @@ import evaluate
 from concepts import string_id
 from data import (ORDER, CaptionFile, Collate, Epochs, EveryOther, Scenes, Seeded,
                   default_workers, normalize_images, normalize_pixels, train_tokenizer,
-                  train_transform, unnormalize_images, weigh)
+                  train_transform, unnormalize_images, weigh_sources)
 from losses import (EXTRA_TERMS, METHODS, Features, awc_loss, extra_terms, fisher_weights,
                     gather_features, gather_together, pgd_attack, plan_batch, tecoa_loss)
 from model import CLIP, MODELS, no_decay, read_tokenizer, set_tokenizer
@@ -558,7 +558,7 @@ if replay is not None and len(replay) < world_size * args.accum:
          f"--accum {args.accum}", 2)
 weighed = None      # rows of each source, and how many of them an epoch shows
 if args.data_weights is not None:
-    weighed = guard(weigh, dataset.source_sizes, args.data_weights)
+    weighed = guard(weigh_sources, dataset.source_sizes, args.data_weights)
 sampler = guard(Epochs, len(dataset), args.batch_size, args.seed, rank, world_size,
                 sources=weighed)
 if args.batch_size < world_size * args.accum:

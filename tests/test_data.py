@@ -31,7 +31,7 @@ import data as data_module
 from concepts import negate, swap_negatives
 from data import (COLOURS, SHAPES, WORLDS, CaptionFile, Collate, Epochs, EveryOther, Scenes, Seeded, default_workers,
                   exchange_between, join_pair, load_fast, load_image, normalize_images, normalize_pixels, permute, string_id,
-                  train_tokenizer, train_transform, unnormalize_images, weigh)
+                  train_tokenizer, train_transform, unnormalize_images, weigh_sources)
 from model import MODELS, Tokenizer, image_transform
 
 
@@ -1695,7 +1695,7 @@ def test_weights_show_rows_as_often_as_they_say(sizes, batch, weights, seed):
     """Against counting: each epoch so many of each source, in the long run all equally often, each turn of a row once;
     the same batches on 1, 2 and 3 processes, and from any step on."""
     weights = weights[:len(sizes)]
-    sources = weigh(sizes, ",".join(map(str, weights)))
+    sources = weigh_sources(sizes, ",".join(map(str, weights)))
     starts = np.cumsum([0, *sizes])
     length = sum(shown for _, shown in sources)
     stream = Epochs(sum(sizes), min(batch, length), seed, sources=sources)
@@ -1727,14 +1727,14 @@ def test_weights_show_rows_as_often_as_they_say(sizes, batch, weights, seed):
 
 def test_weights_of_one_change_nothing_and_others_shuffle():
     plain = epochs_of(Epochs(50, 8, 3), 3)
-    assert epochs_of(Epochs(50, 8, 3, sources=weigh([20, 30], "1,1.0")), 3) == plain
+    assert epochs_of(Epochs(50, 8, 3, sources=weigh_sources([20, 30], "1,1.0")), 3) == plain
     halves = [{row for _, row in epoch if row < 1000} for epoch in epochs_of(
-        Epochs(2000, 100, sources=weigh([1000, 1000], "0.5,1")), 4)]
+        Epochs(2000, 100, sources=weigh_sources([1000, 1000], "0.5,1")), 4)]
     assert halves[0] | halves[1] == halves[2] | halves[3] == set(range(1000))
     assert halves[0] not in halves[2:]                  # halves are drawn anew
     assert 200 < len(halves[0] & set(range(500))) < 300
     tracemalloc.start()
-    stream = Epochs(2 * 10 ** 12, 768, sources=weigh([10 ** 12, 10 ** 12], "0.3,2.7"), start_step=10 ** 10)
+    stream = Epochs(2 * 10 ** 12, 768, sources=weigh_sources([10 ** 12, 10 ** 12], "0.3,2.7"), start_step=10 ** 10)
     stream.stop = stream.start + 2
     assert sum(map(len, stream)) in (767 * 2, 767 + 768, 768 * 2) and tracemalloc.get_traced_memory()[1] < 3e6
     tracemalloc.stop()
@@ -1746,7 +1746,7 @@ def test_weights_of_one_change_nothing_and_others_shuffle():
     ("nan,1", "'nan' is not"), ("1,inf", "'inf' is not a number above 0 and up to 1,000,000"), ("1,1e400", "'1e400'")])
 def test_weights_that_are_none(weights, says):
     with pytest.raises(ValueError, match=f"--data-weights {weights}: .*{says}") as error:
-        weigh([5, 6], weights)
+        weigh_sources([5, 6], weights)
     assert "\n" not in str(error.value)
 
 
@@ -1754,8 +1754,8 @@ def test_sources_of_several_files_have_one_weight(shards, folder):
     table = write(folder, "t.csv", "image,caption\na.png,a red wall\nb.jpg,a blue wall\n")
     data = CaptionFile(f"{shards}::{table}::{table}", str(folder))
     assert data.source_sizes == [41, 2, 2]
-    assert weigh(data.source_sizes, "0.5, 3,1") == [(41, 20), (2, 6), (2, 2)]
-    stream = Epochs(len(data), 8, sources=weigh(data.source_sizes, "0.5,3,1"))
+    assert weigh_sources(data.source_sizes, "0.5, 3,1") == [(41, 20), (2, 6), (2, 2)]
+    stream = Epochs(len(data), 8, sources=weigh_sources(data.source_sizes, "0.5,3,1"))
     [epoch] = epochs_of(stream, 1)
     captions = Counter(Seeded(data, 0)[item]["caption"] for item in epoch)
     assert captions["a red wall"] == captions["a blue wall"] == 4 and sum(captions.values()) == 28
