@@ -61,5 +61,5 @@ def test_photographs(tmp_path):
                   "--output", tmp_path / "out", "--arms", "plain", "c2lip", "c2lip, on", "--seeds", 1,
                   "--steps", 2, "--tune-steps", 2, "--batch-size", 16)
     assert "c2lip, on - plain" in table
-    for row in ("t2i r10", "sugarcrepe swap", "pointing", "swap noun", "substitute attribute", "negate"):
+    for row in ("t2i r10", "sugarcrepe swap", "pointing", "swap noun", "swap noun, another", "substitute attribute", "negate"):
         assert f"| {row} | " in table

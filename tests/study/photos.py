@@ -22,6 +22,9 @@ and with --coco DIR, a folder as evaluate.py's --data-dir, on whatever of COCO v
     sugarcrepe   by evaluate.py: the items whose photographs are there
     pointing     by evaluate.py: the patch most similar to a category lies in a box of it
 
+Each of swaps, substitutes and negations is also judged with another photograph, drawn at random, in
+place of the caption's own. What a model still gets right then it knows from the text alone.
+
 Swaps, substitutes and negations are made by rules: some are odd as sentences, and a few are true of
 the photograph. They are the same for all arms. Chance is 50 %, a tie counts as wrong. Finished runs
 are kept: started again, the script goes on where it was.
@@ -169,7 +172,7 @@ def interval(right, photographs, samples=1000, seed=0):
 
 
 def judge_items(checkpoint, items, image_folder, device):
-    """{kind: {"accuracy", "low", "high", "n"}} of a model on all items."""
+    """{kind, or kind with another photograph: {"accuracy", "low", "high", "n"}} of a model."""
     model = CLIP.load(checkpoint).eval().to(device)
     image_rows, text_rows = {}, {}  # name or text: its row among the features
     for some in items.values():
@@ -178,18 +181,28 @@ def judge_items(checkpoint, items, image_folder, device):
             text_rows.setdefault(caption, len(text_rows))
             text_rows.setdefault(wrong, len(text_rows))
     images, texts = encode_all(model, device, list(image_rows), image_folder, list(text_rows))
+    others = another_of_each(len(images))  # (M,)
     results = {}
     for kind, some in items.items():
         if not some:  # in a small table
             continue
-        photographs = [image_rows[image] for image, _, _ in some]
+        photographs = torch.tensor([image_rows[image] for image, _, _ in some])  # (n,)
         captions = texts[[text_rows[caption] for _, caption, _ in some]]  # (n, D)
         wrongs = texts[[text_rows[wrong] for _, _, wrong in some]]  # (n, D)
-        margins = (images[photographs] * (captions - wrongs)).sum(1)
-        is_right = (margins > 0).double().numpy()
-        low, high = interval(is_right, photographs)
-        results[kind] = {"accuracy": is_right.mean(), "low": low, "high": high, "n": len(some)}
+        for name, shown in ((kind, photographs), (f"{kind}, another", others[photographs])):
+            margins = (images[shown] * (captions - wrongs)).sum(1)
+            is_right = (margins > 0).double().numpy()
+            low, high = interval(is_right, photographs.numpy())
+            results[name] = {"accuracy": is_right.mean(), "low": low, "high": high, "n": len(some)}
     return results
+
+
+def another_of_each(count, seed=0):
+    """For each of so many photographs the number of another one: a random ring through all."""
+    ring = np.random.default_rng(seed).permutation(count)
+    others = np.empty(count, dtype=np.int64)
+    others[ring] = np.roll(ring, 1)
+    return torch.from_numpy(others)
 
 
 # ---- one run ---------------------------------------------------------------
@@ -236,6 +249,14 @@ def train(args, arm, seed, folder, deadline):
         raise RuntimeError(f"{folder.name}: train.py wrote no checkpoint\n{tail}")
 
 
+def steps_done(folder):
+    """The step of a run's last checkpoint; 0 without one."""
+    path = folder / "last.pt"
+    if not path.exists():
+        return 0
+    return torch.load(path, mmap=True, weights_only=True)["step"]
+
+
 def evaluated(args, folder, bench, *flags):
     """{subset: {"accuracy", "low", "high", "n", "chance"}} of a run, by evaluate.py."""
     path = folder / f"{bench}.json"
@@ -278,10 +299,12 @@ def one_run(args, arm, seed, items, deadline):
         result = json.loads(path.read_text())
         if result["settings"] == settings and result["steps"] == steps_of(args, arm):
             return result
-    began = time.monotonic()
-    train(args, arm, seed, folder, deadline)
-    seconds = time.monotonic() - began
-    steps = torch.load(folder / "last.pt", mmap=True, weights_only=True)["step"]
+    seconds = None  # unknown of a run that was complete, but for its figures
+    if steps_done(folder) < steps_of(args, arm):
+        began = time.monotonic()
+        train(args, arm, seed, folder, deadline)
+        seconds = time.monotonic() - began
+    steps = steps_done(folder)
     figures = benchmarks(args, folder)
     figures |= judge_items(folder / "last.pt", items, args.data / "images", args.device)
     result = {"arm": arm, "seed": seed, "steps": steps, "seconds": seconds, "settings": settings,
@@ -333,8 +356,10 @@ def write_report(args, results, photographs):
     """table.md, from whatever is there so far -> its text."""
     runs = []
     for result in results:
-        runs.append(f"{result['arm']}, seed {result['seed']}: {result['steps']:,} steps in "
-                    f"{result['seconds']:.0f} s")
+        run = f"{result['arm']}, seed {result['seed']}: {result['steps']:,} steps"
+        if result["seconds"] is not None:
+            run += f" in {result['seconds']:.0f} s"
+        runs.append(run)
     passes = args.steps * args.batch_size / photographs
     text = f"""{args.model} from random weights, --loss {args.loss}, {args.steps:,} steps of \
 {args.batch_size} at {args.lr:g}: {passes:.0f} passes over {photographs:,} photographs.
@@ -426,8 +451,7 @@ def main():
                     if result is not None:
                         results.append(result)
                         write_report(args, results, photographs)
-                        bar.write(f"{result['arm']}, seed {result['seed']}: trained "
-                                  f"{result['seconds']:.0f} s")
+                        bar.write(f"{result['arm']}, seed {result['seed']}: done")
     if results:
         print("\n" + write_report(args, results, photographs))
         print(f"wrote {args.output / 'table.md'}")
