@@ -281,6 +281,13 @@ MAX_SENTENCE = 64  # words: a longer sentence is cut, which keeps the time linea
 MAX_CONCEPT = 8  # words
 
 
+class Word(NamedTuple):
+    start: int
+    end: int
+    text: str  # in lower case
+    tag: str  # see GRAMMAR
+
+
 class Parsed(NamedTuple):
     """A batch of captions as a row of places: the words, and one more before each sentence.
 
@@ -296,16 +303,11 @@ class Parsed(NamedTuple):
 class ConceptExtractor:
     """Finds noun phrases in captions. May be pickled, and shared by threads.
 
-    Parameters
-    ----------
-    weights : None for ours, "nltk" for NLTK's averaged_perceptron_tagger_eng, or the path of a
-        file that `concepts.py train` wrote.
-    fast : False to tag and parse with NLTK itself, for comparison. The results are the same, at an
-        eighth of the speed.
-
-    Raises ValueError for a file that is missing or damaged, LookupError if NLTK's data is missing.
+    weights: None for ours, "nltk" for NLTK's averaged_perceptron_tagger_eng, or the path of a file
+    that `concepts.py train` wrote. Raises ValueError for a file that is missing or damaged,
+    LookupError if NLTK's data is missing.
     """
-    def __init__(self, weights=None, fast=True):
+    def __init__(self, weights=None):
         try:
             lexicon = json.loads(LEXICON.read_text("utf-8"))
             model = load_weights(weights)
@@ -323,15 +325,8 @@ class ConceptExtractor:
             self.class_of.update(dict.fromkeys(words, name))
         self.symbol = {tag: chr(0xC0 + number) for number, tag in enumerate(lexicon["tags"])}
         self.tag_of = {symbol: tag for tag, symbol in self.symbol.items()}
-        if fast:
-            self.tagger = FastTagger(*model)
-            self.rules = compile_grammar(self.symbol)
-            self.chunk = self.fast_chunk
-        else:
-            from nltk import PerceptronTagger, RegexpParser
-            self.tagger = PerceptronTagger.decode_json_obj(model)
-            self.parser = RegexpParser(GRAMMAR)
-            self.chunk = self.nltk_chunk
+        self.tagger = FastTagger(*model)
+        self.rules = compile_grammar(self.symbol)
 
     def extract(self, caption, spans=False):
         """The concepts of one caption. extract_batch is much faster for many."""
@@ -389,12 +384,12 @@ class ConceptExtractor:
         return found
 
     def words(self, caption):
-        """[(start, end, tag), ...] of a caption's words; for the tags see GRAMMAR."""
+        """The Words of a caption."""
         places, symbols, _ = self.parse([caption])
         words = []
         for (_, start, end), symbol in zip(places, symbols):
             if end > 0:
-                words.append((start, end, self.tag_of[symbol]))
+                words.append(Word(start, end, caption[start:end].lower(), self.tag_of[symbol]))
         return words
 
     def parse(self, captions):
@@ -442,24 +437,12 @@ class ConceptExtractor:
     def is_junk(self, phrase):
         return bool(JUNK.search(phrase))
 
-    def fast_chunk(self, symbols):
+    def chunk(self, symbols):
         """Apply GRAMMAR: the symbols as its rules leave them, and Parsed.chunks."""
         *corrections, (_, noun_phrase) = self.rules
         for label, rule in corrections:
             symbols = rule.sub(rf"\g<left>{self.symbol[label]}", symbols)
         return symbols, [match.span("chunk") for match in noun_phrase.finditer(symbols)]
-
-    def nltk_chunk(self, symbols):
-        """The same by NLTK's RegexpParser."""
-        tree = self.parser.parse([(i, self.tag_of[symbol]) for i, symbol in enumerate(symbols)])
-        tags = []
-        for (_, tag), label in tree.pos():
-            tags.append(tag if label in ("S", "NP") else label)
-        chunks = []
-        for phrase in tree.subtrees(lambda node: node.label() == "NP"):
-            numbers = [number for number, _ in phrase.leaves()]
-            chunks.append((numbers[0], numbers[-1] + 1))
-        return "".join(self.symbol[tag] for tag in tags), chunks
 
 
 @functools.lru_cache(maxsize=None)
@@ -482,21 +465,14 @@ def extract_batch(captions):
 def index_phrases(lists):
     """Number the phrases of a batch, so that each string is encoded once.
 
-    Parameters
-    ----------
-    lists : for each caption of the batch, the list of its phrases, as extract_batch returns them.
-
-    Returns
-    -------
-    strings : list of U different str, in the order in which they first appear.
-    ids : (U,) int64, string_id of each.
-    pairs : (P, 2) int64, (number of the caption, number of the string). A phrase that a caption
-        repeats is one pair.
+    lists: for each caption the list of its phrases, as extract_batch returns them. Returns
+        strings  U different str, in the order in which they first appear
+        ids      (U,) int64, string_id of each
+        pairs    (P, 2) int64, (number of the caption, number of the string), each pair once
 
     "A cat", which begins one caption, and "a cat" within another are two strings, which a text
-    tower may tell apart, but one concept: ids are of the lower-case string, and the losses take
-    equal ids as the same concept. If exact strings were hashed, "A cat" would be a negative of the
-    image that shows "a cat", and the other way round.
+    tower may tell apart, but one concept: their ids are equal, and the losses take equal ids as the
+    same concept. Otherwise "A cat" would be a negative of the image that shows "a cat".
     """
     import torch
     index = {}
@@ -527,6 +503,9 @@ SWAP_TAGS = {
     "verb": [{"VB"}, {"VBD"}, {"VBG"}, {"VBN"}, {"VBP"}, {"VBZ"}],  # of one form
     "phrase": [{"phrase"}],
 }
+# "a dog near a cat" is as true as "a cat near a dog".
+SYMMETRIC = {"", "and", "or", "with", "along with", "together with", "near", "by", "beside",
+             "next to", "alongside"}
 ARTICLE = re.compile(r"(?i)\b(a)n?(?=\s+(?!uni|use|eu|one)([aeiou]|hour)?)")
 
 # What negate tries in turn: the tags of the word (any, if empty), the word, what takes its place.
@@ -553,9 +532,9 @@ def swap_negatives(caption, rng, kinds=("noun", "adjective", "verb", "phrase")):
     ValueError for an unknown kind.
 
     Of 100 texts of each kind, read as for substitute_negatives, those that were grammatical and
-    false: noun 53, adjective 57, phrase 67. Most of them describe what cannot be ("a brown pillow
-    leaps across a small dog"). The errors are a singular in place of a plural, phrases cut amiss,
-    and texts that are still true ("a blue and black shirt").
+    false: noun 53, adjective 57, phrase 67. Most describe what cannot be ("a brown pillow leaps
+    across a small dog"). The errors are a singular in place of a plural, phrases cut amiss, and
+    texts that are still true.
     """
     spans = swappable(caption)
     negatives = []
@@ -577,10 +556,10 @@ def swappable(caption):
     phrases = next(extractor.phrases([caption]))
     ends = {end for _, end in phrases}
     spans = [(start, end, "phrase") for start, end in phrases]
-    for start, end, tag in extractor.words(caption):
-        inner_noun = tag in NOUN_TAGS and end not in ends  # "fire" of a fire hydrant
-        if not inner_noun and caption[start:end].lower() not in extractor.auxiliary:
-            spans.append((start, end, tag))
+    for word in extractor.words(caption):
+        inner_noun = word.tag in NOUN_TAGS and word.end not in ends  # "fire" of a fire hydrant
+        if not inner_noun and word.text not in extractor.auxiliary:
+            spans.append((word.start, word.end, word.tag))
     return spans
 
 
@@ -602,6 +581,22 @@ def exchange(caption, first, second):
     return mend_articles(caption[:a] + two + caption[b:c] + one + caption[d:])
 
 
+def shuffle_bigrams(caption, rng):
+    """One of FSC-CLIP's negatives: the caption's words in pairs, and these in another order.
+
+    rng: a random.Random. Returns a list of one text, or of none where ten orders gave none that
+    differs.
+    """
+    words = caption.split()
+    pairs = [words[i:i + 2] for i in range(0, len(words), 2)]
+    for _ in range(10):
+        rng.shuffle(pairs)
+        text = " ".join(chain.from_iterable(pairs))
+        if text != " ".join(words):
+            return [text]
+    return []
+
+
 def mend_articles(text):
     """Make each "a" before a vowel "an", and the other way round."""
     def article(match):
@@ -610,7 +605,7 @@ def mend_articles(text):
 
 
 def substitute_negatives(caption, rng, kinds=("attribute", "noun", "number", "preposition"),
-                         frequency=None):
+                         frequency=None, within=None):
     """The caption with one word replaced by another of its class: "a red dog" -> "a black dog".
 
     The classes are the "substitutes" of assets/lexicon.json: words that exclude one another. What
@@ -624,18 +619,18 @@ def substitute_negatives(caption, rng, kinds=("attribute", "noun", "number", "pr
     frequency : None, or what word_frequency made of the captions at hand. Words are then drawn as
         often as these captions use them, so that no rare word betrays a negative, and words that
         they do not use are not drawn.
+    within : None, or (start, end), the part of the caption in which words may be replaced.
 
     Returns
     -------
     list of str. Each differs from the caption in one place, in the word itself and an "a" or "an"
     before it.
 
-    100 texts of each kind, made of captions of Flickr8k's test split, were read one by one. Both
+    100 texts of each kind, made of captions of Flickr8k's test split, were read by one person. Both
     grammatical and false were: attribute 99, noun 97, number 100 (in 3 of them the number is
-    smaller, and "two dogs" may be held to be true of three), preposition 99. These are of a draw
-    after the rules had been mended by a first one (nouns 96, prepositions 90), by one reader.
-    Errors come of words that were misread, and of what the caption goes on to say ("a cat jumps,
-    two other dogs watch").
+    smaller, and "two dogs" may be held to be true of three), preposition 99. The rules had been
+    mended after a first draw (nouns 96, prepositions 90). Errors come of words that were misread,
+    and of what the caption goes on to say ("a cat jumps, two other dogs watch").
     """
     words, phrases = words_and_phrases(caption)
     counts = Counter(word.text for word in words)
@@ -646,7 +641,9 @@ def substitute_negatives(caption, rng, kinds=("attribute", "noun", "number", "pr
         choices = []
         for place in FIND_PLACES[kind](words, phrases):
             options = options_of(kind, place, words, counts, frequency)
-            if options:
+            start, end = words[place.first].start, words[place.end - 1].end
+            inside = within is None or (within[0] <= start and end <= within[1])
+            if options and inside:
                 choices.append((place, options))
         if choices:
             place, options = rng.choice(choices)
@@ -679,13 +676,6 @@ def replace(caption, start, end, new):
     return caption[:start] + new + caption[end:]
 
 
-class Word(NamedTuple):
-    start: int
-    end: int
-    text: str  # in lower case
-    tag: str
-
-
 class Place(NamedTuple):
     """The numbers of words that might be replaced, and what rules ask about them."""
     first: int
@@ -695,12 +685,11 @@ class Place(NamedTuple):
     determiners: tuple = ()  # the Words before a noun in its phrase
 
 
+@functools.lru_cache(maxsize=16)  # unit_pairs asks for the same caption several times
 def words_and_phrases(caption):
     """The Words of a caption, and its noun phrases as [(first word, end), ...]."""
     extractor = default_extractor()
-    words = []
-    for start, end, tag in extractor.words(caption):
-        words.append(Word(start, end, caption[start:end].lower(), tag))
+    words = extractor.words(caption)
     first_at = {word.start: number for number, word in enumerate(words)}
     end_at = {word.end: number + 1 for number, word in enumerate(words)}
     spans = next(extractor.phrases([caption], merge=False))
@@ -849,27 +838,30 @@ def rules_of(kind):
 
 def rules_of_class(row, nouns):
     """Yield (word, Rule) for the words of a class; for nouns, for their plurals too."""
-    forms = [(row["words"], "")]
+    sets = row["words"]
     if row.get("mass"):
-        forms = [(row["words"], "not a")]
+        yield from rules_of_form(row, sets, sets, "not a")
     elif nouns and not row.get("plural"):
-        plurals = [[plural_of(word) for word in words] for words in row["words"]]
-        forms = [(row["words"], "needed"), (plurals, "")]
-    # For each set, the last words of it in any form: by them one sees that it is in a caption.
-    seen_by = [set() for _ in row["words"]]
-    for sets, _ in forms:
-        for number, words in enumerate(sets):
-            seen_by[number].update([word.split()[-1] for word in words])
-    for sets, article in forms:
-        compatible, excluded = {}, {}  # of a word: the words of all its sets, and what they exclude
-        for number, words in enumerate(sets):
-            for word in words:
-                compatible.setdefault(word, set()).update(words)
-                excluded.setdefault(word, set(row.get("unless", ()))).update(seen_by[number])
-        good = [word for word in excluded if word not in substitutes()["never put in"]]
-        for word in excluded:
-            options = {new: excluded[new] for new in good if new not in compatible[word]}
-            yield word, Rule(options, heads_of(row), frozenset(row.get("after", ())), article)
+        plurals = [[plural_of(word) for word in words] for words in sets]
+        both = [words + plural for words, plural in zip(sets, plurals)]
+        yield from rules_of_form(row, sets, both, "needed")
+        yield from rules_of_form(row, plurals, both, "")
+    else:
+        yield from rules_of_form(row, sets, sets, "")
+
+
+def rules_of_form(row, sets, all_forms, article):
+    """Yield (word, Rule) for the words of a class in one form; all_forms has each set in all."""
+    compatible, excluded = {}, {}  # of a word: the words of all its sets, and what they exclude
+    for words, forms in zip(sets, all_forms):
+        seen_by = [form.split()[-1] for form in forms]  # one of them shows the set in a caption
+        for word in words:
+            compatible.setdefault(word, set()).update(words)
+            excluded.setdefault(word, set(row.get("unless", ()))).update(seen_by)
+    good = [word for word in excluded if word not in substitutes()["never put in"]]
+    for word in excluded:
+        options = {new: excluded[new] for new in good if new not in compatible[word]}
+        yield word, Rule(options, heads_of(row), frozenset(row.get("after", ())), article)
 
 
 def heads_of(row):
@@ -894,12 +886,76 @@ def plural_of(noun):
     return " ".join([*modifiers, word])
 
 
+def unit_pairs(caption, rng, count=2, phrases=None):
+    """CS-CLIP's units of a caption, each with a false version of it, a foil, by rules.
+
+    Kargi et al. 2026, Half-truths break similarity-based retrieval, have a language model for both.
+    Here a unit is a noun phrase, or a relation: the text from one noun phrase to the next, with
+    both. A foil is the unit with a word replaced by another of its class that the caption does not
+    use (substitute_negatives), or a relation with two words exchanged.
+
+    Parameters
+    ----------
+    rng : a random.Random.
+    count : how many pairs are wanted.
+    phrases : the noun phrases, where they are known: list of str. By default extract(caption).
+
+    Returns
+    -------
+    list of at most `count` (unit, foil), drawn among all units that have a foil.
+
+    100 pairs, made of captions of Flickr8k's test split, were read one by one, after the rules had
+    been mended by as many others: 93 foils were grammatical and false, 7 not grammatical ("a feet
+    lays at his kayak", and phrases cut amiss), and none was still true. One reader.
+    """
+    places = []
+    for phrase in phrases or extract(caption):
+        match = re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", caption)
+        if match:
+            places.append(match.span())
+    places.sort()
+    units = [(place,) for place in places]
+    for first, second in zip(places, places[1:]):
+        if first[1] <= second[0]:
+            units.append((first, second))
+    rng.shuffle(units)
+    pairs = []
+    for unit in units:
+        if len(pairs) == count:
+            break
+        start, end = unit[0][0], unit[-1][1]
+        foils = []
+        for changed in substitute_negatives(caption, rng, within=(start, end)):
+            foils.append(changed[start:end + len(changed) - len(caption)])
+        if len(unit) == 2:
+            foils += swapped_relations(caption, *unit, rng)
+        if foils:
+            pairs.append((caption[start:end], rng.choice(foils)))
+    return pairs
+
+
+def swapped_relations(caption, first, second, rng):
+    """False versions of a relation, a word of its one phrase (start, end) and one of the other
+    exchanged. ("A white and brown dog" would still be true.)"""
+    (a, b), (c, d) = first, second
+    relation = caption[a:d]
+    still_true = ""
+    if caption[b:c].strip(" ,") in SYMMETRIC:
+        still_true = exchange(relation, (0, b - a), (c - a, d - a))
+    swapped = []
+    for text in swap_negatives(relation, rng, ("noun", "adjective")):
+        in_one_phrase = text.startswith(caption[a:b]) or text.endswith(caption[c:d])
+        if not in_one_phrase and text.lower() != still_true.lower():
+            swapped.append(text)
+    return swapped
+
+
 def negate(caption, rng=None):
     """CoN-CLIP's negatives: one statement negated, by the first of NEGATIONS that fits.
 
     rng: a random.Random, which chooses among several places; without it the first is taken.
     """
-    tag_at = {start: tag for start, _, tag in default_extractor().words(caption)}
+    tag_at = {word.start: word.tag for word in default_extractor().words(caption)}
     for tags, word, negation in NEGATIONS:
         matches = []
         for match in re.finditer(word, caption, re.I):
@@ -1045,44 +1101,31 @@ def read_records(file, delimiter):
     if delimiter == "\t":  # has no quotes, as other projects write it
         dialect["quoting"] = csv.QUOTE_NONE
     csv.field_size_limit(2**31 - 1)  # a long caption is no mistake
-    lines = Lines(file)
+    waiting = deque()  # lines that an earlier record should not have read
     while True:
-        lines.taken = []
+        taken = []
         problem = ""
         try:
-            fields = next(csv.reader(lines, strict=True, **dialect))
-            if len(lines.taken) > 1:
+            fields = next(csv.reader(take_lines(file, waiting, taken), strict=True, **dialect))
+            if len(taken) > 1:
                 problem = "a field that holds line breaks"
         except StopIteration:
             return
         except csv.Error:
-            lines.give_back()
-            fields = next(csv.reader(lines.taken, **dialect), [])
+            waiting.extendleft(reversed(taken[1:]))
+            fields = next(csv.reader(taken[:1], **dialect), [])
             problem = "a quote that is not closed, or is followed by text"
         yield fields, problem
 
 
-class Lines:
-    """Gives csv.reader the lines of one record, and takes back those it should not have read."""
-    def __init__(self, file):
-        self.file = file
-        self.waiting = deque()
-        self.taken = []
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if len(self.taken) == MAX_RECORD:
-            raise StopIteration
-        line = self.waiting.popleft() if self.waiting else next(self.file)
-        self.taken.append(line)
-        return line
-
-    def give_back(self):
-        first, *others = self.taken
-        self.waiting.extendleft(reversed(others))
-        self.taken = [first]
+def take_lines(file, waiting, taken):
+    """Yield the lines of one record, first those that wait, and append them to taken."""
+    while len(taken) < MAX_RECORD:
+        line = waiting.popleft() if waiting else next(file, None)
+        if line is None:
+            return
+        taken.append(line)
+        yield line
 
 
 def extract_files(args):
@@ -1135,20 +1178,19 @@ def extract_rows(task):
 
 def check_paths(args):
     """The name of the output. ValueError for arguments that cannot be meant."""
+    output = args.output or os.path.splitext(args.inputs[0])[0] + ".concepts.jsonl"
     for path in args.inputs:
         if path.lower().endswith(".tar"):
             raise ValueError(f"{path}: tar shards go to train.py --data {path}, which extracts "
                              f"concepts as it reads; expected {', '.join(ENDINGS)}")
         if not path.lower().endswith(ENDINGS):
             raise ValueError(f"{path}: expected a file that ends in {', '.join(ENDINGS)}")
-    if args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: expected 1 or more")
-    output = args.output or os.path.splitext(args.inputs[0])[0] + ".concepts.jsonl"
-    if os.path.exists(output) and not os.path.isfile(output):
-        raise ValueError(f"--output {output} is not a file")
-    for path in args.inputs:
         if os.path.exists(output) and os.path.samefile(path, output):
             raise ValueError(f"{output} is also an input: choose another --output")
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: expected 1 or more")
+    if os.path.exists(output) and not os.path.isfile(output):
+        raise ValueError(f"--output {output} is not a file")
     return output
 
 

@@ -8,6 +8,9 @@ A row is a dict with
     negatives       optional list of str, false captions ("" in place of one that there is not)
     negative_image  optional PIL image that the caption does not describe
     neighbour       optional row, a hard negative for this one
+    partner         optional row, with which this one becomes a pair, see join_pair
+    units           optional list of (part of the caption, false version of it), both str
+    paraphrase      optional str, a second true caption (of rows of files: one of their others)
 A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
 
 In this order: Scenes; CaptionFile, which are the pairs on disk; the index of a file; the readers of
@@ -45,8 +48,10 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from concepts import (CAPTION_KEYS, DELIMITERS, extract_batch, index_phrases, negate, read_table,
-                      start_worker, string_id, swap_negatives)
+from concepts import (CAPTION_KEYS, DELIMITERS, SWAP_TAGS, different_words, exchange,
+                      extract_batch, index_phrases, negate, read_table, shuffle_bigrams,
+                      start_worker, string_id, substitute_negatives, swap_negatives, swappable,
+                      unit_pairs)
 from model import clean_text
 
 # The loader's workers are the parallelism; threads of the tokenizer would only get in their way.
@@ -155,6 +160,8 @@ class Scenes(Dataset):
             "caption": caption,
             "concepts": [f"a {colour} {shape}" for colour, shape in objects],
             "negatives": negatives,
+            "paraphrase": exchange_first_two(objects, cells, link),
+            "units": scene_units(objects, wrong, link),
             "objects": objects,
             "key": f"scene {self.split} {index}",
         }
@@ -181,8 +188,25 @@ class Scenes(Dataset):
 def describe(objects, link):
     """The caption of some (colour, shape); the link stands between the first two."""
     phrases = [f"a {colour} {shape}" for colour, shape in objects]
-    first_two = f"{phrases[0]} {link} {phrases[1]}"
+    first_two = f" {link} ".join(phrases[:2])
     return " and ".join([first_two, *phrases[2:]])
+
+
+def scene_units(objects, wrong, link):
+    """CS-CLIP's units: the relation of two objects, colours exchanged; the first in false forms."""
+    first = describe(objects[:1], link)
+    units = [(describe(objects[:2], link), describe(wrong[0][:2], link))]
+    for others in wrong[1:3]:
+        units.append((first, describe(others[:1], link)))
+    return units
+
+
+def exchange_first_two(objects, cells, link):
+    """The same caption, told from the second object: "b right of a" for "a left of b"."""
+    first, second, *rest = objects
+    if link != "and":
+        link = relation(cells[1], cells[0])
+    return describe([second, first, *rest], link)
 
 
 def relation(first, second):
@@ -267,6 +291,9 @@ PARALLEL_FROM = 2**26
 MAX_REPORTS = 1000
 # The longest name that a tar may give to a member, in bytes.
 MAX_NAME = 2**20
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+# So many rows are drawn at most, until one has an image as wide, or as high, as its partner's.
+MAX_DRAWS = 10
 
 
 class CaptionFile(Dataset):
@@ -274,8 +301,9 @@ class CaptionFile(Dataset):
     and Karpathy (.json), as one data set.
 
     Optional columns or json keys of any of them: concepts and negatives (lists, or texts with |
-    in between), negative_image (a path), and neighbours (numbers of rows of the same file,
-    counted from 0; numbers of rows that are not used are passed over).
+    in between), negative_image (a path), neighbours (numbers of rows of the same file, counted
+    from 0; numbers of rows that are not used are passed over), and units (a json list of pairs, a
+    part of the caption and a false version of it).
 
     sources      files joined by "::"; {000..331}, {a,b}, * and ? are patterns, as in a shell
     image_root   folder that the image paths of tables are relative to
@@ -297,7 +325,7 @@ class CaptionFile(Dataset):
                whole ones beside it have on average, or twice what is left if it is alone.
     remarks    [(name, what)] of what looks like a mistake in the files, though no row was lost
 
-    And source_sizes is a list of how many rows each of the sources has, see weigh.
+    And source_sizes is a list of how many rows each of the sources has, see weigh_sources.
     """
 
     def __init__(self, sources, image_root="", image_key=None, caption_key=None, captions=None,
@@ -353,6 +381,11 @@ class CaptionFile(Dataset):
             texts += self.sample(index)["captions"]
         return texts
 
+    def count_several_captions(self, first_rows):
+        """How many of the first rows have two different captions."""
+        counts = [len(set(self.sample(index)["captions"])) for index in range(first_rows)]
+        return sum(count > 1 for count in counts)
+
     def __len__(self):
         return int(self.starts[-1])
 
@@ -396,6 +429,8 @@ class CaptionFile(Dataset):
             row["concepts"] = parse_list(row["concepts"])
         if "negatives" in row:
             row["negatives"] = parse_list(row["negatives"], empty=True)
+        if "units" in row:
+            row["units"] = parse_pairs(row["units"])
         if "neighbours" in row:
             part, number = self._find(index)
             first = index - number
@@ -414,7 +449,7 @@ class Options:
     def identity(self, split):
         """What an index depends on beside its file; split: see file_and_split."""
         joined = self.joined.identity if self.joined else None
-        return ["rows", self.image_key, self.caption_keys, joined, split]
+        return ["rows with units", self.image_key, self.caption_keys, joined, split]
 
 
 def open_parts(paths, options):
@@ -589,7 +624,7 @@ class JoinedCaptions:
 
     def __init__(self, path, caption_keys, index_dir):
         self.path = path
-        identity = ["captions", caption_keys]
+        identity = ["captions with units", caption_keys]
         self.index, remarks = open_index(
             path, identity, index_dir,
             lambda writer: write_captions(path, caption_keys, writer))
@@ -648,7 +683,7 @@ def write_captions(path, caption_keys, writer):
     Returns what is to be remembered of the table, see JoinedCaptions."""
     notes = Notes()
     name_column = ""
-    wanted = {*(caption_keys or CAPTION_KEYS), "concepts", "negatives"}
+    wanted = {*(caption_keys or CAPTION_KEYS), "concepts", "negatives", "units"}
     hashes = array("q")
     for row in name_errors(path, read_rows(path)):
         if isinstance(row, Report):
@@ -712,6 +747,7 @@ def make_sample(path, number, row, options, writer):
         "captions": captions,
         "concepts": sources[0].get("concepts"),
         "negatives": sources[0].get("negatives"),
+        "units": sources[0].get("units"),
         "negative_image": row.get("negative_image"),
         "neighbours": row.get("neighbours"),
     }
@@ -1484,6 +1520,20 @@ def parse_list(value, separator="|", empty=False):
     return texts if empty else [text for text in texts if text]
 
 
+def parse_pairs(value):
+    """The column units: a list of pairs of texts, or json of one. ValueError for anything else."""
+    wrong = ValueError(f"units {str(value)[:60]!r}: expected a json list of pairs of texts, "
+                       '[["a red dog", "a black dog"], ...]')
+    try:
+        pairs = json.loads(value) if isinstance(value, str) else value
+        pairs = [(unit.strip(), foil.strip()) for unit, foil in pairs]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise wrong from None
+    if not all(unit and foil for unit, foil in pairs):
+        raise wrong
+    return pairs
+
+
 def load_image(file, max_pixels=None):
     """Read an image, whole, as RGB: 16 bits become 8, what is transparent becomes white.
 
@@ -1596,6 +1646,20 @@ def normalize_images(images, config):
     return normalised
 
 
+def unnormalize_images(images, config):
+    """The inverse of normalize_images: bytes, or normalised floats (..., 3, S, S), to floats from
+    0 to 1, on which attacks work. What normalize_pixels does to them can be differentiated."""
+    if not images.is_floating_point():
+        return images / 255
+    mean, std = images.new_tensor([config.mean, config.std])[:, :, None, None]      # (3, 1, 1)
+    return (images * std + mean).clamp(0, 1)
+
+
+def normalize_pixels(pixels, config):
+    """Floats from 0 to 1 (..., 3, S, S) -> what the model takes."""
+    return v2.functional.normalize(pixels, config.mean, config.std)
+
+
 class Collate:
     """Rows -> a batch. Runs in the loader's workers, where it extracts concepts and tokenizes.
 
@@ -1603,12 +1667,19 @@ class Collate:
     tokenize         list of str -> LongTensor (N, L), with .spans for spans=True (model.Tokenizer)
     with_concepts    add concepts: the row's own, or those of its caption
     pad_concepts     round the number of concepts up to a multiple, for torch.compile
-    negatives        None, "swap" (K = 1), "typed" (noun, adjective, verb, phrase: K = 4) or
-                     "negate" (K = 1); a row's own negatives come first
+    negatives        None, "swap" (K = 1), "typed" (noun, adjective, verb, phrase: K = 4),
+                     "negate" (K = 1) or "mixed" (a swap, a substitute, shuffled pairs of words:
+                     K = 3); a row's own negatives come first; or "pairs", see join_pair
     negative_images  add the rows' negative_image
     spans            a concept is a span of the caption's tokens, not a text of its own
+    paraphrases      add the rows' paraphrase
+    words            captions and negatives get the same L, and a word_mask
+    units            so many parts of each caption, each with a false version of it: drawn from the
+                     row's own units, or else made by concepts.unit_pairs
+    pair_size        side of the image that a row and its partner become
+    noise            add noise, with which losses.pgd_attack begins
 
-    A batch of B rows, neighbours of rows behind all others:
+    A batch of B rows, neighbours of rows behind all others, rows with a partner as one:
     images (B, 3, S, S) as the transform gives them (train_transform: uint8, see normalize_images),
     tokens (B, L), keys and captions (lists of str)
     bad                  [(key, error)] of the rows that could not be read
@@ -1621,10 +1692,15 @@ class Collate:
                          and the concepts in pairs are counted in B * M.
     negative_tokens      (B, K, L'), and negative_mask (B, K) bool, false where there is none
     negative_images      (B, 3, S, S), and negative_image_mask (B,) bool; zero where there is none
+    noise                (B, 3, S, S) uint8, uniform, a function of the row's own seed
+    paraphrase_tokens    (B, L'), and paraphrase_mask (B,) bool, false where there is none
+    unit_tokens          (B, units, 2, L'), and unit_mask (B, units) bool, false where there is none
+    word_mask            (B, 1 + K, L) bool, of captions and negatives: Tokenizer.word_mask
     """
 
     def __init__(self, transform, tokenize, with_concepts=True, pad_concepts=1, negatives=None,
-                 negative_images=False, spans=False):
+                 negative_images=False, spans=False, paraphrases=False, words=False, units=0,
+                 noise=False, pair_size=None):
         self.transform = transform
         self.tokenize = tokenize
         self.with_concepts = with_concepts
@@ -1632,26 +1708,40 @@ class Collate:
         self.negatives = negatives
         self.negative_images = negative_images
         self.spans = spans
+        self.noise = noise
+        self.pair_size = pair_size
+        self.paraphrases = paraphrases
+        self.words = words
+        self.units = units
 
     def __call__(self, rows):
-        neighbours = [row["neighbour"] for row in rows if "neighbour" in row]
-        everything = rows + neighbours
+        everything = rows + brought(rows, "neighbour")
+        partners = brought(rows, "partner")
         rows = [row for row in everything if "error" not in row]
+        if partners:
+            rows = join_pairs(rows, self.pair_size)
         batch = {
-            "bad": [(row["key"], row["error"]) for row in everything if "error" in row],
+            "bad": errors_of(everything + partners),
             "keys": [row["key"] for row in rows],
             "captions": [row["caption"] for row in rows],
             "fallback": 0,
         }
         if not rows:
             return batch
-        images = [self.augment(row["image"], row["seed"]) for row in rows]
+        images = [self.pixels_of(row) for row in rows]
         batch["images"] = torch.stack(images)                                   # (B, 3, S, S)
         batch["tokens"] = self.tokenize(batch["captions"], trim=True)           # (B, L)
+        if self.noise:
+            seeds = [row["seed"] for row in rows]
+            batch["noise"] = noise_of(seeds, images[0].shape)                   # (B, 3, S, S)
         if self.negative_images:
             self.add_negative_images(batch, rows)
-        if self.negatives:
+        if self.negatives and (self.negatives != "pairs" or partners):
             self.add_negatives(batch, rows)
+        if self.paraphrases:
+            self.add_paraphrases(batch, rows)
+        if self.units:
+            self.add_units(batch, rows)
         if self.with_concepts:
             concepts, batch["fallback"] = concepts_of(rows)
             if self.spans:
@@ -1659,6 +1749,11 @@ class Collate:
             else:
                 self.add_concepts(batch, concepts)
         return batch
+
+    def pixels_of(self, row):
+        if "pixels" in row:     # of a pair, which is ready
+            return row["pixels"]
+        return self.augment(row["image"], row["seed"])
 
     def augment(self, image, seed):
         """The transform, its randomness a function of the row's own seed: the same in any worker
@@ -1685,23 +1780,64 @@ class Collate:
         tokens = self.tokenize(texts, trim=True)                                # (B * K, L')
         batch["negative_mask"] = mask.view(len(rows), -1)                       # (B, K)
         batch["negative_tokens"] = tokens.unflatten(0, batch["negative_mask"].shape)
+        if self.words:
+            self.add_words(batch, texts)
+
+    def add_words(self, batch, negatives):
+        """Tokenize captions and negatives once more, together, so that they have the same L."""
+        K = batch["negative_mask"].shape[1]
+        texts = []                                                              # B * (1 + K)
+        for i, caption in enumerate(batch["captions"]):
+            texts += [caption, *negatives[i * K:(i + 1) * K]]
+        tokens = self.tokenize(texts, trim=True)
+        mask = self.tokenize.word_mask(texts, tokens.shape[1])
+        tokens = tokens.unflatten(0, (-1, 1 + K))                               # (B, 1 + K, L)
+        batch["tokens"] = tokens[:, 0].contiguous()
+        batch["negative_tokens"] = tokens[:, 1:].contiguous()
+        batch["word_mask"] = mask.view(tokens.shape)
 
     def negatives_of(self, row):
         """K false captions, "" for none, from the row or from its caption by its seed."""
         rng = random.Random(row["seed"])
         caption = row["caption"]
         own = row.get("negatives", [])
+        if self.negatives == "pairs":
+            return own
         if self.negatives == "negate":
             return [negate(caption, rng)]
         if self.negatives == "swap":
             choices = [text for text in own if text][:1]
             choices = choices or swap_negatives(caption, rng) or [""]
             return [rng.choice(choices)]
+        if self.negatives == "mixed":
+            if not own:
+                for make in (swap_negatives, substitute_negatives, shuffle_bigrams):
+                    own = own + [rng.choice(make(caption, rng) or [""])]
+            return (own + [""] * 3)[:3]
         if not own:
             for kind in ("noun", "adjective", "verb", "phrase"):
                 swapped = swap_negatives(caption, rng, (kind,))
                 own = own + ["".join(swapped)]      # one, or none
         return (own + [""] * 4)[:4]
+
+    def add_units(self, batch, rows):
+        texts = []                                                              # B * units * 2
+        for row in rows:
+            rng = random.Random(row["seed"])
+            pairs = row.get("units") or unit_pairs(row["caption"], rng, self.units,
+                                                   row.get("concepts"))
+            pairs = rng.sample(pairs, min(self.units, len(pairs)))
+            for pair in pairs + [("", "")] * (self.units - len(pairs)):
+                texts += pair
+        tokens = self.tokenize(texts, trim=True)                                # (..., L')
+        batch["unit_tokens"] = tokens.view(len(rows), self.units, 2, -1)
+        mask = torch.tensor([text != "" for text in texts[::2]])
+        batch["unit_mask"] = mask.view(len(rows), self.units)
+
+    def add_paraphrases(self, batch, rows):
+        texts = [row.get("paraphrase", "") for row in rows]
+        batch["paraphrase_tokens"] = self.tokenize(texts, trim=True)            # (B, L')
+        batch["paraphrase_mask"] = torch.tensor([text != "" for text in texts])
 
     def add_concepts(self, batch, concepts):
         """Each different string once; see losses.concept_columns for what becomes of them."""
@@ -1729,6 +1865,131 @@ class Collate:
         batch["spans"] = spans                                                          # (B, M, 2)
         batch["concept_ids"] = ids.flatten()                                            # (B * M,)
         batch["pairs"] = torch.tensor(pairs).view(-1, 2)                                # (P, 2)
+
+
+def brought(rows, name):
+    """The rows that some rows bring under a name."""
+    return [row[name] for row in rows if name in row]
+
+
+def errors_of(rows):
+    """[(key, error)] of the rows that could not be read."""
+    return [(row["key"], row["error"]) for row in rows if "error" in row]
+
+
+def join_pairs(rows, size):
+    """Rows, each with its partner as one; a row whose partner cannot be read is left out."""
+    return [join_pair(row, size) for row in rows if "error" not in row["partner"]]
+
+
+def join_pair(row, size):
+    """A row and its partner as one row: two images as one, and captions of both (CLIC).
+
+    pixels     uint8 (3, S, S): join_images, in random order
+    caption    the first sentences of both captions, "A. B."
+    negatives  three more true captions: "B. A.", and two of other sentences, from the rest of the
+               captions or the rows' other captions, each again A or B for want of others; and
+               "A. B." or "B. A." with two words exchanged, "" if there are none
+
+    All as in CLIC's released code, by the row's own seed; there the exchange also takes adverbs,
+    prepositions, numbers and pronouns, by spaCy's tags, or any two words.
+    """
+    partner = row["partner"]
+    rng = random.Random(row["seed"])
+    first, rest = split_caption(row)
+    second, partner_rest = split_caption(partner)
+    captions = [join_texts(second, first)]
+    for texts in zip(draw_two(rest, rng), draw_two(partner_rest, rng)):
+        captions.append(join_texts(*rng.sample(texts, 2)))
+    captions.append(exchange_between(*rng.sample([first, second], 2), rng))
+    pair = {
+        "key": f"{row['key']} with {partner['key']}",
+        "seed": row["seed"],
+        "pixels": join_images(row["image"], partner["image"], size, rng),
+        "caption": join_texts(first, second),
+        "negatives": captions,
+    }
+    if row.get("concepts") and partner.get("concepts"):
+        pair["concepts"] = row["concepts"] + partner["concepts"]
+    return pair
+
+
+def split_caption(row):
+    """The caption's first sentence, and a list of what else is true of the image, never empty."""
+    first, *rest = SENTENCE_END.split(row["caption"].strip())
+    others = [text for text in row.get("captions", []) if text != row["caption"]]
+    return first, rest + others or [first]
+
+
+def draw_two(texts, rng):
+    return rng.sample(texts, 2) if len(texts) > 1 else texts * 2
+
+
+def join_texts(first, second):
+    """Two texts as sentences, one behind the other."""
+    return f"{as_sentence(first)} {as_sentence(second)}"
+
+
+def as_sentence(text):
+    text = text.strip()
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def exchange_between(first, second, rng):
+    """Two joined texts in which a word of the first and one of the second, of the same kind and
+    neither in both, have changed places; "" if there are none."""
+    text = join_texts(first, second)
+    border = len(as_sentence(first))
+    spans = swappable(text)
+    before = [span for span in spans if span[1] <= border]
+    behind = [span for span in spans if span[0] > border]
+    choices = []
+    for kind in ("noun", "adjective", "verb"):
+        for tags in SWAP_TAGS[kind]:
+            left = different_words(text, before, tags)
+            right = different_words(text, behind, tags)
+            own_left = words_not_in(text, left, right)
+            own_right = words_not_in(text, right, left)
+            if own_left and own_right:
+                choices.append((own_left, own_right))
+    if not choices:
+        return ""
+    own_left, own_right = rng.choice(choices)
+    return exchange(text, rng.choice(own_left), rng.choice(own_right))
+
+
+def words_not_in(text, spans, others):
+    """The spans whose word is the word of no other."""
+    known = [text[start:end].lower() for start, end in others]
+    return [(start, end) for start, end in spans if text[start:end].lower() not in known]
+
+
+def join_images(first, second, size, rng):
+    """Two images as one, uint8 (3, S, S): halves of it, one above the other if the first is wide,
+    else side by side. Each is squashed into its half; which comes first is random."""
+    wide = is_wide(first)
+    halves = []
+    for image, length in zip(rng.sample([first, second], 2), (size // 2, size - size // 2)):
+        shape = [length, size] if wide else [size, length]
+        image = v2.functional.resize(image, shape, BICUBIC, antialias=True)
+        if not isinstance(image, torch.Tensor):
+            image = v2.functional.pil_to_tensor(image)
+        halves.append(image)
+    return torch.cat(halves, dim=1 if wide else 2)
+
+
+def is_wide(image):
+    height, width = v2.functional.get_size(image)
+    return width >= height
+
+
+def noise_of(seeds, shape):
+    """Uniform bytes (B, *shape), a row for each seed."""
+    noise = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        noise.append(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
+    return torch.stack(noise)
 
 
 def concepts_of(rows):
@@ -1773,7 +2034,7 @@ class Epochs(Sampler):
     batch_size  rows of a batch, of all processes together
     start_step, stop_step    the first batch, and the one behind the last (default: one epoch)
     sources     [(rows, shown)]: how many rows each source has, in the order of the data, and how
-                many of them an epoch shows, see weigh; None: every row once
+                many of them an epoch shows, see weigh_sources; None: every row once
     """
 
     def __init__(self, length, batch_size, seed=0, rank=0, world_size=1, start_step=0,
@@ -1825,7 +2086,7 @@ class Epochs(Sampler):
         return turns, rows
 
 
-def weigh(sizes, weights):
+def weigh_sources(sizes, weights):
     """Return [(rows, shown)] for Epochs: with weight 2 an epoch shows each row of a source twice,
     with 0.5 half of the rows, and the other half in the next epoch.
 
@@ -1849,6 +2110,22 @@ def weigh(sizes, weights):
         shown = max(1, round(weight * size)) if size else 0
         sources.append((size, shown))
     return sources
+
+
+class EveryOther(Sampler):
+    """The batches of an Epochs; the first, third, ... of a run ask Seeded for partners (CLIC)."""
+
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def __len__(self):
+        return len(self.epochs)
+
+    def __iter__(self):
+        for step, batch in enumerate(self.epochs, self.epochs.start):
+            if step % 2 == 0:
+                batch = [(turn, index, "partner") for turn, index in batch]
+            yield batch
 
 
 def share(length, parts, number):
@@ -1901,16 +2178,19 @@ class Seeded(Dataset):
     """Rows by (turn, index), see Epochs, each with a seed of its own, a function of (seed, turn,
     index).
 
-    By this seed one caption of several is drawn and, if neighbours are asked for, one neighbour.
+    By this seed one caption of several is drawn and, if they are asked for, one neighbour, and
+    another caption as paraphrase.
+    An item (turn, index, "partner") brings another row, any of the data, as its partner.
     """
 
-    def __init__(self, dataset, seed, neighbours=True):
+    def __init__(self, dataset, seed, neighbours=True, paraphrases=False):
         self.dataset = dataset
         self.seed = seed
         self.neighbours = neighbours
+        self.paraphrases = paraphrases
 
     def __getitem__(self, item):
-        turn, index = item
+        turn, index, *wanted = item
         seed = zlib.crc32(f"{self.seed} {turn} {index}".encode())
         rng = random.Random(seed)
         row = {**self.dataset[index], "seed": seed}
@@ -1918,9 +2198,24 @@ class Seeded(Dataset):
             row["caption"] = rng.choice(row["captions"])
         if self.neighbours and row.get("neighbours"):
             chosen = rng.choice(row["neighbours"])
-            without = Seeded(self.dataset, self.seed, neighbours=False)     # it brings none itself
+            without = Seeded(self.dataset, self.seed, False, self.paraphrases)  # brings none itself
             row["neighbour"] = without[turn, chosen]
+        if wanted and "error" not in row:
+            row["partner"] = self.draw_partner(row, turn, rng)
+        if self.paraphrases and "captions" in row:
+            others = [text for text in row["captions"] if text != row["caption"]]
+            if others:
+                row["paraphrase"] = rng.choice(others)
         return row
+
+    def draw_partner(self, row, turn, rng):
+        """A row whose image is wide or not, as this one's is; any after MAX_DRAWS vain draws."""
+        without = Seeded(self.dataset, self.seed, neighbours=False)
+        for _ in range(MAX_DRAWS):
+            partner = without[turn, rng.randrange(len(self.dataset))]
+            if "error" in partner or is_wide(partner["image"]) == is_wide(row["image"]):
+                break
+        return partner
 
 
 # ---- how many workers ------------------------------------------------------

@@ -5,6 +5,7 @@
     python evaluate.py --init timm/ViT-B-16-SigLIP --bench sugarcrepe     public weights
     python evaluate.py describe sugarcrepe                                its protocol and source
     python evaluate.py compare A.json B.json                              two results, item by item
+    python evaluate.py compare A.json B.json C.json --columns headline    one table over benchmarks
 
 From Python, for any object that has encode_image, encode_text, tokenize and transform:
 
@@ -19,9 +20,12 @@ scores two captions alike has not told them apart. Intervals are bootstraps over
 of one image move together.
 """
 import argparse
+import contextlib
 import csv
+import functools
 import hashlib
 import http.client
+import importlib
 import inspect
 import io
 import itertools
@@ -39,64 +43,25 @@ import zipfile
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Callable
 
 # ---- command line ------------------------------------------------------------------------------
 
-BENCHES = {
-    "scenes": "built-in drawings of two objects: which colour belongs to which shape (no files)",
-    "scenes_large": "the same with three objects of more colours and shapes",
-    "scenes_pointing": "in drawings, the patch most similar to an object's name is in its quadrant",
-    "sugarcrepe": "7,511 captions of COCO against hard negatives: replace, swap, add",
-    "sugarcrepe_pp": "two captions that mean the same against one that does not: 4,757 items",
-    "aro": "relations and attributes of Visual Genome, and the order of a caption's words",
-    "valse": "captions against foils: 11 pieces on existence, number, relations, actions, ...",
-    "winoground": "400 pairs of images with captions of the same words in another order (gated)",
-    "colorswap": "300 pairs of images with two colours exchanged in the caption",
-    "whatsup": "left, right, on, under, in front, behind: the preposition that fits",
-    "cola": "210 pairs of images that share objects and attributes, bound otherwise",
-    "bivlc": "2,933 images and captions of COCO with made negatives of both",
-    "vismin": "2,084 pairs of images that differ little: object, attribute, count, relation",
-    "mmvp": "135 pairs of images that CLIP confuses, in 9 visual patterns",
-    "negbench": "captions with and without negation, four for each image",
-    "hard_positives": "captions whose meaning stays, or changes, by one word",
-    "vl_checklist": "objects, attributes and relations: 56 sets of captions with one word changed",
-    "retrieval": "R@1, 5, 10 both ways on COCO and Flickr30k, or on your own --data",
-    "flickr8k": "R@1, 5, 10 both ways on the 1,000 test images of Flickr8k",
-    "long_retrieval": "R@1 of long descriptions, and of their sentences: DOCCI, IIW, Urban-1k",
-    "pointing": "on COCO val2017, the patch most similar to a category lies in a box of it",
-    "imagenet": "zero-shot classification, 1,000 classes, 80 prompts (by hand)",
-    "imagenet_v2": "zero-shot classification, 10,000 new photographs of the 1,000 classes",
-    "imagenet_a": "zero-shot classification, 7,500 photographs that fool ResNets, 200 classes",
-    "imagenet_r": "zero-shot classification, 30,000 drawings, toys, ..., 200 classes",
-    "imagenet_sketch": "zero-shot classification, 50,889 sketches of the 1,000 classes",
-    "folder": "zero-shot classification of your own --data DIR with --classes FILE",
-    "choices": "your own captions against negatives: --data FILE with image, caption, negative",
-    "cifar10": "zero-shot classification, 10 classes",
-    "cifar100": "zero-shot classification, 100 classes",
-    "food101": "zero-shot classification, 101 dishes",
-    "stl10": "zero-shot classification, 10 classes",
-    "pets": "zero-shot classification, 37 breeds of cats and dogs",
-    "aircraft": "zero-shot classification, 100 variants of aircraft",
-    "dtd": "zero-shot classification, 47 textures",
-    "sun397": "zero-shot classification, 397 places",
-    "flowers": "zero-shot classification, 102 flowers",
-    "cars": "zero-shot classification, 196 models of cars",
-    "eurosat": "zero-shot classification, 10 uses of land from a satellite",
-    "gtsrb": "zero-shot classification, 43 traffic signs",
-    "country211": "zero-shot classification, 211 countries",
-    "mnist": "zero-shot classification, 10 digits written by hand",
-    "svhn": "zero-shot classification, 10 digits of house numbers",
-}
+ASSETS = Path(__file__).resolve().parent / "assets"
+DATA = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
+TABLE = DATA["benches"]         # {bench: about, source, files, folders, archives, means, ...}
+ARCHIVES = DATA["archives"]     # {name: url, path to download to, folder that it makes}
+PROMPTS = json.loads((ASSETS / "classes.json").read_text("utf-8"))  # {bench: templates, classes}
+GROUPS = DATA["groups"]         # {table over benchmarks: {bench: subsets in its columns}}
+BENCHES = {name: spec["about"] for name, spec in TABLE.items()}
 COMMANDS = {
     "evaluate": "score a model on benchmarks; the word itself may be left out",
     "download": "fetch the files of benchmarks, as far as they may be fetched",
-    "compare": "compare two files of --json item by item",
+    "compare": "compare two files of --json item by item, or print tables of several",
     "describe": "print the protocol of a benchmark, its source and what to download",
     "verify": "score public checkpoints and print these figures beside the published ones",
-    "plot": "draw the curves of one or more training runs",
+    "plot": "draw the curves of training runs, or results as bars or radar charts",
     "show": "draw which parts of an image are most similar to each phrase of its caption",
 }
 
@@ -150,22 +115,16 @@ def build_parser():
         "Draw the training curves of runs, each a log.jsonl that train.py wrote: the loss, and "
         "each evaluated subset in percent. Of files of --json, draw their results as bars."))
     p.add_argument("files", nargs="+", metavar="FILE", help="log.jsonl or --json files, up to 7")
-    p.add_argument("--keys", metavar="A,B", help="only these curves, such as loss,scenes.swap_att")
+    p.add_argument("--keys", metavar="A,B", help="only these curves, such as loss,scenes.swap_att; "
+                   "of --json the same as --columns of compare")
+    p.add_argument("--radar", action="store_true",
+                   help="draw results of --json as outlines of models on radial axes")
     p.add_argument("--output", default="curves.png", metavar="FILE",
                    help=".png, .svg or .pdf file to write (default: curves.png)")
 
-    p = add_command("show", description=(
+    add_show_arguments(add_command("show", description=(
         "Draw where an image is similar to each phrase of its caption: for each patch the cosine "
-        "of its token and the phrase. One row a model; all maps share one scale."))
-    p.add_argument("--checkpoint", default="", metavar="A,B",
-                   help="checkpoints of train.py, joined by commas: a row each")
-    p.add_argument("--image", metavar="FILE", help="an image file; default: a built-in scene")
-    p.add_argument("--scene", type=int, default=0, metavar="N",
-                   help="number of the held-out built-in scene (default: 0)")
-    p.add_argument("--caption", help="text whose noun phrases are shown")
-    p.add_argument("--concepts", nargs="+", metavar="PHRASE", help="phrases to show instead")
-    p.add_argument("--output", default="attention.png", metavar="FILE",
-                   help=".png, .svg or .pdf file to write (default: attention.png)")
+        "of its token and the phrase. One row a model; all maps share one scale.")))
     return parser
 
 
@@ -178,10 +137,25 @@ def add_compare_arguments(p):
                         "rows, with intervals; the best is marked (in bold) where the paired "
                         "interval of its lead over the second excludes 0")
     p.add_argument("--columns", metavar="A,B",
-                   help="of such a table: names of subsets or means, or all (default: the means, "
-                        "where a benchmark has them)")
-    p.add_argument("--reference", action="store_true",
-                   help="add published results to such a table")
+                   help="of such tables: names of subsets or means, or all; or for one table over "
+                        f"all benchmarks one of {', '.join(GROUPS)} (default: headline, and each "
+                        "benchmark's means)")
+    p.add_argument("--reference", action="store_true", help="add published results to such tables")
+
+
+def add_show_arguments(p):
+    p.add_argument("--checkpoint", default="", metavar="A,B",
+                   help="checkpoints of train.py, joined by commas: a row each")
+    p.add_argument("--image", metavar="FILE", help="an image file; default: a built-in scene")
+    p.add_argument("--scene", type=int, default=0, metavar="N",
+                   help="number of the held-out built-in scene (default: 0)")
+    p.add_argument("--caption", help="text whose noun phrases are shown")
+    p.add_argument("--concepts", nargs="+", metavar="PHRASE", help="phrases to show instead")
+    p.add_argument("--boxes", metavar="FILE",
+                   help="draw where the things of the phrases are: COCO's instances, or a json "
+                        "{file name: [[category, x, y, width, height], ...]}")
+    p.add_argument("--output", default="attention.png", metavar="FILE",
+                   help=".png, .svg or .pdf file to write (default: attention.png)")
 
 
 def add_verify_arguments(p):
@@ -227,6 +201,13 @@ def add_evaluate_arguments(parser):
                    help="the column of --data with captions (default: caption, title, text, ...)")
     p.add_argument("--classes", metavar="FILE",
                    help="names of the classes of folder, one a line, in the order of the folders")
+    p.add_argument("--attack", type=float, default=0.0, metavar="E",
+                   help="score zero-shot classification, and single of scenes, once more on images "
+                        "of which an attack has changed each pixel by at most E of 255, so that "
+                        "they are taken for another class (default: no attack)")
+    p.add_argument("--attack-steps", type=int, default=5, metavar="N",
+                   help="steps of the attack, each of 1 of 255; more are a stronger attack "
+                        "(default: 5, as in TeCoA's released code)")
 
     p = parser.add_argument_group("what comes out")
     p.add_argument("--json", dest="json_path", metavar="FILE",
@@ -282,16 +263,14 @@ from timm.data import ImageNetInfo                                              
 from torch.utils.data import DataLoader, Dataset                                      # noqa: E402
 from tqdm import tqdm                                                                 # noqa: E402
 
-from concepts import default_extractor, extract                                      # noqa: E402
-from data import (CaptionFile, Scenes, load_image, parse_list, read_rows,             # noqa: E402
-                  relation)
+from concepts import default_extractor, extract, plural_of                            # noqa: E402
+from data import (CaptionFile, Scenes, load_image, noise_of, parse_list,              # noqa: E402
+                  read_rows, relation)
+from losses import pgd_attack, tecoa_loss                                             # noqa: E402
 from model import CLIP, set_tokenizer                                                 # noqa: E402
 
 PROTOCOL = 5        # raised whenever a change here or in benchmarks.json may change a figure
-ASSETS = Path(__file__).resolve().parent / "assets"
-DATA = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
-TABLE = DATA["benches"]         # {bench: its source, files, folders, archives, published figures}
-ARCHIVES = DATA["archives"]     # {name: url, path to download to, folder that it makes}
+ELEVEN = "classification_11"    # of GROUPS: the mean of these sets is a result of its own
 GET = "python evaluate.py download"
 MAX_MEMBERS = 2_000_000      # files in an archive; ImageNet has 1.4 million
 RANK = int(os.environ.get("RANK", 0))           # of this process, as torchrun says
@@ -300,6 +279,23 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))    # number of processes
 
 class Missing(ValueError):
     """Files of a benchmark that are not there. The message says how to get them."""
+
+
+@contextlib.contextmanager
+def expecting(what, advice=""):
+    """Whatever is wrong in the content of a file becomes one line of what was expected."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{what} ({error!s:.200}){advice}") from None
+
+
+def import_package(name, package, use):
+    """A package that few need. Raises ValueError with how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"{use}: pip install {package}") from None
 
 
 def print0(*text):
@@ -431,10 +427,7 @@ class Ranking:
     def outcomes(self, image_features, text_features):
         """As Choices.outcomes; yields one outcome for each of recalls."""
         images = image_features(self.images)[:, 0]                  # (N, D)
-        texts = text_features(self.texts)                           # (M, prompts, D)
-        if texts.shape[1] > 1:
-            texts = F.normalize(texts.mean(1), dim=-1)[:, None]
-        texts = texts[:, 0]                                         # (M, D)
+        texts = self.candidates(text_features)                      # (M, D)
         image_names = [row[0].name for row in self.images]
         first_image = self.positive.byte().argmax(0)                # (M,)
         names_by_text = [image_names[i] for i in first_image.tolist()]
@@ -449,6 +442,17 @@ class Ranking:
                 margins = rank(texts, images, self.positive.T, k)
                 chance = blind_recall(self.positive.T, k)
                 yield subset, margins, chance, names_by_text, prompts, None
+
+    def candidates(self, text_features):
+        """The features of all texts (M, D)."""
+        texts = text_features(self.texts)                           # (M, prompts, D)
+        if texts.shape[1] > 1:
+            texts = F.normalize(texts.mean(1), dim=-1)[:, None]
+        return texts[:, 0]
+
+    def classifies(self):
+        """Whether only images ask, as in classification."""
+        return all(way == "i2t" for way, _ in self.recalls.values())
 
     def needed(self):
         """All texts, since each is a candidate, and the pictures that are there."""
@@ -478,15 +482,19 @@ class Pointing:
             if not picture.missing:
                 numbers.setdefault(picture, []).append(number)
         texts = text_features(self.texts)[:, 0]                             # (N, D)
+        pictures = list(numbers)
         parts = []
-        for picture, pixels, size in patch_batches(model, list(numbers), options):
-            tokens = patch_tokens(model, pixels, options)                   # (T, D)
-            box = seen_box(model, size)
-            found = []
-            for number in numbers[picture]:
-                inside = patches_inside(self.boxes[number], box, math.isqrt(len(tokens)))   # (T,)
-                found.append(point(tokens @ texts[number], inside))
-            parts.append((torch.tensor(numbers[picture]), torch.tensor(found)))
+        for rows, pixels, sizes in read_batches(model, pictures, options):
+            tokens = patch_tokens(model, pixels, options)                   # (n, T, D)
+            side = math.isqrt(tokens.shape[1])
+            for row, size, patches in zip(rows.tolist(), sizes, tokens):
+                items = numbers[pictures[row]]
+                seen = seen_box(model, size)
+                found = []
+                for item in items:
+                    inside = patches_inside(self.boxes[item], seen, side)   # (T,)
+                    found.append(point(patches @ texts[item], inside))
+                parts.append((torch.tensor(items), torch.tensor(found)))
         margins, chances = share(parts, len(self.images), width=2).T        # (N,) each
         chance = chances[~margins.isnan()].mean().item()
         names = [picture.name for picture, in self.images]
@@ -565,44 +573,48 @@ class Options:
     workers: int = 0                # processes that read images
     device: Any = None              # None: where the model is
     dtype: str = "float32"          # of the towers; bfloat16 is by autocast
+    attack: float = 0.0             # how far an attack may change a pixel, of 255; 0: no attack
+    attack_steps: int = 5           # its steps, see attacked_outcomes
     quiet: bool = False             # print no tables
 
 
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)   # pillow's errors
 
 
+@dataclass
 class PictureData(Dataset):
-    """Item i is (i, pixels of picture i as the model's transform makes them), pixels None where the
-    picture cannot be read and that is allowed."""
+    """Item i is (i, pixels of picture i as the model's transform makes them, its width and height),
+    or None where the picture cannot be read and that is allowed."""
 
-    def __init__(self, pictures, transform, allow_missing):
-        self.pictures = pictures
-        self.transform = transform
-        self.allow_missing = allow_missing
+    pictures: list
+    transform: Callable
+    allow_missing: bool
 
     def __len__(self):
         return len(self.pictures)
 
     def __getitem__(self, i):
         try:
-            return i, self.transform(self.pictures[i].open())
+            image = self.pictures[i].open()
+            return i, self.transform(image), image.size
         except UNREADABLE as error:
             if self.allow_missing:
-                return i, None
+                return None
             raise ValueError(f"cannot read {self.pictures[i].name} ({error}): check --image-root, "
                              "or --allow-missing") from None
 
 
 def stack_readable(items):
-    """Items of PictureData -> their numbers (n,) and pixels (n, 3, S, S), or None if n is 0."""
-    numbers = [i for i, pixels in items if pixels is not None]
-    if not numbers:
+    """Items of PictureData -> numbers (n,), pixels (n, 3, S, S), sizes; None if n is 0."""
+    readable = [item for item in items if item is not None]
+    if not readable:
         return None
-    return torch.tensor(numbers), torch.stack([pixels for _, pixels in items if pixels is not None])
+    numbers, pixels, sizes = zip(*readable)
+    return torch.tensor(numbers), torch.stack(pixels), sizes
 
 
-def encode_images(model, pictures, options):
-    """N pictures -> normalised features (N, D), float32 on the CPU; NaN for what cannot be read."""
+def read_batches(model, pictures, options):
+    """Yield this process's batches of pictures, as stack_readable gives them."""
     batches = torch.arange(len(pictures)).split(options.batch_size)[RANK::WORLD]
     loader = DataLoader(
         PictureData(pictures, model.transform, options.allow_missing),
@@ -610,11 +622,16 @@ def encode_images(model, pictures, options):
         collate_fn=stack_readable,
         num_workers=options.workers,
         multiprocessing_context="fork" if options.workers else None)
-    parts = []
     for batch in progress(loader, len(pictures)):
         if batch is not None:
-            numbers, pixels = batch
-            parts.append((numbers, forward(model, model.encode_image, pixels, options)))
+            yield batch
+
+
+def encode_images(model, pictures, options):
+    """N pictures -> normalised features (N, D), float32 on the CPU; NaN for what cannot be read."""
+    parts = []
+    for numbers, pixels, _ in read_batches(model, pictures, options):
+        parts.append((numbers, forward(model, model.encode_image, pixels, options)))
     features = share(parts, len(pictures))
     bad = features.isnan().any(1).nonzero()[:, 0].tolist()
     if bad and len(bad) == len(pictures):
@@ -650,7 +667,7 @@ def progress(batches, count):
 
 @torch.inference_mode()
 def forward(model, encoder, inputs, options):
-    """One batch through one tower -> normalised features (n, D), float32 on the CPU."""
+    """One batch through one tower -> normalised features (..., D), float32 on the CPU."""
     device, dtype = model_place(model)
     if inputs.is_floating_point():
         inputs = inputs.to(dtype)
@@ -667,28 +684,12 @@ def model_place(model):
     return torch.device("cpu"), torch.float32
 
 
-def patch_batches(model, pictures, options):
-    """Yield (picture, pixels (3, S, S), size of the image) of this process's pictures; what cannot
-    be read is left out, if that is allowed."""
-    def transform(image):
-        return model.transform(image), image.size
-
-    pictures = pictures[RANK::WORLD]
-    data = PictureData(pictures, transform, options.allow_missing)
-    loader = DataLoader(data, batch_size=None, num_workers=options.workers,
-                        multiprocessing_context="fork" if options.workers else None)
-    for number, item in progress(loader, len(pictures)):
-        if item is not None:
-            yield pictures[number], *item
-
-
-@torch.inference_mode()
 def patch_tokens(model, pixels, options):
-    """One image (3, S, S) -> its normalised patch tokens (T, D), float32 on the CPU."""
-    device, dtype = model_place(model)
-    with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-        _, tokens = model.encode_image(pixels[None].to(device, dtype), return_tokens=True)
-    return F.normalize(tokens[0].float(), dim=-1).cpu()
+    """(n, 3, S, S) -> normalised patch tokens (n, T, D), float32 on the CPU."""
+    def encoder(pixels):
+        return model.encode_image(pixels, return_tokens=True)[1]
+
+    return forward(model, encoder, pixels, options)
 
 
 def gives_patch_tokens(model):
@@ -857,17 +858,16 @@ def check(benches, **options):
 
 def check_pictures(task, options):
     """Open pictures of a task until one can be read."""
-    for pictures, _ in task.needed():
-        for picture in pictures:
-            data = PictureData([picture], lambda image: image, options.allow_missing)
-            _, image = data[0]
-            if image is not None:
-                return
+    for picture in itertools.chain(*task.images):
+        data = PictureData([picture], lambda image: image, options.allow_missing)
+        if not picture.missing and data[0] is not None:
+            return
     raise ValueError(f"no image of {type(task).__name__.lower()} {picture.name} can be read")
 
 
 def score(model, tasks, options):
     """tasks {bench: [Choices or Ranking, ...]} -> results, as run returns them."""
+    check_attack(tasks, options)
     pictures, texts = {}, {}            # dicts for their order: equal ones are encoded once
     for parts in tasks.values():
         for task in parts:
@@ -893,26 +893,88 @@ def score(model, tasks, options):
                 found = [task.outcome(model, text_features, options)]
             else:
                 found = list(task.outcomes(image_features, text_features))
+            if is_attacked(task, options):
+                found += attacked_outcomes(model, task, text_features, options)
             outcomes.extend(found)
             partial.update((outcome[0], task.partial) for outcome in found if task.partial)
         subsets = [outcome[0] for outcome in outcomes]
         results[bench] = summarize(outcomes, means_of(bench, subsets))
         for subset, text in partial.items():
             results[bench][subset]["partial"] = text
+    parts = [(bench, subset) for bench, (subset,) in GROUPS[ELEVEN].items()]
+    mean = find_result(results, parts)
+    if mean:
+        results[ELEVEN] = {"mean": mean}
     return results
 
 
+def is_attacked(task, options):
+    return options.attack > 0 and isinstance(task, Ranking) and task.classifies()
+
+
+def check_attack(tasks, options):
+    """Raise ValueError for an attack that has nothing to attack, or no step."""
+    attacked = 0
+    for parts in tasks.values():
+        attacked += sum(is_attacked(task, options) for task in parts)
+    if options.attack < 0 or options.attack_steps < 1:
+        raise ValueError(f"--attack {options.attack:g} --attack-steps {options.attack_steps}: "
+                         "expected at least 0, and at least 1 step")
+    if options.attack and not attacked:
+        raise ValueError(f"--attack {options.attack:g}: it needs a benchmark of zero-shot "
+                         f"classification, such as cifar10, folder or scenes, and these are "
+                         f"{', '.join(tasks)}")
+
+
+def attacked_outcomes(model, task, text_features, options):
+    """Outcomes of a classification on images that an attack has changed: attacked_top1, ...
+
+    Projected gradient descent (losses.pgd_attack) knows the model and all texts, and raises the
+    cross-entropy of an image's own, as in Mao et al. 2023 (TeCoA): from a random start, which is a
+    function of the image's number, each of --attack-steps by 1 of 255, within --attack. The paper
+    attacks images as they are before they are resized, here their pixels are what the tower sees.
+    """
+    device, dtype = model_place(model)
+    normalize = getattr(model.transform, "transforms", [None])[-1]
+    if not hasattr(normalize, "mean"):
+        raise ValueError("--attack: the model's transform does not end with Normalize, so that its "
+                         "pixels are not known")
+    mean, std = torch.tensor([normalize.mean, normalize.std], device=device)[:, :, None, None]
+    texts = task.candidates(text_features).to(device)               # (M, D)
+    scale = model.logit_scale.exp().item() if hasattr(model, "logit_scale") else 100.0
+
+    def encode(pixels):
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            features = model.encode_image(((pixels - mean) / std).to(dtype))
+        return F.normalize(features.float(), dim=-1)
+
+    def loss(pixels, labels):
+        return tecoa_loss(encode(pixels), texts, labels, scale)
+
+    pictures = [picture for picture, in task.images]
+    parts = []
+    for numbers, images, _ in read_batches(model, pictures, options):
+        pixels = (images.to(device) * std + mean).clamp(0, 1)
+        labels = task.positive[numbers].to(device)                  # (n, M)
+        noise = noise_of(numbers.tolist(), images.shape[1:]).to(device)
+        attacked = pgd_attack(pixels, noise, functools.partial(loss, labels=labels),
+                              options.attack / 255, options.attack_steps)
+        with torch.no_grad():
+            parts.append((numbers, encode(attacked).cpu()))
+    features = share(parts, len(task.images))[:, None]              # (N, 1, D)
+    for subset, *outcome in task.outcomes(lambda images: features, text_features):
+        yield f"attacked_{subset}", *outcome
+
+
 def means_of(bench, subsets):
-    """{name: its parts}, see summarize: of MEANS, or where the data says what subsets there are,
-    the mean over all subsets (macro) and all items (micro), or over those of each of Winoground's
-    rules."""
-    if bench in MEANS:
-        return MEANS[bench]
+    """{name: its parts}, see summarize: of benchmarks.json, or where the data says what subsets
+    there are, the mean over all subsets (macro) and all items (micro), or over those of each of
+    Winoground's rules."""
     if bench == "vismin":
         return {rule: [name for name in subsets if name.endswith(f"_{rule}")] for rule in PAIRED}
     if bench in ("choices", "mmvp") and len(subsets) > 1:
         return {"macro": subsets, "micro": subsets}
-    return {}
+    return TABLE.get(bench, {}).get("means", {})
 
 
 def report_cut(model, texts, tokens):
@@ -938,8 +1000,9 @@ def image_size(model):
     return model.transform(Image.new("RGB", (64, 64))).shape[-1]
 
 
-def print_table(bench, results, published=None):
-    """A line for each subset and mean, in percent; published: see print_published."""
+def print_table(bench, results, reference=False):
+    """A line for each subset and mean, in percent. reference: published figures beside ours, and
+    where each is from."""
     width = max(len(name) for name in (bench, *results))
     print0(f"\n{bench:{width}s}    chance  accuracy     right / n      ties    95 % interval")
     for name, r in results.items():
@@ -950,80 +1013,68 @@ def print_table(bench, results, published=None):
                 f"{count:21s}    {100 * r['low']:5.1f} .. {100 * r['high']:5.1f}  "
                 f"{r.get('partial', '')}")
         print0(line.rstrip())
-    if published:
-        print_published(results, published, width)
-
-
-def print_published(results, published, width):
-    """Published figures beside ours, in percent, and under them where each is from.
-
-    published: {method: {"source": which table, by which protocol; subset: percent, ...}}
-    """
-    numbers = {method: f"[{i}]" for i, method in enumerate(published, 1)}
-    for start in range(0, len(numbers), 10):            # ten columns at a time fit a terminal
-        methods = list(numbers)[start:start + 10]
-        head = "".join(f"{numbers[method]:>7s}" for method in methods)
-        print0(f"\n{'published':{width}s}    ours{head}")
-        for name, r in results.items():
-            figures = [published[method].get(name, "") for method in methods]
-            if any(figures):
-                cells = "".join(f"{figure:>7}" for figure in figures)
-                print0(f"{name:{width}s}  {100 * r['accuracy']:6.1f}{cells}")
-    for method, number in numbers.items():
-        print0(f"{number} published: {method}; {published[method]['source']}")
+    published = TABLE.get(bench, {}).get("published", {})
+    if reference and published:
+        columns = [(bench, name) for name in results if any(name in x for x in published.values())]
+        print0("\n" + format_table(bench, columns, ["ours"], [{bench: results}], reference=True))
+        for method, figures in published.items():
+            print0(f"{method} (published): {figures['source']}")
 
 
 # ---- reading: the files of a benchmark ---------------------------------------------------------
 
+@dataclass
 class Source:
     """The files of one part of a benchmark, as benchmarks.json lists them."""
 
-    def __init__(self, bench, subset, options, image_size=32, has_patches=True):
-        self.bench = bench
-        self.subset = subset
-        self.options = options
-        self.image_size = image_size        # of the model, for built-in drawings
-        self.has_patches = has_patches      # whether the model gives patch tokens
-        self.partial = ""                   # what is to be said of a file that is not whole
-        self.spec = TABLE.get(bench, {})
+    bench: str
+    subset: str
+    options: "Options"
+    image_size: int = 32            # of the model, for built-in drawings
+    has_patches: bool = True        # whether the model gives patch tokens
+    partial: str = ""               # what is to be said of a file that is not whole
 
-    def rows(self, keys, part=None):
-        """The rows of this part's file, or of another part's: dicts, or lists. keys {key or place:
-        type of its value}.
+    @property
+    def spec(self):
+        return TABLE[self.bench]
+
+    def rows(self, *strings, kinds=None, part=None):
+        """The rows of this part's file, or of another part's: dicts, or lists. strings: keys (of a
+        list: places) of texts; kinds: {key or place: type of its value}.
 
         Raises Missing if there is no file, ValueError if it is not the official one.
         """
+        keys = dict.fromkeys(strings, str) | (kinds or {})
         file = self.spec["files"][part or self.subset]
         n = file.get("n")               # None: not known
         path = Path(self.options.data_dir, file["path"])
-        if not path.is_file():
+        if not path.exists():
             raise Missing(f"{self.bench}: no {path}; get it: {GET} {self.bench}")
-        try:
-            content = path.read_bytes()
-            rows = parse_rows(content, path.suffix.lower())
+        with expecting(f"{path} is not the official file of {n or 'unknown'} rows",
+                       f": delete it and get it: {GET} {self.bench}"):
+            rows, digest = read_folder(path) if path.is_dir() else read_file(path)
             whole = all(has_keys(row, keys) for row in rows)
-            digest = hashlib.sha256(content).hexdigest()
-            fewer = whole and n and 0 < len(rows) < n and self.options.allow_missing
             official = n in (None, len(rows)) and rows and file.get("sha256") in (None, digest)
-            if fewer:
+            if whole and n and 0 < len(rows) < n and self.options.allow_missing:
                 self.partial = f"partial: {len(rows):,} of the official {n:,} rows"
             elif not whole or not official:
                 extent = "all" if whole else "not all"
                 raise ValueError(f"{len(rows)} rows, {extent} with {', '.join(map(str, keys))}")
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} is not the official file of {n or 'unknown'} rows ({error}): "
-                             f"delete it and get it: {GET} {self.bench}") from None
         return rows
 
-    def pictures(self, names, boxes=None):
-        """File names -> Pictures: in --image-root, or else the first of the benchmark's folders
-        that has it. boxes: for each name x, y, width, height of a crop."""
+    def pictures(self, items, boxes=None):
+        """N tuples of file names -> N tuples of Pictures: in --image-root, or else the first of the
+        benchmark's folders that has it. boxes: for each item x, y, width, height of a crop."""
         options = self.options
         folders = [Path(options.data_dir, folder) for folder in self.spec["folders"]]
         if options.image_root:
             folders.insert(0, options.image_root)
-        paths = {name: find_file(name, folders) for name in names}
-        missing = {name for name, path in paths.items() if not os.path.isfile(path)}
+        paths, missing = {}, set()
+        for name in dict.fromkeys(itertools.chain(*items)):
+            places = [os.path.join(folder, name) for folder in folders]
+            paths[name] = next(filter(os.path.isfile, places), places[0])
+            if not os.path.isfile(paths[name]):
+                missing.add(name)
         if missing and not (options.allow_missing and len(missing) < len(paths)):
             first = next(path for name, path in paths.items() if name in missing)
             raise Missing(
@@ -1031,25 +1082,38 @@ class Source:
                 f"{first[:300]}. Give --image-root DIR, or get them: {GET} {self.bench}; "
                 "--allow-missing skips some, but not all")
         pictures = []
-        for i, name in enumerate(names):
-            box = tuple(boxes[i]) if boxes else ()
-            pictures.append(Picture(paths[name], box, missing=name in missing))
+        for names, box in zip(items, boxes or [()] * len(items)):
+            pictures.append(tuple(
+                Picture(paths[name], box, missing=name in missing) for name in names))
         return pictures
 
 
-def parse_rows(content, suffix):
+def read_file(path):
     """The rows of a .csv or .jsonl file, of a json list, of Karpathy's json files, which have them
-    under images, or the values of another json dict."""
-    if suffix in (".jsonl", ".jsonlines"):
-        return [json.loads(line) for line in content.splitlines()]
-    if suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
-    rows = json.loads(content)
-    if isinstance(rows, dict) and isinstance(rows.get("images"), list):
-        return rows["images"]
-    if isinstance(rows, dict):      # by number, with gaps in SugarCrepe's swap_obj
-        rows = list(rows.values())
-    return rows
+    under images, or the values of another json dict -> rows, sha256 of the file."""
+    content = path.read_bytes()
+    if path.suffix.startswith(".jsonl"):
+        rows = [json.loads(line) for line in content.splitlines()]
+    elif path.suffix == ".csv":
+        rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
+    else:
+        rows = json.loads(content)
+    if isinstance(rows, dict):      # the values are by number, with gaps in SugarCrepe's swap_obj
+        images = rows.get("images")
+        rows = images if isinstance(images, list) else list(rows.values())
+    return rows, hashlib.sha256(content).hexdigest()
+
+
+def read_folder(path):
+    """Of a folder of json files -> their contents; of texts -> rows {name, text}. And None, since a
+    folder has no sha256."""
+    rows = []
+    for file in sorted(path.iterdir(), key=lambda file: (len(file.stem), file.stem)):
+        if file.suffix == ".json":
+            rows.append(json.loads(file.read_text("utf-8")))
+        elif file.suffix == ".txt":
+            rows.append({"name": file.stem, "text": file.read_text("utf-8")})
+    return rows, None
 
 
 def has_keys(row, keys):
@@ -1077,24 +1141,16 @@ def is_kind(value, kind):
     return True
 
 
-def find_file(name, folders):
-    """The path of name in the first folder that has it; in the first folder if none has."""
-    paths = [os.path.join(folder, name) for folder in folders]
-    for path in paths:
-        if os.path.isfile(path):
-            return path
-    return paths[0]
-
-
-def read(benches, options, image_size=32, has_patches=True):
+def read(benches, options, image_size=32, has_patches=True, skip=False):
     """-> {bench: [Choices or Ranking, ...]} and a list of what is not there, a line each.
 
-    What is not there is an error, unless all benches are asked for, or --allow-missing is given and
-    another part of the same benchmark is there.
+    What is not there is an error, unless all benches are asked for or skip is given, or
+    --allow-missing and another part of the same benchmark is there.
     """
-    every = list(benches) == ["all"]
+    if list(benches) == ["all"]:
+        benches, skip = BENCHES, True
     tasks, missing = {}, []
-    for bench in BENCHES if every else benches:
+    for bench in benches:
         tasks[bench], absent = [], []
         parts = parts_of(bench, options)
         for part in parts:
@@ -1104,7 +1160,7 @@ def read(benches, options, image_size=32, has_patches=True):
             except Missing as error:
                 absent.append(str(error))
                 rest = tasks[bench] or part != parts[-1]
-                if not every and not (options.allow_missing and rest):
+                if not skip and not (options.allow_missing and rest):
                     raise
                 continue
             for task in found:
@@ -1120,7 +1176,7 @@ def parts_of(bench, options):
     """A benchmark's function is called for each of its files, or once."""
     if bench == "retrieval" and options.data and not os.path.isdir(options.data):
         return ["data"]
-    return list(TABLE.get(bench, {}).get("files", [bench]))
+    return list(TABLE[bench].get("files", [bench]))
 
 
 # ---- benchmarks: the docstring is the protocol -------------------------------------------------
@@ -1169,15 +1225,23 @@ def scenes_pointing(source, n=1000, seed=1):
     need_patches(source)
     data = Scenes(n, "val", seed, source.image_size)
     pictures = [picture for picture, in scene_pictures(data, f"small val {seed}", n)]
-    half = source.image_size / 2
     images, texts, boxes = [], [], []
     for i, picture in enumerate(pictures):
-        objects, cells, _ = data.objects(i)
-        for (colour, shape), cell in zip(objects, cells):
+        for name, *box in quadrants(data, i):
             images.append((picture,))
-            texts.append((f"a {colour} {shape}",))
-            boxes.append([(half * (cell % 2), half * (cell // 2), half, half)])
+            texts.append((f"a {name}",))
+            boxes.append([box])
     yield Pointing("quadrant", images, texts, boxes)
+
+
+def quadrants(data, i):
+    """[name, x, y, width, height] of each object of scene i."""
+    objects, cells, _ = data.objects(i)
+    half = data.image_size / 2
+    boxes = []
+    for (colour, shape), cell in zip(objects, cells):
+        boxes.append([f"{colour} {shape}", half * (cell % 2), half * (cell // 2), half, half])
+    return boxes
 
 
 def need_patches(source):
@@ -1260,18 +1324,6 @@ def single_objects(data, n, seed):
         yield Ranking(images, texts, torch.tensor(fits), {subset: ("i2t", 1)})
 
 
-SUGARCREPE_MEANS = {        # three averages are in use, which differ: macro_7, macro_3 and micro
-    "replace": ["replace_obj", "replace_att", "replace_rel"],
-    "swap": ["swap_obj", "swap_att"],
-    "add": ["add_obj", "add_att"],
-    "macro_7": ["replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj",
-                "add_att"],
-    "macro_3": ["replace", "swap", "add"],
-    "micro": ["replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj",
-              "add_att"],
-}
-
-
 def sugarcrepe(source):
     """A COCO image, its caption and one hard negative: the caption must score strictly higher.
 
@@ -1281,36 +1333,28 @@ def sugarcrepe(source):
         swap_obj.json  {"0": {"filename": "000000222455.jpg", "caption": "...",
                               "negative_caption": "..."}, "1": ...}
     """
-    rows = source.rows({"filename": str, "caption": str, "negative_caption": str})
+    rows = source.rows("filename", "caption", "negative_caption")
     images = source.pictures(pick(rows, "filename"))
-    texts = pick_tuples(rows, "caption", "negative_caption")
-    yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
+    texts = pick(rows, "caption", "negative_caption")
+    yield Choices(source.subset, first_text_wins, 1 / 2, images, texts)
 
 
-def pick(rows, key):
-    return [row[key] for row in rows]
+def pick(rows, *keys):
+    """For each row a tuple of the values of these keys."""
+    return [tuple(row[key] for key in keys) for row in rows]
 
 
-def pick_tuples(rows, *keys):
-    """A list of tuples: the values of several keys in each row."""
-    return list(map(itemgetter(*keys), rows))
+def group(rows, key):
+    """{value of key: the rows that have it}, in order of first appearance."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
 
 
 def tuples(items):
     """[a, b, ...] -> [(a,), (b,), ...]: items of one image, or one text."""
     return [(item,) for item in items]
-
-
-SUGARCREPE_PP_MEANS = {
-    "replace_itt": ["replace_obj_itt", "replace_att_itt", "replace_rel_itt"],
-    "swap_itt": ["swap_obj_itt", "swap_att_itt"],
-    "replace_tot": ["replace_obj_tot", "replace_att_tot", "replace_rel_tot"],
-    "swap_tot": ["swap_obj_tot", "swap_att_tot"],
-    "macro_itt": ["replace_obj_itt", "replace_att_itt", "replace_rel_itt", "swap_obj_itt",
-                  "swap_att_itt"],
-    "macro_tot": ["replace_obj_tot", "replace_att_tot", "replace_rel_tot", "swap_obj_tot",
-                  "swap_att_tot"],
-}
 
 
 def sugarcrepe_pp(source):
@@ -1323,9 +1367,9 @@ def sugarcrepe_pp(source):
         swap_obj.json  [{"id": 0, "filename": "000000222455.jpg", "caption": "...",
                          "caption2": "...", "negative_caption": "..."}, ...]
     """
-    rows = source.rows({"filename": str, "caption": str, "caption2": str, "negative_caption": str})
-    images = tuples(source.pictures(pick(rows, "filename")))
-    texts = pick_tuples(rows, "caption", "caption2", "negative_caption")
+    rows = source.rows("filename", "caption", "caption2", "negative_caption")
+    images = source.pictures(pick(rows, "filename"))
+    texts = pick(rows, "caption", "caption2", "negative_caption")
     yield Choices(f"{source.subset}_itt", both_captions_win, 1 / 3, images, texts)
     yield Choices(f"{source.subset}_tot", captions_are_nearest, 1 / 3, images, texts)
 
@@ -1353,41 +1397,47 @@ def aro(source):
         yield aro_swap(source, "attributes", [str], least=25)
 
 
+BOX = dict.fromkeys(("bbox_x", "bbox_y", "bbox_w", "bbox_h"), (int, float))
+
+
 def aro_swap(source, label_key, label_type, least):
-    box = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
-    rows = source.rows({"image_path": str, "true_caption": str, "false_caption": str,
-                        label_key: label_type, **dict.fromkeys(box, (int, float))})
-    boxes = pick_tuples(rows, *box)
-    images = source.pictures(pick(rows, "image_path"), boxes)
-    texts = pick_tuples(rows, "true_caption", "false_caption")
+    rows = source.rows("image_path", "true_caption", "false_caption",
+                       kinds={label_key: label_type, **BOX})
+    images = source.pictures(pick(rows, "image_path"), pick(rows, *BOX))
+    texts = pick(rows, "true_caption", "false_caption")
     labels = [str(row[label_key]) for row in rows]
     count = Counter(labels)
     left_out = source.spec["files"][source.subset].get("left_out", ())
     for i, label in enumerate(labels):
         if label in left_out or count[label] < least:
             labels[i] = None
-    return Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts, labels)
+    return Choices(source.subset, first_text_wins, 1 / 2, images, texts, labels)
 
 
 def aro_order(source):
-    rows = source.rows({"image": str, "caption": [str]})
+    names, texts = captions_of_images(source)
+    texts = [orders(caption) for caption in texts]
+    return Choices(source.subset, first_text_wins, 1 / 5, source.pictures(names), texts)
+
+
+def captions_of_images(source):
+    """Rows of an image and several captions -> a file name (in a tuple) and a text for each."""
     names, texts = [], []
-    for row in rows:
-        for caption in row["caption"]:
-            names.append(row["image"])
-            texts.append(orders(caption))
-    return Choices(source.subset, first_text_wins, 1 / 5, tuples(source.pictures(names)), texts)
+    for row in source.rows("image", kinds={"caption": [str]}):
+        names += [(row["image"],)] * len(row["caption"])
+        texts += row["caption"]
+    return names, texts
 
 
 def orders(caption):
     """A caption and ARO's four shuffles of its words: of nouns and of adjectives; of all others; of
     the words within each three; of the threes. Cleaned and cut to 30 words as there. The shuffles
     are random, seeded by the caption; parts of speech are of concepts.py."""
-    words = default_extractor().words(caption)      # (start, end, tag) of each
+    words = default_extractor().words(caption)
     rng = random.Random(caption)
     places = range(len(words))
-    nouns = [i for i in places if words[i][2] in ("NN", "NNS", "NNP", "NNPS", "QN")]
-    adjectives = [i for i in places if words[i][2] in ("JJ", "JJR", "JJS", "ORG")]
+    nouns = [i for i in places if words[i].tag in ("NN", "NNS", "NNP", "NNPS", "QN")]
+    adjectives = [i for i in places if words[i].tag in ("JJ", "JJR", "JJS", "ORG")]
     others = [i for i in places if i not in nouns and i not in adjectives]
     threes = [places[i:i + 3] for i in places[::3]]
 
@@ -1399,7 +1449,7 @@ def orders(caption):
                 order[place] = word
         shuffles.append(order)
     shuffles.append(list(itertools.chain(*rng.sample(threes, len(threes)))))
-    spellings = [caption[start:end] for start, end, _ in words]
+    spellings = [caption[word.start:word.end] for word in words]
     texts = [" ".join(spellings[i] for i in order) for order in shuffles[1:]]
     return tuple(clean_order(text) for text in (caption, *texts))
 
@@ -1409,18 +1459,6 @@ def clean_order(text):
     return " ".join(words[:30])
 
 
-VALSE_MEANS = {
-    "macro_11": ["existence", "plurals", "counting-small-quant", "counting-hard",
-                 "counting-adversarial", "relations", "action-replacement", "actant-swap",
-                 "coreference-standard", "coreference-hard", "foil-it"],
-    "counting": ["counting-small-quant", "counting-hard", "counting-adversarial"],
-    "actions": ["action-replacement", "actant-swap"],
-    "coreference": ["coreference-standard", "coreference-hard"],
-    "macro_7": ["existence", "plurals", "counting", "relations", "actions", "coreference",
-                "foil-it"],
-}
-
-
 def valse(source):
     """A caption must score strictly higher than its foil, in which a phrase was exchanged. Only
     items whose caption at least 2 of 3 annotators found true; 11 pieces of 7 phenomena.
@@ -1428,11 +1466,10 @@ def valse(source):
         existence.json  {"...": {"image_file": "v7w_2366235.jpg", "caption": "...", "foil": "...",
                                  "mturk": {"foil": 0, "caption": 3, "other": 0}, ...}, ...}
     """
-    rows = source.rows({"image_file": str, "caption": str, "foil": str, "mturk": dict})
+    rows = source.rows("image_file", "caption", "foil", kinds={"mturk": dict})
     rows = [row for row in rows if row["mturk"]["caption"] >= 2]
     images = source.pictures(pick(rows, "image_file"))
-    texts = pick_tuples(rows, "caption", "foil")
-    yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
+    yield Choices(source.subset, first_text_wins, 1 / 2, images, pick(rows, "caption", "foil"))
 
 
 def winoground(source):
@@ -1442,17 +1479,15 @@ def winoground(source):
         examples.jsonl  {"id": 0, "image_0": "ex_0_img_0", "image_1": "ex_0_img_1",
                          "caption_0": "...", "caption_1": "..."}
     """
-    rows = source.rows({"image_0": str, "image_1": str, "caption_0": str, "caption_1": str})
-    yield from paired_choices(
-        PAIRED,
-        source.pictures([f"{row['image_0']}.png" for row in rows]),
-        source.pictures([f"{row['image_1']}.png" for row in rows]),
-        pick_tuples(rows, "caption_0", "caption_1"))
+    rows = source.rows("image_0", "image_1", "caption_0", "caption_1")
+    names = [(f"{one}.png", f"{two}.png") for one, two in pick(rows, "image_0", "image_1")]
+    yield from paired_choices(source, names, pick(rows, "caption_0", "caption_1"))
 
 
-def paired_choices(rules, first_images, second_images, texts):
-    """Two images and two captions, by each of the rules {subset: (margin, chance)}."""
-    images = list(zip(first_images, second_images))
+def paired_choices(source, names, texts, rules=PAIRED):
+    """N tuples of two file names, and of two captions, by each of the rules {subset: (margin,
+    chance)}."""
+    images = source.pictures(names)
     for subset, (margin, chance) in rules.items():
         yield Choices(subset, margin, chance, images, texts)
 
@@ -1463,20 +1498,9 @@ def colorswap(source):
         test.json  [{"image_1": "images/0_1.png", "image_2": "images/0_2.png",
                      "caption_1": "...", "caption_2": "..."}, ...]
     """
-    rows = source.rows({"image_1": str, "image_2": str, "caption_1": str, "caption_2": str})
-    yield from paired_choices(
-        PAIRED,
-        source.pictures(pick(rows, "image_1")),
-        source.pictures(pick(rows, "image_2")),
-        pick_tuples(rows, "caption_1", "caption_2"))
-
-
-WHATSUP_MEANS = {
-    "controlled": ["A", "B"],
-    "coco": ["coco_one", "coco_two"],
-    "vg": ["vg_one", "vg_two"],
-    "macro_6": ["A", "B", "coco_one", "coco_two", "vg_one", "vg_two"],
-}
+    rows = source.rows("image_1", "image_2", "caption_1", "caption_2")
+    names = pick(rows, "image_1", "image_2")
+    yield from paired_choices(source, names, pick(rows, "caption_1", "caption_2"))
 
 
 def whatsup(source):
@@ -1493,20 +1517,20 @@ def whatsup(source):
     if source.subset in ("A", "B"):
         yield from whatsup_controlled(source)
         return
-    rows = source.rows({0: (int, str), 1: str, 2: str})
+    rows = source.rows(1, 2, kinds={0: (int, str)})
     if source.subset.startswith("coco"):
-        names = [f"val2017/{str(row[0]):0>12}.jpg" for row in rows]
+        names = [(f"val2017/{str(row[0]):0>12}.jpg",) for row in rows]
     else:
-        names = [f"data/vg_images/{row[0]}.jpg" for row in rows]
-    texts = pick_tuples(rows, 1, 2)
-    yield Choices(source.subset, first_text_wins, 1 / 2, tuples(source.pictures(names)), texts)
+        names = [(f"data/vg_images/{row[0]}.jpg",) for row in rows]
+    images = source.pictures(names)
+    yield Choices(source.subset, first_text_wins, 1 / 2, images, pick(rows, 1, 2))
 
 
 def whatsup_controlled(source):
-    rows = source.rows({"image_path": str, "caption_options": [str]})
+    rows = source.rows("image_path", kinds={"caption_options": [str]})
     images = source.pictures(pick(rows, "image_path"))
     texts = [tuple(row["caption_options"]) for row in rows]
-    yield Choices(source.subset, first_text_wins, 1 / 4, tuples(images), texts)
+    yield Choices(source.subset, first_text_wins, 1 / 4, images, texts)
     pairs, sets = {}, {}        # {objects: [images, texts]} in which all must be right
     for row, image, options in zip(rows, images, texts):
         name = os.path.basename(row["image_path"])          # mug_left_of_plate.jpeg
@@ -1514,7 +1538,7 @@ def whatsup_controlled(source):
         sideways = preposition in ("left", "right")
         for groups, key in (pairs, (first, second, sideways)), (sets, (first, second)):
             some_images, some_texts = groups.get(key, ((), ()))
-            groups[key] = some_images + (image,), some_texts + options
+            groups[key] = some_images + image, some_texts + options
     for name, groups, size in ("pair", pairs, 2), ("set", sets, 4):
         images, texts = zip(*groups.values())
         subset = f"{source.subset}_{name}"
@@ -1528,16 +1552,11 @@ def cola(source):
         COLA_multiobjects_matching_benchmark.json  [["https://.../2414605.jpg", "caption",
                                                      "https://.../2414606.jpg", "caption"], ...]
     """
-    rows = source.rows({0: str, 1: str, 2: str, 3: str})
-    yield from paired_choices(
-        {source.subset: PAIRED["image"]},
-        source.pictures([file_name(row[0]) for row in rows]),
-        source.pictures([file_name(row[2]) for row in rows]),
-        pick_tuples(rows, 1, 3))
-
-
-def file_name(url):
-    return re.sub("http.*/", "", url)
+    rows = source.rows(0, 1, 2, 3)
+    names = []
+    for first, second in pick(rows, 0, 2):
+        names.append((re.sub("http.*/", "", first), re.sub("http.*/", "", second)))
+    yield from paired_choices(source, names, pick(rows, 1, 3), {source.subset: PAIRED["image"]})
 
 
 def bivlc(source):
@@ -1549,13 +1568,9 @@ def bivlc(source):
                      "caption": "...", "negative_caption": "...", "type": "add", "subtype": "obj"}
     (a hub data set: download writes it in this form, by the package datasets)
     """
-    keys = ("image", "negative_image", "caption", "negative_caption")
-    rows = source.rows(dict.fromkeys(keys, str))
-    yield from paired_choices(
-        PAIRED,
-        source.pictures(pick(rows, "image")),
-        source.pictures(pick(rows, "negative_image")),
-        pick_tuples(rows, "caption", "negative_caption"))
+    rows = source.rows("image", "negative_image", "caption", "negative_caption")
+    names = pick(rows, "image", "negative_image")
+    yield from paired_choices(source, names, pick(rows, "caption", "negative_caption"))
 
 
 def vismin(source):
@@ -1567,15 +1582,11 @@ def vismin(source):
                      "text_1": "...", "category": "object", ...}
     (a hub data set: download writes it in this form, by the package datasets)
     """
-    keys = ("image_0", "image_1", "text_0", "text_1", "category")
-    rows = source.rows(dict.fromkeys(keys, str))
-    for category in dict.fromkeys(row["category"] for row in rows):
-        some = [row for row in rows if row["category"] == category]
-        yield from paired_choices(
-            {f"{category}_{rule}": found for rule, found in PAIRED.items()},
-            source.pictures(pick(some, "image_0")),
-            source.pictures(pick(some, "image_1")),
-            pick_tuples(some, "text_0", "text_1"))
+    rows = source.rows("image_0", "image_1", "text_0", "text_1", "category")
+    for category, some in group(rows, "category").items():
+        rules = {f"{category}_{rule}": found for rule, found in PAIRED.items()}
+        names = pick(some, "image_0", "image_1")
+        yield from paired_choices(source, names, pick(some, "text_0", "text_1"), rules)
 
 
 def mmvp(source):
@@ -1585,18 +1596,16 @@ def mmvp(source):
         Questions.csv  Question ID,Type,Statement: two rows in turn are a pair
         MLLM_VLM Images/TYPE/ID.jpg, TYPE as in the first row of the pair
     """
-    rows = [list(row.values()) for row in source.rows({})]
+    rows = [list(row.values()) for row in source.rows()]
     if any(len(row) != 3 or not all(row) for row in rows) or len(rows) % 2:
         raise ValueError("mmvp: expected pairs of rows of three values: ID, type, statement")
-    pairs = {}          # {pattern: [(first row, second row), ...]}
-    for first, second in zip(rows[::2], rows[1::2]):
-        pairs.setdefault(first[1], []).append((first, second))
-    for pattern, some in pairs.items():
-        yield from paired_choices(
-            {pattern: PAIRED["image"]},
-            source.pictures([f"{pattern}/{first[0]}.jpg" for first, _ in some]),
-            source.pictures([f"{pattern}/{second[0]}.jpg" for _, second in some]),
-            [(f"a photo of {first[2]}", f"a photo of {second[2]}") for first, second in some])
+    pairs = []
+    for (one, pattern, this), (two, _, that) in zip(rows[::2], rows[1::2]):
+        names = f"{pattern}/{one}.jpg", f"{pattern}/{two}.jpg"
+        pairs.append((pattern, names, (f"a photo of {this}", f"a photo of {that}")))
+    for pattern, some in group(pairs, 0).items():
+        _, names, texts = zip(*some)
+        yield from paired_choices(source, names, list(texts), {pattern: PAIRED["image"]})
 
 
 def negbench(source):
@@ -1608,9 +1617,8 @@ def negbench(source):
             correct_answer (0 to 3), correct_answer_template (positive, negative, hybrid)
     """
     keys = [f"caption_{i}" for i in range(4)]
-    rows = source.rows(dict.fromkeys(
-        (*keys, "image_path", "correct_answer", "correct_answer_template"), str))
-    images = tuples(source.pictures([os.path.basename(row["image_path"]) for row in rows]))
+    rows = source.rows(*keys, "image_path", "correct_answer", "correct_answer_template")
+    images = source.pictures([(os.path.basename(row["image_path"]),) for row in rows])
     texts = []
     for row in rows:
         captions = [row[key] for key in keys]
@@ -1639,20 +1647,17 @@ def hard_positives(source):
     """
     if source.subset.endswith("_positive"):     # the second file of another part
         return
-    keys = {"image_path": str, "true_caption": str, "false_caption": str}
-    box = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
-    if source.subset == "swap":
-        keys |= dict.fromkeys(box, (int, float))
-    rows = source.rows(keys)
-    positives = source.rows(keys, f"{source.subset}_positive")
+    keys = "image_path", "true_caption", "false_caption"
+    box = BOX if source.subset == "swap" else {}
+    rows = source.rows(*keys, kinds=box)
+    positives = source.rows(*keys, part=f"{source.subset}_positive")
     if len(rows) != len(positives):
         raise ValueError(f"hard_positives {source.subset}: {len(rows)} captions and "
                          f"{len(positives)} hard positives")
-    names = [row["image_path"].removeprefix("data/") for row in rows]
-    boxes = pick_tuples(rows, *box) if source.subset == "swap" else None
+    names = [(row["image_path"].removeprefix("data/"),) for row in rows]
     texts = [(row["true_caption"], other["true_caption"], other["false_caption"])
              for row, other in zip(rows, positives)]
-    images = tuples(source.pictures(names, boxes))
+    images = source.pictures(names, pick(rows, *box))
     yield Choices(source.subset, both_captions_win, 1 / 3, images, texts)
 
 
@@ -1664,31 +1669,14 @@ def vl_checklist(source):
         Attribute/vg/color.json  [["VG_100K/2372476.jpg",
                                    {"POS": ["red car"], "NEG": ["blue car"]}], ...]
     """
-    rows = source.rows({0: str, 1: dict})
+    rows = source.rows(0, kinds={1: dict})
     texts = []
     for _, captions in rows:
         if not has_keys(captions, {"POS": [str], "NEG": [str]}):
             raise ValueError(f"vl_checklist {source.subset}: a row has no texts under POS and NEG")
         texts.append((captions["POS"][0], captions["NEG"][0]))
-    images = source.pictures([name for name, _ in rows])
-    yield Choices(source.subset, first_text_wins, 1 / 2, tuples(images), texts)
-
-
-def vl_checklist_means():
-    subsets = list(TABLE["vl_checklist"]["files"])
-    kinds = ("attribute", "object", "relation")
-    means = {kind: [name for name in subsets if name.startswith(kind)] for kind in kinds}
-    return {**means, "macro_3": list(kinds)}
-
-
-RETRIEVAL_MEANS = {     # of both directions
-    "coco_mean_r1": ["coco_i2t_r1", "coco_t2i_r1"],
-    "coco_mean_r5": ["coco_i2t_r5", "coco_t2i_r5"],
-    "flickr30k_mean_r1": ["flickr30k_i2t_r1", "flickr30k_t2i_r1"],
-    "flickr30k_mean_r5": ["flickr30k_i2t_r5", "flickr30k_t2i_r5"],
-    "mean_r1": ["i2t_r1", "t2i_r1"],
-    "mean_r5": ["i2t_r5", "t2i_r5"],
-}
+    images = source.pictures(pick(rows, 0))
+    yield Choices(source.subset, first_text_wins, 1 / 2, images, texts)
 
 
 def retrieval(source):
@@ -1706,13 +1694,8 @@ def retrieval(source):
     if source.subset == "data":
         yield own_retrieval(source.options)
         return
-    images, texts, keys = [], [], []
-    for row in source.rows({"image": str, "caption": [str]}):
-        for caption in row["caption"]:
-            images.append(row["image"])
-            texts.append(caption)
-            keys.append(len(keys))
-    yield pairs_to_ranking(source.pictures(images), keys, texts, f"{source.subset}_")
+    names, texts = captions_of_images(source)
+    yield pairs_to_ranking(source.pictures(names), range(len(texts)), texts, f"{source.subset}_")
 
 
 def flickr8k(source):
@@ -1721,14 +1704,14 @@ def flickr8k(source):
         dataset_flickr8k.json  {"images": [{"filename": "1000268201_693b08cb0e.jpg",
             "split": "test", "sentences": [{"raw": "..."}, ...], ...}, ...], ...}
     """
-    images, texts = [], []
-    for row in source.rows({"filename": str, "split": str, "sentences": list}):
+    names, texts = [], []
+    for row in source.rows("filename", "split", kinds={"sentences": list}):
         for sentence in row["sentences"] if row["split"] == "test" else ():
             if not has_keys(sentence, {"raw": str}):
                 raise ValueError("flickr8k: a sentence of dataset_flickr8k.json has no text (raw)")
-            images.append(row["filename"])
+            names.append((row["filename"],))
             texts.append(sentence["raw"])
-    yield pairs_to_ranking(source.pictures(images), range(len(texts)), texts, prefix="")
+    yield pairs_to_ranking(source.pictures(names), range(len(texts)), texts)
 
 
 def long_retrieval(source):
@@ -1738,43 +1721,34 @@ def long_retrieval(source):
         docci_descriptions.jsonlines  {"split": "test", "image_file": "test_00000.jpg",
             "description": "...", ...}: the 5,000 of the test split
         iiw_400.jsonl  {"image/key": "aar_test_04600", "IIW": "...", ...}: 400, images of DOCCI-AAR
+        dci/densely_captioned_images  complete/X.json {"image": "sa_1.jpg", "short_caption": "...",
+            "extra_caption": "...", ...} and photos/sa_1.jpg: 7,805; short and extra caption
         urban1k/Urban1k  image/1.jpg and caption/1.txt: 1,000
     """
-    if source.subset == "urban1k":
-        names, texts = urban_descriptions(source)
-    elif source.subset == "docci":
-        rows = source.rows({"split": str, "image_file": str, "description": str})
-        rows = [row for row in rows if row["split"] == "test"]
-        names, texts = pick(rows, "image_file"), pick(rows, "description")
+    if source.subset == "docci":
+        rows = source.rows("split", "image_file", "description")
+        pairs = pick(group(rows, "split").get("test", []), "image_file", "description")
+    elif source.subset == "iiw":
+        rows = source.rows("image/key", "IIW")
+        pairs = [(f"{row['image/key']}.jpg", row["IIW"]) for row in rows]
+    elif source.subset == "dci":
+        rows = source.rows("image", "short_caption", "extra_caption")
+        pairs = [(row["image"], f"{row['short_caption']}\n{row['extra_caption']}") for row in rows]
     else:
-        rows = source.rows({"image/key": str, "IIW": str})
-        names, texts = [f"{key}.jpg" for key in pick(rows, "image/key")], pick(rows, "IIW")
-    pictures = source.pictures(names)
+        pairs = [(f"{row['name']}.jpg", row["text"]) for row in source.rows("name", "text")]
+    pictures = source.pictures([(name,) for name, _ in pairs])
+    texts = [text for _, text in pairs]
     whole = pairs_to_ranking(pictures, range(len(texts)), texts, f"{source.subset}_")
     whole.recalls = {name: found for name, found in whole.recalls.items() if found[1] == 1}
     yield whole
     images, sentences = [], []
     for picture, text in zip(pictures, texts):
-        for sentence in re.split(r"(?<=[.!?])\s+", text.strip()):
-            images.append(picture)
-            sentences.append(sentence)
-    fine = pairs_to_ranking(images, range(len(sentences)), sentences, prefix="")
+        found = re.split(r"(?<=[.!?])\s+", text.strip())
+        images += [picture] * len(found)
+        sentences += found
+    fine = pairs_to_ranking(images, range(len(sentences)), sentences)
     fine.recalls = {f"{source.subset}_fine_t2i_r1": ("t2i", 1)}
     yield fine
-
-
-def urban_descriptions(source):
-    """File names and texts of Urban-1k."""
-    folder = Path(source.options.data_dir, "urban1k/Urban1k/caption")
-    paths = sorted(folder.glob("*.txt"), key=lambda path: (len(path.stem), path.stem))
-    if not paths:
-        raise Missing(f"{source.bench}: no {folder}; get it: {GET} {source.bench}")
-    n = source.spec["files"]["urban1k"]["n"]
-    if len(paths) != n:
-        if not source.options.allow_missing:
-            raise ValueError(f"{folder}: {len(paths)} texts instead of {n}")
-        source.partial = f"partial: {len(paths):,} of the official {n:,} texts"
-    return [f"{path.stem}.jpg" for path in paths], [path.read_text("utf-8") for path in paths]
 
 
 def own_retrieval(options):
@@ -1787,22 +1761,22 @@ def own_retrieval(options):
             picture = Picture(row["key"], tuple(row["image"]), open_member)
         else:
             picture = Picture(os.path.join(options.image_root, row["image"]))
-        for caption in row["captions"]:
-            pictures.append(picture)
-            texts.append(caption)
+        pictures += [(picture,)] * len(row["captions"])
+        texts += row["captions"]
     if data.skipped:
         name, why = data.skipped[0]
         print0(f"{options.data}: {len(data.skipped)} rows or files skipped, the first is {name}: "
                f"{why}")
-    return pairs_to_ranking(pictures, texts, texts, prefix="")
+    return pairs_to_ranking(pictures, texts, texts)
 
 
 def open_member(name, *place):
     return load_image(list(place))
 
 
-def pairs_to_ranking(pictures, keys, texts, prefix):
-    """Pairs of a picture and a text -> Ranking of the different pictures and the different keys."""
+def pairs_to_ranking(pictures, keys, texts, prefix=""):
+    """N tuples of a picture, and N texts, each known by a key -> Ranking of the different pictures
+    and the different keys."""
     rows = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
     columns = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     text_of = dict(zip(keys, texts))
@@ -1813,7 +1787,7 @@ def pairs_to_ranking(pictures, keys, texts, prefix):
     for way in ("i2t", "t2i"):
         for k in (1, 5, 10):
             recalls[f"{prefix}{way}_r{k}"] = (way, k)
-    return Ranking(tuples(rows), tuples(text_of[key] for key in columns), positive, recalls)
+    return Ranking(list(rows), tuples(text_of[key] for key in columns), positive, recalls)
 
 
 def pointing(source):
@@ -1826,23 +1800,24 @@ def pointing(source):
     """
     need_patches(source)
     boxes = {}          # {(file name, category): its boxes}
-    for name, category, box in read_boxes(source):
-        boxes.setdefault((name, category), []).append(box)
-    images = tuples(source.pictures([name for name, _ in boxes]))
-    categories = [category for _, category in boxes]
-    texts = tuples(f"a photo of a {category}" for category in categories)
-    yield Pointing("coco", images, texts, list(boxes.values()), categories)
-
-
-def read_boxes(source):
-    """Yield (file name, category, [x, y, width, height])."""
     path = source.options.data
     if not path:
         path = os.path.join(source.options.data_dir, "coco/annotations/instances_val2017.json")
     if not os.path.isfile(path):
         raise Missing(f"{source.bench}: no {path}; get it: {GET} {source.bench}")
+    for name, (category, *box) in read_boxes(path):
+        boxes.setdefault((name, category), []).append(box)
+    images = source.pictures([(name,) for name, _ in boxes])
+    categories = [category for _, category in boxes]
+    texts = tuples(f"a photo of a {category}" for category in categories)
+    yield Pointing("coco", images, texts, list(boxes.values()), categories)
+
+
+def read_boxes(path):
+    """-> [(file name, [category, x, y, width, height]), ...], in pixels."""
     number = (int, float)
-    try:
+    with expecting(f"{path}: expected COCO's instances, or {{file: [[category, x, y, width, "
+                   "height], ...]}"):
         content = json.loads(Path(path).read_text("utf-8"))
         if "annotations" in content:
             names = {image["id"]: image["file_name"] for image in content["images"]}
@@ -1856,41 +1831,29 @@ def read_boxes(source):
         for name, row in rows:
             if not has_keys(row, {0: str, 1: number, 2: number, 3: number, 4: number}):
                 raise ValueError(f"a box is {row!r:.60}")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected COCO's instances, or {{file: [[category, x, y, width, "
-                         f"height], ...]}} ({error!r:.200})") from None
-    for name, (category, *box) in rows:
-        yield name, category, box
+    return rows
 
 
 def imagenet(source):
-    """Zero-shot classification of ImageNet's 50,000 validation images, top 1 and 5.
+    """Zero-shot classification, top 1 and 5, with the 1,000 class names and 80 prompts of OpenAI
+    (assets/imagenet.json). A class is the normalised mean of its prompts' normalised features. Of
+    imagenet_a and imagenet_r, only the 200 classes that have a folder compete.
 
-    The 1,000 class names and 80 prompts are OpenAI's (assets/imagenet.json). A class is the
-    normalised mean of its prompts' normalised features.
-
-        imagenet/val/n01440764/ILSVRC2012_val_00000293.JPEG: a folder for each class
+        imagenet/val/n01440764/ILSVRC2012_val_00000293.JPEG: a folder for each class, named by
+        WordNet's number or, in ImageNet-V2, by that of the class, 0 to 999
     """
     known = json.loads((ASSETS / "imagenet.json").read_text("utf-8"))
-    folder_name = os.path.join(source.options.data_dir, source.spec["folder"])
-    data = image_folder(source, folder_name)
-    count = source.spec["n"]
-    yield classification(source, data, known["classes"], known["templates"], count)
-
-
-def imagenet_variant(source):
-    """Zero-shot classification, top 1 and 5, with the names and prompts of imagenet, of which only
-    the classes that have a folder compete. Folders are WordNet's numbers (n01440764), or for
-    ImageNet-V2 the numbers of the classes, 0 to 999."""
-    known = json.loads((ASSETS / "imagenet.json").read_text("utf-8"))
     data = image_folder(source, os.path.join(source.options.data_dir, source.spec["folder"]))
-    synsets = ImageNetInfo().label_names()      # in the order of the 1,000 classes
+    names = known["classes"]
     try:
-        numbers = [int(name) if name.isdigit() else synsets.index(name) for name in data.classes]
-        classes = [known["classes"][number] for number in numbers]
+        if source.bench == "imagenet_v2":
+            names = [names[int(number)] for number in data.classes]
+        elif len(data.classes) < len(names):
+            numbers = ImageNetInfo().label_names()      # in the order of the 1,000 classes
+            names = [names[numbers.index(name)] for name in data.classes]
     except (ValueError, IndexError) as error:
         raise ValueError(f"{source.bench}: a folder is no class of ImageNet: {error}") from None
-    yield classification(source, data, classes, known["templates"], source.spec["n"])
+    yield classification(source, data, names, known["templates"], source.spec["n"])
 
 
 def folder(source):
@@ -1961,44 +1924,48 @@ def image_folder(source, path):
         raise Missing(f"{source.bench}: {error}; {how}") from None
 
 
-# name: its class in torchvision.datasets, what selects the test split, and a prompt; where that is
-# None, prompts (and names, if torchvision has none) are CLIP_benchmark's, in assets/classes.json
+# {benchmark: its class in torchvision.datasets, and what selects the test split}
 TORCHVISION = {
-    "cifar10": ("CIFAR10", {"train": False}, "a photo of a {}."),
-    "cifar100": ("CIFAR100", {"train": False}, "a photo of a {}."),
-    "food101": ("Food101", {"split": "test"}, "a photo of {}, a type of food."),
-    "stl10": ("STL10", {"split": "test"}, "a photo of a {}."),
-    "pets": ("OxfordIIITPet", {"split": "test"}, "a photo of a {}, a type of pet."),
-    "aircraft": ("FGVCAircraft", {"split": "test"}, "a photo of a {}, a type of aircraft."),
-    "dtd": ("DTD", {"split": "test"}, "a photo of a {} texture."),
-    "sun397": ("SUN397", {}, "a photo of a {}."),
-    "flowers": ("Flowers102", {"split": "test"}, None),
-    "cars": ("StanfordCars", {"split": "test"}, None),
-    "eurosat": ("EuroSAT", {}, None),
-    "gtsrb": ("GTSRB", {"split": "test"}, None),
-    "country211": ("Country211", {"split": "test"}, None),
-    "mnist": ("MNIST", {"train": False}, None),
-    "svhn": ("SVHN", {"split": "test"}, None),
+    "cifar10": ("CIFAR10", {"train": False}),
+    "cifar100": ("CIFAR100", {"train": False}),
+    "food101": ("Food101", {"split": "test"}),
+    "stl10": ("STL10", {"split": "test"}),
+    "pets": ("OxfordIIITPet", {"split": "test"}),
+    "aircraft": ("FGVCAircraft", {"split": "test"}),
+    "dtd": ("DTD", {"split": "test"}),
+    "sun397": ("SUN397", {}),
+    "flowers": ("Flowers102", {"split": "test"}),
+    "caltech101": ("Caltech101", {}),
+    "cars": ("StanfordCars", {"split": "test"}),
+    "eurosat": ("EuroSAT", {}),
+    "gtsrb": ("GTSRB", {"split": "test"}),
+    "country211": ("Country211", {"split": "test"}),
+    "mnist": ("MNIST", {"train": False}),
+    "svhn": ("SVHN", {"split": "test"}),
 }
 
 
 def torchvision_set(source, download=False):
     """Zero-shot classification of a test split of torchvision.datasets, top 1 and 5, by its class
     names and one prompt, such as "a photo of a {}." (Radford et al. 2021); flowers and those behind
-    it by CLIP_benchmark's names and prompts. top1_macro is the mean over classes."""
-    name, split, prompt = TORCHVISION[source.bench]
+    it by CLIP_benchmark's names and prompts. Both are in assets/classes.json. top1_macro is the
+    mean over classes. Caltech101 has no test split: all images count, of 101 kinds of objects and a
+    background.
+
+    classification_11 is the mean of the eleven sets on which pre-training is usually compared, of
+    aircraft, pets, caltech101 and flowers over classes.
+    """
+    name, split = TORCHVISION[source.bench]
     path = os.path.join(source.options.data_dir, source.spec["folder"])
     try:
         data = getattr(torchvision.datasets, name)(path, download=download, **split)
     except (RuntimeError, OSError) as error:
         error = " ".join(str(error).split())
         raise Missing(f"{source.bench}: {error}; get it: {GET} {source.bench}") from None
-    if prompt:
-        yield classification(source, data, data.classes, [prompt])
-    else:
-        known = json.loads((ASSETS / "classes.json").read_text("utf-8"))[source.bench]
-        classes = known.get("classes") or data.classes
-        yield classification(source, data, classes, known["templates"])
+    if name == "Caltech101":        # torchvision leaves the background out
+        data = image_folder(source, os.path.join(data.root, "101_ObjectCategories"))
+    known = PROMPTS[source.bench]
+    yield classification(source, data, known.get("classes") or data.classes, known["templates"])
 
 
 def classification(source, data, classes, templates, count=None):
@@ -2017,7 +1984,7 @@ def classification(source, data, classes, templates, count=None):
     def load(name, i):
         return data[i][0]
 
-    pictures = [Picture(name, (i,), load) for i, name in enumerate(names)]
+    pictures = [(Picture(name, (i,), load),) for i, name in enumerate(names)]
     labels = torch.as_tensor(class_numbers(data))
     texts = []
     for name in classes:
@@ -2025,7 +1992,7 @@ def classification(source, data, classes, templates, count=None):
         texts.append(tuple(template.replace("{}", name) for template in templates))
     positive = F.one_hot(labels, len(classes)).bool()
     recalls = {"top1": ("i2t", 1), "top5": ("i2t", 5)}
-    return Ranking(tuples(pictures), texts, positive, recalls, labels=labels.tolist())
+    return Ranking(pictures, texts, positive, recalls, labels=labels.tolist())
 
 
 def class_numbers(data):
@@ -2034,63 +2001,29 @@ def class_numbers(data):
         if hasattr(data, name):
             return getattr(data, name)
     if hasattr(data, "_samples"):       # [(path, label), ...]
-        return pick(data._samples, 1)
+        return [label for _, label in data._samples]
     raise ValueError(f"{type(data).__name__} has no labels")
 
 
 READERS = {
-    "scenes": scenes,
-    "scenes_large": scenes_large,
-    "scenes_pointing": scenes_pointing,
-    "sugarcrepe": sugarcrepe,
-    "sugarcrepe_pp": sugarcrepe_pp,
-    "aro": aro,
-    "valse": valse,
-    "winoground": winoground,
-    "colorswap": colorswap,
-    "whatsup": whatsup,
-    "cola": cola,
-    "bivlc": bivlc,
-    "vismin": vismin,
-    "mmvp": mmvp,
-    "negbench": negbench,
-    "hard_positives": hard_positives,
-    "vl_checklist": vl_checklist,
-    "retrieval": retrieval,
-    "flickr8k": flickr8k,
-    "long_retrieval": long_retrieval,
-    "pointing": pointing,
-    "imagenet": imagenet,
-    "imagenet_v2": imagenet_variant,
-    "imagenet_a": imagenet_variant,
-    "imagenet_r": imagenet_variant,
-    "imagenet_sketch": imagenet_variant,
-    "folder": folder,
-    "choices": choices,
-    **dict.fromkeys(TORCHVISION, torchvision_set),
-}
-MEANS = {       # {benchmark: {name: its parts}}, see summarize
-    "sugarcrepe": SUGARCREPE_MEANS,
-    "sugarcrepe_pp": SUGARCREPE_PP_MEANS,
-    "retrieval": RETRIEVAL_MEANS,
-    "flickr8k": RETRIEVAL_MEANS,
-    "hard_positives": {"macro_3": ["swap", "replace_att", "replace_rel"]},
-    "vl_checklist": vl_checklist_means(),
-    "valse": VALSE_MEANS,
-    "whatsup": WHATSUP_MEANS,
-}
+    "scenes": scenes, "scenes_large": scenes_large, "scenes_pointing": scenes_pointing,
+    "sugarcrepe": sugarcrepe, "sugarcrepe_pp": sugarcrepe_pp, "aro": aro, "valse": valse,
+    "winoground": winoground, "colorswap": colorswap, "whatsup": whatsup, "cola": cola,
+    "bivlc": bivlc, "vismin": vismin, "mmvp": mmvp, "negbench": negbench,
+    "hard_positives": hard_positives, "vl_checklist": vl_checklist, "retrieval": retrieval,
+    "flickr8k": flickr8k, "long_retrieval": long_retrieval, "pointing": pointing,
+    "imagenet": imagenet, "imagenet_v2": imagenet, "imagenet_a": imagenet, "imagenet_r": imagenet,
+    "imagenet_sketch": imagenet, "folder": folder, "choices": choices,
+    **dict.fromkeys(TORCHVISION, torchvision_set)}
 
 
 # ---- download ----------------------------------------------------------------------------------
 
 def download(benches, data_dir):
     """Fetch what may be fetched of some benchmarks, and print how to get the rest."""
-    unknown = [bench for bench in benches if bench not in BENCHES]
-    if unknown:
-        raise ValueError(f"no bench {unknown[0]!r} to download: expected some of "
-                         f"{', '.join(BENCHES)}")
+    check_names(benches)
     for bench in benches:
-        spec = TABLE.get(bench, {})
+        spec = TABLE[bench]
         if bench in TORCHVISION:
             source = Source(bench, bench, Options(data_dir=data_dir))
             list(torchvision_set(source, download=True))
@@ -2114,11 +2047,7 @@ def export_hub(repository, split, images, folder):
     path = os.path.join(folder, f"{split}.jsonl")
     if os.path.isfile(path):
         return
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"{repository} is read by the package datasets: pip install datasets"
-                         ) from None
+    datasets = import_package("datasets", "datasets", f"{repository} is a data set of the hub")
     rows = datasets.load_dataset(repository, split=split)
     for name in images:
         rows = rows.cast_column(name, datasets.Image(decode=False))
@@ -2160,7 +2089,7 @@ def fetch(url, path, sha256, data_dir):
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ValueError(f"cannot download {url} ({error}): {by_hand}") from None
         os.replace(part, path)
-        remove_if_there(f"{part}.json")
+        Path(f"{part}.json").unlink(missing_ok=True)
     with open(path, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     expected = sha256 or first_digest(data_dir, path, digest)
@@ -2234,11 +2163,6 @@ def copy_reply(reply, part, start, size):
         raise ValueError(f"it broke off after {done:,} of {size:,} bytes; a new call continues")
 
 
-def remove_if_there(path):
-    if os.path.exists(path):
-        os.remove(path)
-
-
 def unpack(archive, folder):
     """Unpack a zip or tar of plain files and folders. Raises ValueError for anything else in it:
     names that lead out of the folder, links, or far more files or bytes than images take."""
@@ -2276,19 +2200,21 @@ def check_members(members, folder, limit):
 def check_names(benches):
     for bench in benches:
         if bench not in BENCHES:
-            raise ValueError(f"no bench {bench!r}: expected all, or one of "
-                             f"{', '.join(BENCHES)}, joined by commas")
+            raise ValueError(f"no bench {bench!r}: expected some of {', '.join(BENCHES)}, joined "
+                             "by commas, or to evaluate all")
 
 
 def describe(bench, data_dir):
     """Print the protocol of a benchmark, where it is from, and which files go where."""
     check_names([bench])
-    spec = TABLE.get(bench, {})
+    spec = TABLE[bench]
     print(f"{bench}: {BENCHES[bench]}\n")
     print(inspect.getdoc(READERS[bench]))
     if bench in TORCHVISION:
-        name, split, prompt = TORCHVISION[bench]
-        print(f"\nHere torchvision.datasets.{name}, {split}, prompt {prompt!r}.")
+        name, split = TORCHVISION[bench]
+        first, *others = PROMPTS[bench]["templates"]
+        print(f"\nHere torchvision.datasets.{name}, {split}; prompt {first!r} and {len(others)} "
+              "more.")
     if "source" in spec:
         print(f"\nsource: {spec['source']}")
     needed = list(spec.get("files", {}).values())
@@ -2306,19 +2232,12 @@ def describe(bench, data_dir):
 
 # ---- comparison --------------------------------------------------------------------------------
 
-def paired(a, b, images, samples=2000, seed=0):
-    """n items right (1) or wrong (0) by A and by B, n images -> B - A in percent, the ends of its
-    95 % interval, p of the exact McNemar test, number of items gained, and lost."""
-    change = np.subtract(b, a)
-    numbers = np.unique(images, return_inverse=True)[1]
-    draws = 100 * bootstrap([(numbers, change, np.ones(len(change)))], samples, seed)[:, 0]
-    low, high = np.quantile(draws[1:], (0.025, 0.975))
-    gained = int((change > 0).sum())
-    lost = int((change < 0).sum())
+def mcnemar(gained, lost):
+    """Two-sided p of the exact McNemar test for so many items gained and lost, taken as
+    independent."""
     changed = gained + lost
     tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
-    p = min(1.0, 2 * tail / 2 ** changed)
-    return draws[0], low, high, p, gained, lost
+    return min(1.0, 2 * tail / 2 ** changed)
 
 
 def read_results(path):
@@ -2327,9 +2246,18 @@ def read_results(path):
     file = json.loads(Path(path).read_text("utf-8"))
     found = {}
     for bench, subsets in file["results"].items():
-        data = file["protocol"], file["data_sha256"][bench]
+        data = file["protocol"], file["data_sha256"].get(bench)
         found[bench] = {name: {**result, "data": data} for name, result in subsets.items()}
     return model_name(file["checkpoint"]), found
+
+
+def read_all_results(paths):
+    """-> the models' names and their results, as read_results gives them."""
+    for path in paths:
+        if not os.path.isfile(path):
+            raise ValueError(f"no file {path}: expected files of --json")
+    with expecting(f"{' '.join(paths)}: expected files of --json"):
+        return zip(*[read_results(path) for path in paths])
 
 
 def all_keys(dicts):
@@ -2345,19 +2273,56 @@ def model_name(label):
 
 def compare(files, items=False, form=None, columns=None, reference=False):
     """Print the difference of two files of --json on all that both have, or a table of several."""
-    try:
-        names, results = zip(*[read_results(path) for path in files])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"compare {' '.join(files)}: expected two files of --json, or more "
-                         f"({error!r})") from None
+    names, results = read_all_results(files)
     if form is None and not columns and not reference and len(files) == 2:
         compare_two(*results, items)
         return
+    for title, chosen in choose_tables(results, columns):
+        print(format_table(title, chosen, names, results, form or "text", reference) + "\n")
+
+
+def choose_tables(results, columns=None):
+    """Of several models' {bench: {subset or mean: results}} -> [(title, [(bench, subset), ...])]:
+    what stands in the columns of each table.
+
+    columns: a group of benchmarks.json (headline, attribute, ...) for one table over benchmarks;
+    names of subsets joined by commas, or "all", for a table of each benchmark; None: the headlines,
+    and of each benchmark the means, if it has any. Raises ValueError if nothing is so named.
+    """
+    known = {}          # {bench: its subsets}
     for bench in all_keys(results):
-        having = [i for i, file in enumerate(results) if bench in file]
-        published = TABLE.get(bench, {}).get("published") if reference else None
-        print(format_table(bench, [names[i] for i in having], [results[i][bench] for i in having],
-                           form or "text", columns, published) + "\n")
+        known[bench] = all_keys([file.get(bench, {}) for file in results])
+    tables = []
+    if columns in GROUPS or columns is None and len(known) > 1:
+        title = columns or "headline"
+        group = []
+        for bench, subsets in GROUPS[title].items():
+            group += [(bench, name) for name in subsets if name in known.get(bench, ())]
+        tables.append((title, group))
+    if columns not in GROUPS:
+        for bench, subsets in known.items():
+            if bench != ELEVEN:                         # which is a group
+                chosen = choose_subsets(subsets, results, bench, columns)
+                tables.append((bench, [(bench, name) for name in chosen]))
+    tables = [table for table in tables if table[1]]
+    if not tables:
+        raise ValueError(f"no figure of these files is named {columns}: expected names of subsets "
+                         f"or means joined by commas, all, or one of {', '.join(GROUPS)}")
+    return tables
+
+
+def choose_subsets(subsets, results, bench, columns):
+    """Those of a benchmark's subsets and means that columns asks for, see choose_tables."""
+    if columns == "all":
+        return subsets
+    if columns:
+        return [name for name in columns.split(",") if name in subsets]
+    means = set()
+    for file in results:
+        for name, result in file.get(bench, {}).items():
+            if "parts" in result:
+                means.add(name)
+    return [name for name in subsets if name in means] or subsets
 
 
 def compare_two(a, b, items):
@@ -2369,40 +2334,44 @@ def compare_two(a, b, items):
     for bench in a:
         if bench in b:
             compare_bench(bench, a[bench], b[bench], items)
-    alone = sorted(subset_names(a) ^ subset_names(b))
+    alone = []
+    for bench in all_keys([a, b]):
+        names = set(a.get(bench, {})) ^ set(b.get(bench, {}))
+        alone += [f"{bench} {name}" for name in sorted(names)]
     print(f"in one file only: {', '.join(alone) or 'none'}")
-
-
-def subset_names(results):
-    """{bench: {subset or mean: results}} -> the set of "BENCH SUBSET"."""
-    names = set()
-    for bench, subsets in results.items():
-        for name, result in subsets.items():
-            if "correct" in result:
-                names.add(f"{bench} {name}")
-    return names
 
 
 def compare_bench(bench, a, b, items):
     """a, b: {subset or mean: results} of one benchmark."""
-    for name in a:
-        if name in b and "correct" in a[name] and "correct" in b[name]:
-            check_same_items(f"{bench} {name}", a[name], b[name])
-            compare_subset(f"{bench} {name}", a[name], b[name], items)
-    for name, draws in paired_draws(a, b).items():
+    for name, draws in paired_draws(bench, a, b).items():
+        low, high = np.quantile(draws[1:], (0.025, 0.975))
+        line = (f"{bench + ' ' + name:32s}{a[name]['n']:6d} {100 * a[name]['accuracy']:6.1f} "
+                f"{100 * b[name]['accuracy']:6.1f}  {draws[0]:+6.1f}  {low:+6.1f} .. {high:+6.1f}")
         if "correct" not in a[name]:
-            low, high = np.quantile(draws[1:], (0.025, 0.975))
-            print(f"{bench + ' ' + name:32s}{a[name]['n']:6d} {100 * a[name]['accuracy']:6.1f} "
-                  f"{100 * b[name]['accuracy']:6.1f}  {draws[0]:+6.1f}  {low:+6.1f} .. "
-                  f"{high:+6.1f}     mean")
+            print(f"{line}     mean")
+            continue
+        change = np.subtract(b[name]["correct"], a[name]["correct"])
+        gained, lost = np.flatnonzero(change == 1), np.flatnonzero(change == -1)
+        p = mcnemar(len(gained), len(lost))
+        print(f"{line}  {p:7.2g}  {len(gained):6d}{len(lost):6d}")
+        if items:
+            for word, numbers in ("gained", gained), ("lost", lost):
+                for number in numbers:
+                    print(f"    {word}: {a[name]['items'][number]}")
 
 
-def paired_draws(a, b):
+def paired_draws(bench, a, b, seed=0):
     """{subset or mean: results} of two models -> {subset or mean: (1 + samples,)}, B - A in
-    percent: of all items first, then of images drawn alike for both models and all subsets."""
+    percent: of all items first, then of images drawn alike for both models and all subsets.
+
+    Raises ValueError where the models were scored on other items.
+    """
     columns = {}
     for name in a:
         if name in b and "correct" in a[name] and "correct" in b[name]:
+            if any(a[name].get(key) != b[name].get(key) for key in ("n", "data", "image")):
+                raise ValueError(f"{bench} {name}: A ({a[name]['n']} items) and B "
+                                 f"({b[name]['n']}) differ in items, data or protocol version")
             change = np.subtract(b[name]["correct"], a[name]["correct"])
             columns[name] = np.array(a[name]["image"]), change, np.ones(len(change))
     for name, result in a.items():
@@ -2411,7 +2380,7 @@ def paired_draws(a, b):
             columns[name] = images, change, np.array(result["weights"])
     if not columns:
         return {}
-    draws = dict(zip(columns, 100 * bootstrap(list(columns.values())).T))
+    draws = dict(zip(columns, 100 * bootstrap(list(columns.values()), seed=seed).T))
     for name, result in a.items():
         parts = result.get("parts")
         if parts and name in b and set(parts) <= set(draws):
@@ -2419,93 +2388,107 @@ def paired_draws(a, b):
     return draws
 
 
-def check_same_items(key, a, b):
-    if any(a.get(name) != b.get(name) for name in ("n", "data", "image")):
-        raise ValueError(f"{key}: A ({a['n']} items) and B ({b['n']}) differ in items, data or "
-                         "protocol version")
+@dataclass
+class Cell:
+    """A figure in percent, as it is printed; low and high are "" where they are not known."""
+    value: str = ""
+    low: str = ""
+    high: str = ""
+    is_best: bool = False
 
 
-def compare_subset(key, a, b, items):
-    difference, low, high, p, gained, lost = paired(a["correct"], b["correct"], a["image"])
-    print(f"{key:32s}{a['n']:6d} {100 * a['accuracy']:6.1f} {100 * b['accuracy']:6.1f}"
-          f"  {difference:+6.1f}  {low:+6.1f} .. {high:+6.1f}  {p:7.2g}  {gained:6d}{lost:6d}")
-    if items:
-        change = np.subtract(b["correct"], a["correct"])
-        for word, sign in ("gained", 1), ("lost", -1):
-            for i in np.flatnonzero(change == sign):
-                print(f"    {word}: {a['items'][i]}")
+def format_table(title, columns, names, results, form="text", reference=False):
+    """Models in rows, figures in columns, percent with 95 % intervals -> str.
 
-
-def format_table(bench, names, tables, form="text", columns=None, published=None):
-    """Models in rows, subsets or means in columns, percent with 95 % intervals -> str.
-
-    names of the models, and for each its {subset or mean: results}. columns: names joined by
-    commas, "all", or None: the means, if there are any. The best is marked where the paired
-    interval of its lead over the second excludes 0. published: as for print_published.
+    columns: (bench, subset) of each, see choose_tables; a table of a group such as attribute has
+    their mean in its last column. names of the models, and for each its {bench: {subset or mean:
+    results}}. The best is marked where the paired interval of its lead over the second excludes 0.
+    reference: rows of published figures are added.
     """
-    known = all_keys(tables)
-    means = [name for name in known if any("parts" in table.get(name, {}) for table in tables)]
-    chosen = means or known
-    if columns == "all":
-        chosen = known
-    elif columns:
-        chosen = [name for name in columns.split(",") if name in known]
-    best = {column: clear_best(tables, column) for column in chosen}
-    rows = []
-    for number, (name, table) in enumerate(zip(names, tables)):
-        cells = []
-        for column in chosen:
-            cells += format_cell(table.get(column), best[column] == number, form)
-        rows.append([name, *cells])
-    for method, figures in (published or {}).items():
-        cells = []
-        for column in chosen:
-            cells += [str(figures.get(column, ""))] + ["", ""] * (form == "csv")
-        if any(cells):
-            rows.append([f"{method} (published)", *cells])
-    head = [bench]
-    for column in chosen:
-        head += [column, f"{column}_low", f"{column}_high"] if form == "csv" else [column]
-    return TABLE_FORMS[form]([head, *rows])
+    groups = [[column] for column in columns]
+    if title in GROUPS and title != "headline":
+        groups.append(columns)
+    head = [title, *column_labels(title, columns), "mean"][:1 + len(groups)]
+    rows = [[name] for name in names]
+    for parts in groups:
+        best = clear_best(results, parts)
+        for number, (row, file) in enumerate(zip(rows, results)):
+            row.append(make_cell(find_result(file, parts), number == best))
+    if reference:
+        for method in all_keys([TABLE[bench].get("published", {}) for bench, _ in columns]):
+            row = [f"{method} (published)"]
+            for parts in groups:
+                bench, subset = parts[0]
+                figures = TABLE[bench].get("published", {}).get(method, {})
+                row.append(Cell(str(figures.get(subset, "")) if len(parts) == 1 else ""))
+            if any(cell.value for cell in row[1:]):
+                rows.append(row)
+    return TABLE_FORMS[form](head, rows)
 
 
-def clear_best(tables, column):
-    """The number of the model with the highest accuracy in a column, if its lead over the second is
-    beyond chance: the 95 % interval of the paired difference is above 0. Else None."""
-    having = [i for i, table in enumerate(tables) if column in table]
-    having.sort(key=lambda i: -tables[i][column]["accuracy"])
-    if len(having) < 2:
+def find_result(file, parts):
+    """The result of one (bench, subset), or the mean of those of several; None if one is not there.
+    """
+    found = [file.get(bench, {}).get(subset) for bench, subset in parts]
+    if None in found:
         return None
-    best, second = tables[having[0]], tables[having[1]]
-    try:
-        for name in best:
-            if name in second and "correct" in best[name] and "correct" in second[name]:
-                check_same_items(name, best[name], second[name])
-    except ValueError:      # of other items: not to be compared
+    return found[0] if len(found) == 1 else mean_of_benches(found)
+
+
+def mean_of_benches(results):
+    """The plain mean of results on different benchmarks, whose errors are taken as independent."""
+    accuracies = np.array([result["accuracy"] for result in results])
+    below = accuracies - [result["low"] for result in results]
+    above = [result["high"] for result in results] - accuracies
+    mean = accuracies.mean().item()
+    return {"n": sum(result["n"] for result in results), "accuracy": mean,
+            "chance": float(np.mean([result["chance"] for result in results])),
+            "low": mean - math.hypot(*below) / len(results),
+            "high": mean + math.hypot(*above) / len(results)}
+
+
+def clear_best(results, parts):
+    """The number of the model with the highest accuracy (mean of parts, as in find_result), if its
+    lead over the second is beyond chance: the 95 % interval of the paired difference is above 0.
+    Else None, as where they were scored on other items."""
+    accuracy = {}
+    for number, file in enumerate(results):
+        found = find_result(file, parts)
+        if found:
+            accuracy[number] = found["accuracy"]
+    if len(accuracy) < 2:
         return None
-    draws = paired_draws(second, best).get(column)
-    clear = draws is not None and np.quantile(draws[1:], 0.025) > 0
-    return having[0] if clear else None
+    best, second = sorted(accuracy, key=accuracy.get, reverse=True)[:2]
+    draws = []
+    for seed, (bench, subset) in enumerate(parts):
+        try:
+            paired = paired_draws(bench, results[second][bench], results[best][bench], seed)
+        except ValueError:
+            return None
+        if subset not in paired:
+            return None
+        draws.append(paired[subset])
+    clear = np.quantile(np.mean(draws, 0)[1:], 0.025) > 0
+    return best if clear else None
 
 
-def format_cell(result, is_best, form):
-    """The cells of one result: one, but three in csv."""
+def make_cell(result, is_best):
     if result is None:
-        return ["", "", ""] if form == "csv" else [""]
+        return Cell()
     value, low, high = (f"{100 * result[name]:.1f}" for name in ("accuracy", "low", "high"))
-    if form == "csv":
-        return [value, low, high]
-    if form == "markdown":
-        return [f"**{value}** [{low}, {high}]" if is_best else f"{value} [{low}, {high}]"]
-    if form == "latex":
-        bold = f"\\textbf{{{value}}}" if is_best else value
-        return [f"{bold}$_{{{low}}}^{{{high}}}$"]
-    return [f"{value}{'*' if is_best else ' '} {low}-{high}"]
+    return Cell(value, low, high, is_best)
 
 
-def text_form(rows):
+def text_form(head, rows):
     """Aligned columns, as many beside each other as fit into 100 characters."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    table = [head]
+    for name, *cells in rows:
+        table.append([name])
+        for cell in cells:
+            star = "*" if cell.is_best else " "
+            interval = f"{star} {cell.low}-{cell.high}" if cell.low else ""
+            table[-1].append(cell.value + interval)
+    widths = [max(map(len, column)) for column in zip(*table)]
     blocks, used = [[]], widths[0]
     for i in range(1, len(widths)):
         if used + 2 + widths[i] > 100 and blocks[-1]:
@@ -2515,7 +2498,7 @@ def text_form(rows):
         used += 2 + widths[i]
     lines = []
     for block in blocks:
-        for row in rows:
+        for row in table:
             cells = [f"{row[i]:>{widths[i]}s}" for i in block]
             lines.append("  ".join([f"{row[0]:{widths[0]}s}", *cells]).rstrip())
         lines.append("")
@@ -2523,19 +2506,26 @@ def text_form(rows):
     return "\n".join(lines)
 
 
-def markdown_form(rows):
-    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+def markdown_form(head, rows):
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for name, *cells in rows:
+        lines.append([name])
+        for cell in cells:
+            value = f"**{cell.value}**" if cell.is_best else cell.value
+            lines[-1].append(f"{value} [{cell.low}, {cell.high}]" if cell.low else value)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def latex_form(rows):
+def latex_form(head, rows):
     """For the package booktabs."""
-    head, *body = rows
-    columns = "l" + "r" * (len(head) - 1)
-    lines = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule"]
+    lines = [f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", "\\toprule"]
     lines += [escape_latex(" & ".join(head)) + r" \\", "\\midrule"]
-    for name, *cells in body:
-        lines.append(" & ".join([escape_latex(name), *cells]) + r" \\")
+    for name, *cells in rows:
+        shown = [escape_latex(name)]
+        for cell in cells:
+            value = f"\\textbf{{{cell.value}}}" if cell.is_best else cell.value
+            shown.append(f"{value}$_{{{cell.low}}}^{{{cell.high}}}$" if cell.low else value)
+        lines.append(" & ".join(shown) + r" \\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
 
 
@@ -2544,9 +2534,19 @@ def escape_latex(text):
     return re.sub(r"([_%#$])", r"\\\1", text)
 
 
-def csv_form(rows):
+def csv_form(head, rows):
+    """Each figure in three columns: NAME, NAME_low and NAME_high."""
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
+    writer = csv.writer(out, lineterminator="\n")
+    line = head[:1]
+    for label in head[1:]:
+        line += [label, f"{label}_low", f"{label}_high"]
+    writer.writerow(line)
+    for name, *cells in rows:
+        line = [name]
+        for cell in cells:
+            line += [cell.value, cell.low, cell.high]
+        writer.writerow(line)
     return out.getvalue().rstrip("\n")
 
 
@@ -2560,12 +2560,9 @@ CURVES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 
 def new_figure(width, height):
-    """An empty figure of matplotlib, in inches, which is imported here: only pictures need it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("pictures are drawn by matplotlib: pip install matplotlib") from None
-    return Figure((width, height), layout="constrained")
+    """An empty figure of matplotlib, in inches."""
+    drawing = import_package("matplotlib.figure", "matplotlib", "pictures are drawn by matplotlib")
+    return drawing.Figure((width, height), layout="constrained")
 
 
 def read_log(path):
@@ -2590,12 +2587,16 @@ def read_log(path):
     return curves
 
 
-def plot(files, keys=None, output="curves.png"):
+def plot(files, keys=None, radar=False, output="curves.png"):
     """Draw the curves of runs into a file: the loss and each evaluated subset, or those of keys.
-    Of files of --json instead, draw bars of their results."""
+    Of files of --json instead, draw their results as bars, or radar charts."""
+    if len(files) > len(CURVES):
+        raise ValueError(f"plot takes up to {len(CURVES)} files")
     if all(path.endswith(".json") for path in files):
-        names, results = zip(*[read_results(path) for path in files])
-        save_figure(draw_bars(names, results, keys), output)
+        names, results = read_all_results(files)
+        tables = choose_tables(results, keys or "all")
+        draw = draw_radars if radar else draw_bars
+        save_figure(draw(names, results, tables), output)
         return
     logs = [read_log(path) for path in files]
     known = all_keys(logs)
@@ -2603,9 +2604,9 @@ def plot(files, keys=None, output="curves.png"):
         chosen = [key for key in known if key == "loss" or "." in key]
     else:
         chosen = keys.split(",")
-    if not all(logs) or not chosen or not set(chosen) <= set(known) or len(logs) > len(CURVES):
-        raise ValueError(f"plot takes up to {len(CURVES)} log.jsonl of train.py, none empty, and "
-                         f"--keys from: {', '.join(known)}")
+    if not all(logs) or not chosen or not set(chosen) <= set(known):
+        raise ValueError("plot takes log.jsonl of train.py, none empty, and --keys from: "
+                         + ", ".join(known))
     names = [Path(path).resolve().parent.name for path in files]
     save_figure(draw_curves(names, logs, chosen), output)
 
@@ -2634,38 +2635,72 @@ def draw_curves(names, logs, keys):
         panel.grid(alpha=0.3)
     for panel in panels[len(keys):]:
         panel.set_axis_off()
-    lines, labels = zip(*handles.values())
-    figure.legend(lines, labels, loc="outside upper center", ncols=min(4, len(labels)))
+    add_legend(figure, *zip(*handles.values()))
     return figure
 
 
-def draw_bars(names, results, keys=None):
-    """results: for each model {bench: {subset or mean: results}}. A panel for each benchmark, in it
-    a group of bars for each subset and mean (or those of keys, joined by commas), with 95 %
-    intervals and chance as a line -> Figure."""
-    benches = all_keys(results)
-    if len(names) > len(CURVES):
-        raise ValueError(f"plot takes up to {len(CURVES)} files")
-    figure = new_figure(10, 3.2 * len(benches) + 0.4)
-    panels = figure.subplots(len(benches), 1, squeeze=False).flatten()
-    for bench, panel in zip(benches, panels):
-        tables = [file.get(bench, {}) for file in results]
-        subsets = all_keys(tables)
-        if keys:
-            subsets = [subset for subset in subsets if subset in keys.split(",")]
+def draw_bars(names, results, tables):
+    """A panel for each table of choose_tables, in it a group of bars for each column, a bar for
+    each model, with 95 % intervals and chance as a line -> Figure."""
+    figure = new_figure(10, 3.2 * len(tables) + 0.4)
+    panels = figure.subplots(len(tables), 1, squeeze=False).flatten()
+    for (title, columns), panel in zip(tables, panels):
         width = 0.8 / len(names)
-        for number, (table, colour) in enumerate(zip(tables, CURVES)):
-            for place, subset in enumerate(subsets):
-                if subset in table:
-                    draw_bar(panel, place + (number - (len(names) - 1) / 2) * width, width,
-                             table[subset], colour)
-        panel.set_xticks(range(len(subsets)), subsets, rotation=30, ha="right")
-        panel.set_title(bench)
+        for number, (file, colour) in enumerate(zip(results, CURVES)):
+            for place, (bench, subset) in enumerate(columns):
+                found = find_result(file, [(bench, subset)])
+                if found:
+                    left = place + (number - (len(names) - 1) / 2) * width
+                    draw_bar(panel, left, width, found, colour)
+        labels = column_labels(title, columns)
+        panel.set_xticks(range(len(columns)), labels, rotation=30, ha="right")
+        panel.set_title(title)
         panel.set_ylabel("correct, %")
         panel.set_ylim(0, 100)
         panel.grid(axis="y", alpha=0.3)
     handles = [panels[0].bar(0, 0, color=colour) for _, colour in zip(names, CURVES)]
+    add_legend(figure, handles, names)
+    return figure
+
+
+def add_legend(figure, handles, names):
     figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)))
+
+
+def column_labels(title, columns):
+    """The name of the benchmark is left out where it is the title."""
+    return [subset if bench == title else f"{bench} {subset}" for bench, subset in columns]
+
+
+def draw_radars(names, results, tables):
+    """A panel for each table of choose_tables: an axis from 0 to 100 % for each column that all
+    models have, and an outline for each model -> Figure."""
+    drawn = []          # a table of fewer than three has no area
+    for title, columns in tables:
+        shared = [x for x in columns if all(find_result(file, [x]) for file in results)]
+        if len(shared) > 2:
+            drawn.append((title, shared))
+    if not drawn:
+        raise ValueError("plot --radar: no three figures that all models have: see --keys")
+    figure = new_figure(8 * len(drawn), 5)
+    panels = figure.subplots(1, len(drawn), squeeze=False, subplot_kw={"projection": "polar"})[0]
+    for (title, columns), panel in zip(drawn, panels):
+        angles = np.linspace(0, 2 * np.pi, len(columns), endpoint=False)
+        handles = []
+        for file, colour in zip(results, CURVES):
+            values = [100 * find_result(file, [column])["accuracy"] for column in columns]
+            x, y = [*angles, angles[0]], [*values, values[0]]       # closed
+            handles += panel.plot(x, y, color=colour, linewidth=2)
+            panel.fill(x, y, color=colour, alpha=0.1)
+        panel.set_theta_zero_location("N")
+        panel.set_theta_direction(-1)
+        panel.set_rlabel_position(180 / len(columns))       # between the first two axes
+        panel.set_xticks(angles, column_labels(title, columns))
+        for label, sine in zip(panel.get_xticklabels(), np.sin(angles)):
+            label.set_horizontalalignment(("right", "center", "left")[1 + round(sine)])
+        panel.set_ylim(0, 100)
+        panel.set_title(f"{title}, correct in %")
+    add_legend(figure, handles, names)
     return figure
 
 
@@ -2686,13 +2721,12 @@ def save_figure(figure, output):
     print(f"wrote {output}")
 
 
-@torch.no_grad()
 def similarity_maps(model, image, phrases):
     """Cosines of an image's patch tokens and of phrases -> (phrases, side, side)."""
-    pixels = model.transform(image)[None]
-    _, tokens = model.encode_image(pixels, normalize=True, return_tokens=True)      # (1, T, D)
-    texts = model.encode_text(model.tokenize(phrases), normalize=True)              # (N, D)
-    maps = texts @ tokens[0].T                                                      # (N, T)
+    options = Options()
+    tokens = patch_tokens(model, model.transform(image)[None], options)         # (1, T, D)
+    texts = forward(model, model.encode_text, model.tokenize(phrases), options)     # (N, D)
+    maps = texts @ tokens[0].T                                                  # (N, T)
     side = math.isqrt(maps.shape[1])
     return maps.unflatten(1, (side, side))
 
@@ -2708,15 +2742,23 @@ def seen_box(model, size):
     return 0, width, height, 0
 
 
-def show(checkpoint, image=None, scene=0, caption=None, concepts=None, output="attention.png"):
+def show(checkpoint, image=None, scene=0, caption=None, concepts=None, boxes=None,
+         output="attention.png"):
     """Draw the similarity maps of the phrases of a caption, a row for each checkpoint."""
     paths = checkpoint.split(",")
     names = [Path(path).resolve().parent.name for path in paths]
     models = [CLIP.load(path).eval() for path in paths]
+    known = []          # [category, x, y, width, height] of each thing in the image
     if image:
         picture = load_image(image)
+        if boxes:
+            known = [box for name, box in read_boxes(boxes) if name == os.path.basename(image)]
+        if boxes and not known:
+            raise ValueError(f"{boxes} has no boxes of {os.path.basename(image)}")
     else:
-        row = Scenes(scene + 1, "val", 1, models[0].config.image_size)[scene]
+        data = Scenes(scene + 1, "val", 1, models[0].config.image_size)
+        row = data[scene]
+        known = quadrants(data, scene)
         picture = row["image"]
         caption = caption or row["caption"]
     phrases = concepts or extract(caption or "")
@@ -2724,23 +2766,35 @@ def show(checkpoint, image=None, scene=0, caption=None, concepts=None, output="a
         raise ValueError("show has no phrases for --image: give --concepts, or a --caption with "
                          "noun phrases")
     maps = [similarity_maps(model, picture, phrases) for model in models]
-    boxes = [seen_box(model, picture.size) for model in models]
-    save_figure(draw_maps(picture, phrases, names, maps, boxes), output)
+    seen = [seen_box(model, picture.size) for model in models]
+    save_figure(draw_maps(picture, phrases, names, maps, seen, known), output)
 
 
-def draw_maps(picture, phrases, names, maps, boxes):
+def boxes_of(phrase, boxes):
+    """Of [category, x, y, width, height] ...: those of the longest category that a phrase names, in
+    singular or plural."""
+    words = f" {phrase.lower()} "
+    named = [box for box in boxes
+             if f" {box[0]} " in words or f" {plural_of(box[0])} " in words]
+    longest = max([len(box[0]) for box in named], default=0)
+    return [box[1:] for box in named if len(box[0]) == longest]
+
+
+def draw_maps(picture, phrases, names, maps, seen, boxes):
     """A row for each model: the photograph, and over it the map (side, side) of each phrase.
 
     All maps have one scale, so that a nearly uniform map looks uniform. A cross marks the patch of
-    the largest similarity; boxes say where the map lies on the photograph, see seen_box.
+    the largest similarity. seen: where each model's map lies on the photograph, see seen_box.
+    boxes: [category, x, y, width, height] ..., of which those of a phrase's category are drawn.
     """
     from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
     scale = Normalize(min(x.min().item() for x in maps), max(x.max().item() for x in maps))
     width, height = picture.size
     panel_height = 2.6 * min(1.5, height / width)
     figure = new_figure(2.6 * (1 + len(phrases)) + 0.8, (panel_height + 0.4) * len(names))
     panels = figure.subplots(len(names), 1 + len(phrases), squeeze=False)
-    for row, name, model_maps, box in zip(panels, names, maps, boxes):
+    for row, name, model_maps, extent in zip(panels, names, maps, seen):
         for panel in row:
             photograph = picture if panel is row[0] else picture.convert("L")
             panel.imshow(photograph, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
@@ -2748,21 +2802,24 @@ def draw_maps(picture, phrases, names, maps, boxes):
         row[0].set_title(name)
         for panel, phrase, values in zip(row[1:], phrases, model_maps):
             shown = panel.imshow(values.numpy(), cmap="viridis", norm=scale, alpha=0.65,
-                                 interpolation="bicubic", extent=box)
-            x, y = peak_place(values, box)
-            panel.plot(x, y, "+", color="black", markersize=15, markeredgewidth=4)
-            panel.plot(x, y, "+", color="white", markersize=13, markeredgewidth=2)
+                                 interpolation="bicubic", extent=extent)
+            x, y = peak_place(values, extent)
+            for colour, size, line in ("black", 15, 4), ("white", 13, 2):       # white, rimmed
+                panel.plot(x, y, "+", color=colour, markersize=size, markeredgewidth=line)
+                for left, top, *sides in boxes_of(phrase, boxes):
+                    panel.add_patch(Rectangle((left, top), *sides, fill=False, edgecolor=colour,
+                                              linewidth=line / 2))
             panel.set_xlim(0, width)        # all of the photograph, where the model saw less
             panel.set_ylim(height, 0)
             panel.set_title(phrase)
-    figure.colorbar(shown, ax=panels, label="cosine of patch and phrase", shrink=0.8)
+    figure.colorbar(shown, ax=panels, label="cosine of patch\nand phrase", shrink=0.8)
     return figure
 
 
-def peak_place(values, box):
+def peak_place(values, extent):
     """The middle of the patch with the largest value, in pixels of the photograph: x, y."""
     side = len(values)
-    left, right, bottom, top = box
+    left, right, bottom, top = extent
     row, column = divmod(int(values.argmax()), side)
     x = left + (column + 0.5) * (right - left) / side
     y = top + (row + 0.5) * (bottom - top) / side
@@ -2798,11 +2855,7 @@ class OpenCLIP(torch.nn.Module):
 
     def __init__(self, name):
         super().__init__()
-        try:
-            import open_clip
-        except ImportError:
-            raise ValueError(f"open_clip:{name} needs open_clip: pip install open_clip_torch"
-                             ) from None
+        open_clip = import_package("open_clip", "open_clip_torch", f"open_clip:{name}")
         architecture, _, pretrained = name.partition("/")
         known = open_clip.list_models()
         if architecture not in known or not pretrained:
@@ -2832,7 +2885,7 @@ def load_source(source, name=None):
     return CLIP.from_pretrained(source, name)
 
 
-def models_of(checkpoint, init, name, tokenizer, weight):
+def models_of(checkpoint, init, name, weight):
     """Yield (what it is called, model) for each that --checkpoint, --init, --model mean."""
     checkpoints = checkpoint.split(",") if checkpoint else []
     sources = init.split(",") if init else [None] if name else []
@@ -2841,29 +2894,15 @@ def models_of(checkpoint, init, name, tokenizer, weight):
             raise ValueError("--interpolate takes one --checkpoint and one --init (or --model)")
         model = CLIP.load(checkpoints[0])
         model = interpolate_weights(model, CLIP.from_pretrained(sources[0], name), weight)
-        yield checkpoints[0], with_tokenizer(model, tokenizer)
+        yield checkpoints[0], model
         return
     if not checkpoints and not sources:
         raise ValueError("give what to evaluate: --checkpoint FILE, or --init SOURCE (or --model "
                          "NAME for its default weights); several are joined by commas")
     for path in checkpoints:
-        yield path, with_tokenizer(CLIP.load(path), tokenizer)
+        yield path, CLIP.load(path)
     for source in sources:
-        yield source or name, with_tokenizer(load_source(source, name), tokenizer)
-
-
-def with_tokenizer(model, path):
-    return set_tokenizer(model, path) if path else model
-
-
-def pick_device(device):
-    """cuda where there is one, unless another is asked for."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU with a driver here; leave it out, or "
-                         "give --device cpu")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return device
+        yield source or name, load_source(source, name)
 
 
 def fingerprint(model):
@@ -2887,15 +2926,17 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
     start_processes(options.device)
     started = time.time()
     files = []          # what --json holds of each model
-    for label, network in models_of(checkpoint, init, model, tokenizer, interpolate):
+    for label, network in models_of(checkpoint, init, model, interpolate):
         if files:       # not the first
             print0(f"\n{label}:")
+        if tokenizer:
+            set_tokenizer(network, tokenizer)
         network.to(options.device).eval()
         size, patches = image_size(network), gives_patch_tokens(network)
         tasks, missing = read(benches, options, size, patches)
         results = score(network, tasks, options)
         for name, subsets in results.items():
-            print_table(name, subsets, TABLE.get(name, {}).get("published") if reference else None)
+            print_table(name, subsets, reference)
         files.append({
             "checkpoint": label, "sha256": fingerprint(network), "protocol": PROTOCOL,
             "data_sha256": data_digests(tasks), "missing": missing, "results": results})
@@ -2904,9 +2945,9 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
         print0(f"not there: {line}")
     if len(files) > 1:
         labels = [model_name(file["checkpoint"]) for file in files]
-        for name in results:
-            tables = [file["results"][name] for file in files]
-            print0("\n" + format_table(name, labels, tables))
+        tables = [file["results"] for file in files]
+        for title, columns in choose_tables(tables):
+            print0("\n" + format_table(title, columns, labels, tables))
     if json_path and RANK == 0:
         given = {"init": init, "model": model, "tokenizer": tokenizer, "interpolate": interpolate}
         given |= {"bench": bench, "torch": torch.__version__, "processes": WORLD, **settings}
@@ -2917,7 +2958,12 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
 def running_options(settings):
     """Options of flags, with the device and the number of workers that None means."""
     options = Options(**settings)
-    options.device = pick_device(options.device)
+    has_gpu = torch.cuda.is_available()
+    if options.device == "cuda" and not has_gpu:
+        raise ValueError("--device cuda: torch finds no GPU with a driver here; leave it out, or "
+                         "give --device cpu")
+    if options.device is None:
+        options.device = "cuda" if has_gpu else "cpu"
     if options.workers is None:
         options.workers = min(8, os.cpu_count() or 1) if options.device == "cuda" else 0
     return options
@@ -2954,7 +3000,7 @@ def verify(registry, bench, tolerance, **settings):
     for name, entry in read_registry(registry).items():
         figures = {key: value for key, value in entry["figures"].items() if key in only}
         try:
-            tasks = read_what_is_there(figures, options)
+            tasks, _ = read(figures, options, skip=True)
             if not tasks:
                 print0(f"\n{name}: none of the files of {', '.join(figures)} are there")
                 continue
@@ -2964,11 +3010,12 @@ def verify(registry, bench, tolerance, **settings):
             continue
         results = score(model.to(options.device).eval(), tasks, options)
         print0(f"\n{name:32s}    ours  published  difference")
-        for key, found in results.items():
-            for subset, published in figures[key].items():
-                if subset not in found:
+        for key, subsets in figures.items():
+            for subset, published in subsets.items():
+                found = find_result(results, [(key, subset)])
+                if not found:
                     continue
-                ours = 100 * found[subset]["accuracy"]
+                ours = 100 * found["accuracy"]
                 is_close = abs(ours - published) <= tolerance + 1e-9
                 close, far = close + is_close, far + (not is_close)
                 verdict = "" if is_close else f"  more than {tolerance:g}"
@@ -2992,27 +3039,15 @@ def read_registry(path):
                     figures[bench] = known
             registry[name] = {**entry, "figures": figures}
         return registry
-    try:
+    with expecting(f"{path}: expected {{NAME: {{init or checkpoint, figures: {{bench: {{subset: "
+                   "percent}}}}"):
         registry = json.loads(Path(path).read_text("utf-8"))
         for entry in registry.values():
             check_names(entry["figures"])
             for known in entry["figures"].values():
                 if not all(is_kind(figure, (int, float)) for figure in known.values()):
                     raise ValueError("a figure is no number")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: expected {{NAME: {{init or checkpoint, figures: {{bench: "
-                         f"{{subset: percent}}}}}}}} ({error})") from None
     return registry
-
-
-def read_what_is_there(benches, options):
-    tasks = {}
-    for bench in benches:
-        try:
-            tasks.update(read([bench], options)[0])
-        except Missing:
-            pass
-    return tasks
 
 
 def load_verified(name, entry, data_dir):

@@ -385,6 +385,7 @@ class Plan:
     labels: torch.Tensor | None = None              # (b, N) bool, this process's images and columns
     pairs: int = 0                                  # (image, phrase) pairs of all processes
     negative_mask: torch.Tensor | None = None       # (B, K) bool, of all processes, on the CPU
+    unit_mask: torch.Tensor | None = None           # (B, K') bool, the same
 
     @property
     def offset(self):
@@ -405,7 +406,7 @@ class Plan:
 
 
 def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, dedupe=True,
-               merge=True, negative_mask=None, pad_id=0, multiple=1):
+               merge=True, negative_mask=None, pad_id=0, multiple=1, unit_mask=None):
     """Exchange all that is known of a batch before the towers run. All tensors are on the CPU.
 
     Parameters
@@ -425,6 +426,8 @@ def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, de
         The token that fills shorter concepts up.
     multiple : int
         Fill the number of shared concepts up to a multiple of it, for torch.compile.
+    unit_mask : Tensor (b, K') bool, optional
+        This process's, to be gathered.
 
     Returns
     -------
@@ -437,12 +440,15 @@ def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, de
     everyone = _exchange(
         *_sizes_and_ids(batch_size, concept_ids, pairs),
         torch.zeros(0, 0) if concept_tokens is None else concept_tokens,
-        torch.zeros(0, 0) if negative_mask is None else negative_mask)
-    sizes, ids_of_all, tokens_of_all, masks = zip(*everyone)
+        torch.zeros(0, 0) if negative_mask is None else negative_mask,
+        torch.zeros(0, 0) if unit_mask is None else unit_mask)
+    sizes, ids_of_all, tokens_of_all, masks, unit_masks = zip(*everyone)
     rows, pair_counts, different_counts = torch.stack(sizes).T.tolist()
     plan = Plan(rows)
     if negative_mask is not None:
         plan.negative_mask = torch.cat(masks).bool()
+    if unit_mask is not None:
+        plan.unit_mask = torch.cat(unit_masks).bool()
     if concept_ids is None:
         return plan
     if concept_tokens is not None:
@@ -683,6 +689,195 @@ def xac_loss(similarity, labels, logit_scale, logit_bias=None, count=None):
     return _contrast_share(logits, labels, logit_bias, count)
 
 
+def caption_xac_loss(similarity, logit_scale, logit_bias=None, offset=0):
+    """xac_loss with whole captions in the place of concepts, each positive for its own image.
+
+    FLAIR (Xiao et al. 2025, Fine-grained language-informed image representations) has this as its
+    text-conditioned sigmoid loss, with an attention that is trained. Here it is C2LIP's, which has
+    no parameters. similarity (b, B) comes from pooling.concept_similarity with the captions of all
+    processes as queries; in the same call as the concepts it is nearly free.
+    """
+    return xac_loss(similarity, _diagonal(similarity, offset), logit_scale, logit_bias)
+
+
+# ---- captions and their paraphrases -----------------------------------------------------------
+def paraphrase_loss(paraphrase_features, text_features, mask, logit_scale, logit_bias=None,
+                    offset=0):
+    """READ's sentence alignment: a second caption of an image finds the first among all captions.
+
+    Kwon et al. 2025, Enhancing compositional reasoning in CLIP via reconstruction and alignment of
+    text descriptions (weight 0.5):
+        mean_i -log softmax_j(s P_i.T_j)_i
+    over the images i that have a second caption P_i. With logit_bias it is the sigmoid loss of the
+    same rows and columns, divided by the number of these images.
+
+    The form is that of the released code, whose rows are the P and which goes this one way. In the
+    paper's formula, as CS-CLIP's code repeats it, the rows are the T. The released code compares
+    within each process alone, and draws P also among sentences that a language model wrote.
+
+    Parameters
+    ----------
+    paraphrase_features : Tensor (b, D)
+        Of this process.
+    text_features : Tensor (B, D)
+        Of all processes.
+    mask : Tensor (b,) bool
+        Of this process, false where there is no second caption.
+    logit_scale, logit_bias, offset
+        As in siglip_loss.
+
+    Returns
+    -------
+    Tensor ()
+        This process's share. It is 0 without any second caption.
+    """
+    mask = mask.to(paraphrase_features.device, non_blocking=True)[:, None]  # (b, 1)
+    count = _global_sum(mask.sum())
+    logits = _logits(paraphrase_features, text_features, logit_scale)  # (b, B)
+    labels = _diagonal(logits, offset) & mask
+    if logit_bias is None:
+        return _rows_share(logits, labels, count)
+    logits = (logits + logit_bias).masked_fill(~mask, -torch.inf)  # of which the loss is 0
+    return _sigmoid_share(logits, labels, count)
+
+
+# ---- robust images, and what a model knew before ----------------------------------------------
+def pgd_attack(pixels, noise, loss, epsilon, steps, step=1 / 255):
+    """Change each pixel by at most epsilon, so that a loss rises.
+
+    Madry et al. 2018, Towards deep learning models resistant to adversarial attacks: projected
+    gradient descent from a random start, here with TeCoA's size of a step.
+
+    Parameters
+    ----------
+    pixels : Tensor (b, 3, S, S)
+        From 0 to 1, not normalised.
+    noise : Tensor (b, 3, S, S) uint8
+        Where an image's attack begins: 0 is epsilon below its pixels, 255 above. If it is a
+        function of the image alone, so is the attack, on any number of processes.
+    loss : function of such pixels -> Tensor ()
+        A sum in which each image has a term of its own.
+    epsilon, step : float
+        The largest change, and that of one of the `steps`, of pixels from 0 to 1.
+
+    Returns
+    -------
+    Tensor (b, 3, S, S), from 0 to 1, without a graph.
+    """
+    start = epsilon * (noise.to(pixels.dtype) / 127.5 - 1)
+    changed = (pixels + start).clamp(0, 1)
+    for _ in range(steps):
+        changed.requires_grad_()
+        [gradient] = torch.autograd.grad(loss(changed), [changed])
+        changed = changed.detach() + step * gradient.sign()
+        changed = changed.clamp(pixels - epsilon, pixels + epsilon).clamp(0, 1)
+    return changed
+
+
+def tecoa_loss(image_features, text_features, labels, logit_scale, logit_bias=None):
+    """TeCoA: images that an attack has changed, each against all captions.
+
+    Mao et al. 2023, Understanding zero-shot adversarial robustness for large-scale models:
+        mean_i of the mean over i's captions n of -log softmax(s I_i T^T)_n
+    with logit_bias the sigmoid loss of the same pairs / B. The paper's texts are the names of
+    classes, "This is a photo of a {}", of which an image has one. Here they are the captions of the
+    batch. Where the data has classes, give each row that text as its caption: rows of one class
+    then are each other's, and a class weighs as much as the batch has rows of it.
+
+    Parameters
+    ----------
+    image_features : Tensor (b, D)
+        Of this process, from changed images (pgd_attack, with this loss).
+    text_features : Tensor (B, D)
+        Of all processes.
+    labels : Tensor (b, B) bool
+        Whether a caption is the image's own, or equal to it.
+
+    Returns
+    -------
+    Tensor ()
+        This process's share. The paper trains the image tower alone; its released code holds
+        logit_scale, too, and gives as its example an attack of 2 steps with epsilon 1 / 255.
+    """
+    logits = _logits(image_features, text_features, logit_scale)  # (b, B)
+    if logit_bias is not None:
+        return _sigmoid_share(logits + logit_bias, labels, len(text_features))
+    return _rows_share(logits, labels, len(text_features))
+
+
+def gift_loss(image_features, text_features, teacher, labels, logit_scale, logit_bias=None):
+    """GIFT: a model that learns new pairs stays on others near to what it was before.
+
+    Wu et al. 2025, Synthetic data is an elegant GIFT for continual vision-language models. Returns
+    a dict of shares, which the paper weighs 1 and 0.25, on pairs of what the model knew:
+
+    cd
+        contrastive distillation, by rows and by columns of z = s I T^T and the teacher's z':
+            4 [mean_i CE(softmax(z'_i. / 2), z_i. / 2) + mean_j CE(softmax(z'_.j / 2), z_.j / 2)]
+        s is the student's for both, without gradient in z'. A bias would cancel.
+    ita
+        image-text alignment: CE(z) by rows + CE(z) by columns, with labels smoothed by 0.2 (the
+        share 0.2 lies evenly on all), or with logit_bias siglip_loss of these pairs
+
+    Both equal the released code's; the paper's formulas were not at hand. There the pairs are of
+    images that a diffusion model made, logit_scale is held, and the new pairs are of classes, in a
+    cross-entropy with labels smoothed by 0.2. Here new pairs have the contrast of CLIP or SigLIP.
+
+    Parameters
+    ----------
+    image_features : Tensor (b, D)
+        Of this process.
+    text_features : Tensor (B, D)
+        Of all processes.
+    teacher : dict
+        The same from the model before, without gradient: image_features, text_features.
+    labels : Tensor (b, B) bool
+        Whether a caption is the image's own, or equal to it.
+    """
+    B = len(text_features)
+    logits = _logits(image_features, text_features, logit_scale)  # (b, B)
+    with torch.no_grad():
+        targets = _logits(teacher["image_features"], teacher["text_features"], logit_scale) / 2
+        by_rows = targets.softmax(dim=1)
+        by_columns = (targets - _column_logsumexp(targets)).exp()
+    rows = (logits / 2).logsumexp(dim=1, keepdim=True) - logits / 2  # -log softmax
+    columns = _column_logsumexp(logits / 2) - logits / 2
+    cd = 4 * (by_rows * rows + by_columns * columns).sum() / max(B, 1)
+    if logit_bias is not None:
+        return {"cd": cd, "ita": _sigmoid_share(logits + logit_bias, labels, B)}
+    ita = 0.8 * _both_ways_share(logits, labels)
+    return {"cd": cd, "ita": ita + 0.2 * _both_ways_share(logits, torch.ones_like(labels))}
+
+
+def _both_ways_share(logits, labels):
+    """Cross-entropy by rows + by columns, with equal weight on the labels of each."""
+    rows, in_column = _positives(labels)
+    return _rows_share(logits, labels, rows) + _columns_share(logits, labels, in_column)
+
+
+def fisher_weights(gradients):
+    """How much each number of each parameter matters to a loss, from the gradient of that loss.
+
+    GIFT's diagonal of the Fisher information, of one batch: squared gradients, divided by their
+    mean over a parameter. gradients: a list of tensors. Returns a list of the same shapes.
+    """
+    squares = [_float(gradient).square() for gradient in gradients]
+    return [square / square.mean().clamp_min(1e-30) for square in squares]
+
+
+def awc_loss(parameters, anchors, weights):
+    """GIFT's adaptive weight consolidation: sum of weights (parameters - anchors)^2.
+
+    Three lists of tensors of the same shapes: the parameters, what they were before, and
+    fisher_weights of the gradient that cd and ita have in this step. The paper weighs it 1. It is
+    no share: it is the same on all processes.
+    """
+    total = 0.0
+    for parameter, anchor, weight in zip(parameters, anchors, weights):
+        total = total + (weight * (parameter - anchor).square()).sum()
+    return total
+
+
 # ---- hard negatives ---------------------------------------------------------------------------
 def _valid(features, mask):
     """Choose the rows where the mask is true: (..., D), (...) -> (V, D)."""
@@ -814,6 +1009,121 @@ def degla_loss(image_features, text_features, negative_features, mask, teacher, 
     return terms
 
 
+def fsc_clip_loss(image_features, text_features, negative_features, mask, word_similarity,
+                  word_mask, logit_scale, logit_bias=None, offset=0):
+    """FSC-CLIP: focal losses over a caption and its own negatives, globally and word by word.
+
+    Oh et al. 2024, Preserving multi-modal capabilities of pre-trained VLMs for improving
+    vision-linguistic compositionality. Arguments are those of negclip_loss, and
+    pooling.token_similarity's result, word_similarity (b, 1 + K, L), of the tokens of this
+    process's captions and of their K negatives; word_mask (b, 1 + K, L) bool is true for the tokens
+    that count. Returns a dict of shares, which the paper weighs 0.5 and 0.2 beside CLIP's loss
+    (0.2 for B/32, else 0.5):
+
+    ghn
+        With p the softmax over [s I_i.T_i | s I_i.T-_ik for the n valid k], the mean over the rows
+        with n > 0 of sum_c q_c (1 - p_c)^2 (-log p_c), where q = 0.98 + 0.02 / (n + 1) for the
+        caption and 0.02 / (n + 1) for each negative.
+    lhn
+        The same of logsumexp over the words of s word_similarity in the place of s I_i.T. Without
+        word_similarity (None) it is left out.
+
+    With logit_bias each candidate c is a choice between true and false of its own, p_c the sigmoid:
+    sum_c 0.99 f(p of what it is) + 0.01 f(p of what it is not), f(p) = (1 - p)^2 (-log p).
+
+    The released code differs: a negative that there is not has the logit 0 in its softmax, and each
+    process takes the mean over its own rows.
+    """
+    own = slice(offset, offset + len(image_features))
+    valid = mask[own].to(image_features.device, non_blocking=True)  # (b, K)
+    count = mask.any(1).sum()
+    logits = _choices(image_features, text_features[own], negative_features[own], valid,
+                      logit_scale)  # (b, 1 + K)
+    terms = {"ghn": _focal_share(logits, valid, logit_bias, count)}
+    if word_similarity is not None:
+        word_mask = word_mask.to(valid.device, non_blocking=True)
+        words = logit_scale * _float(word_similarity)  # (b, 1 + K, L)
+        # not -inf, whose gradient would be nan where no word counts
+        words = words.masked_fill(~word_mask, torch.finfo(words.dtype).min)
+        terms["lhn"] = _focal_share(words.logsumexp(dim=-1), valid, logit_bias, count)
+    return terms
+
+
+def cs_clip_loss(image_features, unit_features, foil_features, mask, logit_scale, logit_bias=None,
+                 offset=0):
+    """CS-CLIP: parts of a caption, each with a false version of it that its own image rejects.
+
+    Kargi et al. 2026, Half-truths break similarity-based retrieval (weight 0.5 beside NegCLIP's
+    loss, where a caption has 2 units):
+        mean_k 1/2 [CE([s I U_k^T | s I_i.U-_ki]) + CE(s U_k I^T)]
+    U_k are the k-th units of all captions, U-_ki the foil of the k-th unit of caption i. Rows and
+    columns without a unit are left out, and so is a k that no caption has. With logit_bias it is
+    the sigmoid loss of the same pairs, divided by the number of the k-th units.
+
+    The released code differs: a k without any unit counts as 0 in the mean, each process compares
+    its own rows alone, and a caption that has no second unit gives the first twice. There and here
+    a unit that two captions have in common is negative for each other's image.
+
+    Parameters
+    ----------
+    image_features : Tensor (b, D)
+        Of this process.
+    unit_features : Tensor (B, K, D)
+        Of all processes.
+    foil_features : Tensor (b, K, D)
+        Of this process.
+    mask : Tensor (B, K) bool
+        Of all processes, false where there is no unit.
+    logit_scale, logit_bias, offset
+        As in siglip_loss.
+
+    Returns
+    -------
+    Tensor ()
+        This process's share.
+    """
+    own = slice(offset, offset + len(image_features))
+    total = 0
+    for k in range(mask.shape[1]):
+        valid = mask[:, k]
+        images = _valid(image_features, valid[own])  # (v, D)
+        units = _valid(unit_features[:, k], valid)  # (V, D)
+        foils = _valid(foil_features[:, k], valid[own])  # (v, D)
+        to_units = _logits(images, units, logit_scale)  # (v, V)
+        to_foils = logit_scale * (_float(images) * _float(foils)).sum(1, keepdim=True)  # (v, 1)
+        logits = torch.cat([to_units, to_foils], dim=1)  # (v, V + 1)
+        labels = _diagonal(logits, int(valid[:offset].sum()))
+        count = len(units)
+        if logit_bias is not None:
+            total = total + _sigmoid_share(logits + logit_bias, labels, count)
+            continue
+        one_each = torch.ones(count, dtype=torch.int64, device=logits.device)
+        columns = _columns_share(to_units, labels[:, :count], one_each)
+        total = total + 0.5 * (columns + _rows_share(logits, labels, count))
+    return total / mask.any(0).sum().clamp_min(1)
+
+
+def _focal(log_p):
+    """(1 - p)^2 (-log p)"""
+    return -log_p * torch.expm1(log_p).square()
+
+
+def _focal_share(logits, valid, logit_bias, count):
+    """FSC-CLIP's focal loss of rows (b, 1 + K), the true one first, over those with a negative."""
+    is_candidate = F.pad(valid, (1, 0), value=True)
+    counts = is_candidate & valid.any(1, keepdim=True)
+    if logit_bias is None:
+        log_p = logits.masked_fill(~is_candidate, -torch.inf).log_softmax(dim=1)
+        losses = _focal(log_p.masked_fill(~counts, 0))
+        smoothed = 0.02 * losses / is_candidate.sum(1, keepdim=True)
+        return (0.98 * losses[:, 0].sum() + smoothed.sum()) / count.clamp_min(1)
+    z = logits.masked_fill(~counts, 0) + logit_bias
+    is_first = torch.arange(z.shape[1], device=z.device) == 0
+    z = torch.where(is_first, z, -z)
+    losses = 0.99 * _focal(F.logsigmoid(z)) + 0.01 * _focal(F.logsigmoid(-z))
+    return (losses * counts).sum() / count.clamp_min(1)
+
+
 def _distill_share(image_features, texts, negatives, valid, teacher, own):
     """Squared distances of this process's features from the teacher's, summed.
 
@@ -828,6 +1138,55 @@ def _distill_share(image_features, texts, negatives, valid, teacher, own):
         far = distances(negatives, teacher["negative_features"][own])  # (b, K)
         total = total + far.masked_fill(~valid, 0).sum()
     return total
+
+
+def clic_loss(image_features, text_features, caption_features, mask, logit_scale, logit_bias=None,
+              offset=0):
+    """CLIC: two images as one, with captions of both, and one in which they exchange a word.
+
+    Peleg et al. 2025, Advancing compositional awareness in CLIP with efficient fine-tuning. Returns
+    a dict of shares, equal to the released code's, which the paper weighs 0.5, 0.5 and 1:
+
+    pairs
+        the mean over the true captions k of clip_loss(I, T_k), or with a bias of siglip_loss
+    sneg
+        the mean over k of mean_i CE([s I_i.T_ki | s I_i.T-_i], the first), or with a bias of the
+        sigmoid loss of the same. An i without T- counts as 0.
+    uni
+        mean_i |T_1i - T_2i|^2, of the same sentences in the other order
+
+    Parameters
+    ----------
+    image_features : Tensor (b, D)
+        Of this process.
+    text_features : Tensor (B, D)
+        T_1, of all processes.
+    caption_features : Tensor (B, K, D)
+        Of all processes: T_2 and further true captions, and T- as the last.
+    mask : Tensor (B, K) bool
+        Of all processes. Of the last column, false where there is no T-; the others are not read.
+    logit_scale, logit_bias, offset
+        As in siglip_loss.
+    """
+    own = slice(offset, offset + len(image_features))
+    B = len(text_features)
+    captions = [text_features, *caption_features[:, :-1].unbind(1)]  # (B, D) each
+    negative = caption_features[own, -1:]  # (b, 1, D)
+    valid = mask[own, -1:].to(image_features.device, non_blocking=True)  # (b, 1)
+    pairs = sneg = 0.0
+    for texts in captions:
+        if logit_bias is None:
+            pairs = pairs + clip_loss(image_features, texts, logit_scale, offset)
+        else:
+            pairs = pairs + siglip_loss(image_features, texts, logit_scale, logit_bias, offset)
+        choices = _choices(image_features, texts[own], negative, valid, logit_scale)  # (b, 2)
+        sneg = sneg + _choice_share(choices, logit_bias, B)
+    distances = (_float(captions[0][own]) - _float(captions[1][own])).square().sum(-1)  # (b,)
+    return {
+        "pairs": pairs / len(captions),
+        "sneg": sneg / len(captions),
+        "uni": distances.sum() / max(B, 1),
+    }
 
 
 def _with_negative_images(image_features, text_features, negative_features, mask,
@@ -915,6 +1274,16 @@ class Features:
     # (B, D) and, where there are negatives, negative_features (B, K, D) of all processes.
     teacher: dict | None = None
     thresholds: torch.Tensor | None = None                      # (K,) of ce_clip's last step
+    caption_labels: torch.Tensor | None = None                  # (b, B) bool, see Method
+    replayed: bool = False                                      # a batch of replay, see Method
+    caption_similarity: torch.Tensor | None = None              # (b, B), see caption_xac_loss
+    paraphrase_features: torch.Tensor | None = None             # (b, D), of second captions
+    paraphrase_mask: torch.Tensor | None = None                 # (b,) bool
+    word_similarity: torch.Tensor | None = None                 # (b, 1 + K, L), see fsc_clip_loss
+    word_mask: torch.Tensor | None = None                       # (b, 1 + K, L) bool
+    unit_features: torch.Tensor | None = None                   # (B, K, D), see cs_clip_loss
+    foil_features: torch.Tensor | None = None                   # (b, K, D)
+    unit_mask: torch.Tensor | None = None                       # (B, K) bool, false where none is
 
 
 def c2lip(features):
@@ -935,6 +1304,25 @@ def siglip(features):
 def clip(features):
     """Images and captions alone, CLIP's softmax loss (the method's default for --loss)."""
     return {"contrastive": _image_text_share(features)}
+
+
+def tecoa(features):
+    """TeCoA: images that an attack has changed, against captions."""
+    f = features
+    contrastive = tecoa_loss(f.image_features, f.text_features, _caption_labels(f), f.logit_scale,
+                             f.logit_bias)
+    return {"contrastive": contrastive}
+
+
+def gift(features):
+    """GIFT: new pairs are contrasted, replayed pairs distilled from the model before."""
+    f = features
+    labels = _caption_labels(f)
+    if f.replayed:
+        return gift_loss(f.image_features, f.text_features, f.teacher, labels, f.logit_scale,
+                         f.logit_bias)
+    logits = _logits(f.image_features, f.text_features, f.logit_scale)
+    return {"contrastive": _contrast_share(logits, labels, f.logit_bias, len(f.text_features))}
 
 
 def negclip(features):
@@ -959,6 +1347,33 @@ def degla(features):
                       f.teacher, f.logit_scale, f.logit_bias, f.offset)
 
 
+def clic(features):
+    """CLIC: every other batch is of images joined in pairs, the others as for clip or siglip."""
+    f = features
+    if f.negative_features is None:
+        return {"contrastive": _image_text_share(f)}
+    return clic_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
+                     f.logit_scale, f.logit_bias, f.offset)
+
+
+def fsc_clip(features):
+    """FSC-CLIP: a focal loss over a caption and its negatives, and one over their words."""
+    f = features
+    terms = fsc_clip_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
+                          f.word_similarity, f.word_mask, f.logit_scale, f.logit_bias, f.offset)
+    return {"contrastive": _image_text_share(f), **terms}
+
+
+def cs_clip(features):
+    """CS-CLIP: swapped captions as negatives, and parts of captions, each with a foil."""
+    f = features
+    terms = negclip(features)
+    if f.unit_features is not None:
+        terms["units"] = cs_clip_loss(f.image_features, f.unit_features, f.foil_features,
+                                      f.unit_mask, f.logit_scale, f.logit_bias, f.offset)
+    return terms
+
+
 def con_clip(features):
     """CoN-CLIP: negated captions, and images that they are true of."""
     f = features
@@ -977,8 +1392,12 @@ def triplet_clip(features):
     return {"contrastive": contrastive}
 
 
+# The terms that any method may take besides its own.
+EXTRA_TERMS = ("npc", "xac", "caption_xac", "paraphrase", "distill")
+
+
 def extra_terms(features, weights):
-    """The terms that any method may take besides its own: npc, xac and distill.
+    """Those of EXTRA_TERMS that have a weight.
 
     weights is {term: weight} of the terms that the method does not give itself. Returns {term: this
     process's share} of those terms that have a weight other than 0 and whose inputs are there.
@@ -988,6 +1407,13 @@ def extra_terms(features, weights):
         terms["npc"] = _npc_share(features)
     if weights.get("xac") and features.concept_similarity is not None:
         terms["xac"] = _xac_share(features)
+    if weights.get("caption_xac") and features.caption_similarity is not None:
+        terms["caption_xac"] = caption_xac_loss(features.caption_similarity, features.logit_scale,
+                                                features.logit_bias, features.offset)
+    if weights.get("paraphrase") and features.paraphrase_features is not None:
+        terms["paraphrase"] = paraphrase_loss(
+            features.paraphrase_features, features.text_features, features.paraphrase_mask,
+            features.logit_scale, features.logit_bias, features.offset)
     if weights.get("distill") and features.teacher is not None:
         own = slice(features.offset, features.offset + len(features.image_features))
         negatives, valid = None, None
@@ -1005,6 +1431,15 @@ def _image_text_share(features):
     if f.logit_bias is None:
         return clip_loss(f.image_features, f.text_features, f.logit_scale, f.offset)
     return siglip_loss(f.image_features, f.text_features, f.logit_scale, f.logit_bias, f.offset)
+
+
+def _caption_labels(features):
+    """Which captions are an image's own (b, B): its row's, and equal ones where they are known."""
+    f = features
+    if f.caption_labels is not None:
+        return f.caption_labels
+    return _diagonal(f.image_features.new_empty(len(f.image_features), len(f.text_features)),
+                     f.offset)
 
 
 def _npc_share(features):
@@ -1027,10 +1462,20 @@ class Method:
     loss: Callable
     # {term: default weight}. The weight of contrastive is 1.
     weights: dict = field(default_factory=dict)
-    # How captions get negatives: "swap" two words, one of each of four kinds ("typed"), "negate".
+    # How captions get negatives: "swap" two words, one of each of four kinds ("typed"), "negate",
+    # or one of each of FSC-CLIP's three sorts ("mixed"). With "pairs" every other batch is of
+    # images joined in pairs, whose "negatives" are three more true captions and, last, a false one.
     negatives: str | None = None
+    # The outputs of all tokens of captions and negatives.
+    words: bool = False
+    # So many parts of each caption, each with a false version of it.
+    units: int = 0
     # Rows bring an image that their negative caption is true of.
     negative_images: bool = False
+    # Each step has a second batch, of pairs that show what the model knew before it was trained.
+    replay: bool = False
+    # A caption is true of all rows whose caption is equal, as names of classes are.
+    same_captions: bool = False
     # Rows bring a row with a similar image.
     neighbours: bool = False
     # The averaged weights encode the batch as well.
@@ -1044,10 +1489,17 @@ METHODS = {
     "c2lip": Method(c2lip, {"npc": 1.0, "xac": 0.01}),
     "siglip": Method(siglip, defaults={"loss": "siglip"}),
     "clip": Method(clip, defaults={"loss": "clip"}),
+    "tecoa": Method(tecoa, same_captions=True, defaults={"freeze": "text", "attack_steps": 2}),
+    "gift": Method(gift, {"cd": 1.0, "ita": 0.25, "awc": 1.0}, replay=True, same_captions=True,
+                   teacher=True),
     "negclip": Method(negclip, negatives="swap", neighbours=True),
     "ce_clip": Method(ce_clip, {"cmr": 0.2, "imc": 0.3}, negatives="typed"),
     "degla": Method(degla, {"tgc": 0.1, "igc": 0.1, "distill": 0.005}, negatives="typed",
                     teacher=True, defaults={"ema": 0.9996}),
+    "clic": Method(clic, {"pairs": 0.5, "sneg": 0.5, "uni": 1.0}, negatives="pairs",
+                   defaults={"freeze": "visual"}),
+    "fsc_clip": Method(fsc_clip, {"ghn": 0.5, "lhn": 0.2}, negatives="mixed", words=True),
+    "cs_clip": Method(cs_clip, {"units": 0.5}, negatives="swap", units=2),
     "con_clip": Method(con_clip, negatives="negate", negative_images=True,
                        defaults={"freeze": "visual"}),
     "triplet_clip": Method(triplet_clip, negatives="swap", negative_images=True),
@@ -1057,9 +1509,20 @@ METHODS = {
 TERMS = {
     "npc": "Noun-phrase contrast: every image against every noun phrase of the batch (C2LIP).",
     "xac": "Cross-attention contrast: the same, with the image pooled by the phrase (C2LIP).",
+    "caption_xac": "Cross-attention contrast with whole captions as phrases (FLAIR).",
+    "paraphrase": "A second caption of the image finds the first among all (READ, there 0.5).",
     "cmr": "Cross-modal ranking: an image prefers its caption to negatives by a margin (CE-CLIP).",
     "imc": "Intra-modal contrast: a caption is far from all negative captions (CE-CLIP).",
     "tgc": "Text-grounded contrast: a caption prefers its teacher to its own negatives (DeGLA).",
     "igc": "Image-grounded contrast: an image prefers its caption to that one's negatives (DeGLA).",
+    "cd": "Contrastive distillation: replayed pairs score as in the model before (GIFT).",
+    "ita": "Image-text alignment: replayed images and their captions find each other (GIFT).",
+    "awc": "Adaptive weight consolidation: weights that replayed pairs need stay as before (GIFT).",
+    "pairs": "Two images joined as one, against captions of both (CLIC).",
+    "sneg": "Joined images prefer each caption to one in which the two exchange a word (CLIC).",
+    "uni": "Squared distance of a caption of joined images from its sentences exchanged (CLIC).",
+    "ghn": "Focal loss of an image over its caption and that one's negatives (FSC-CLIP).",
+    "lhn": "The same, with an image as each word of a text sees it (FSC-CLIP).",
+    "units": "An image finds a part of its caption among all, and not its false version (CS-CLIP).",
     "distill": "Squared distance of all features from those of the averaged weights (DeGLA).",
 }

@@ -29,6 +29,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import attrgetter
 
 if __name__ == "__main__":  # read here, as the imports below take seconds
     parser = argparse.ArgumentParser(
@@ -68,7 +69,7 @@ LARGEST = {  # far above any model there is: a damaged config must not fill the 
     "vocab_size": 2**22,
     "context_length": 2**16,
 }
-LARGEST_TOWER = {"width": 2**14, "layers": 2**9, "heads": 2**10, "hidden units": 2**17}
+LARGEST_TOWER = (2**14, 2**9, 2**10, 2**17)  # width, layers, heads, hidden units
 
 
 @dataclass
@@ -97,57 +98,60 @@ class CLIPConfig:
     tokenizer: str = ""  # the whole text of a tokenizer.json
 
     def __post_init__(self):
-        for field in ("vision", "text", "mean", "std"):
-            value = getattr(self, field)
-            if isinstance(value, list):
-                setattr(self, field, tuple(value))  # json only knows lists
-        self.check()
-
-    def check(self):
         """Raises a ValueError for a field that no model can have."""
+        def expect(field, holds, expected):
+            if not holds:
+                value = getattr(self, field)
+                raise ValueError(f"CLIPConfig.{field} is {value!r:.100}, expected {expected}")
+
+        for field in ("vision", "text", "mean", "std"):
+            if isinstance(getattr(self, field), list):
+                setattr(self, field, tuple(getattr(self, field)))  # json only knows lists
         for field, allowed in CHOICES.items():
-            value = getattr(self, field)
-            if value not in allowed:
-                expected = ", ".join(allowed)
-                raise ValueError(f"CLIPConfig.{field} is {value!r}, expected one of {expected}")
+            expect(field, getattr(self, field) in allowed, f"one of {', '.join(allowed)}")
         for field, largest in LARGEST.items():
-            check_size(f"CLIPConfig.{field}", getattr(self, field), largest)
-        if self.patch_size > self.image_size:
-            raise ValueError(f"CLIPConfig.patch_size is {self.patch_size}, "
-                             f"but the image has {self.image_size} pixels")
+            size = getattr(self, field)
+            expect(field, is_size(size, largest), f"a whole number from 1 to {largest}")
+        expect("patch_size", self.patch_size <= self.image_size,
+               f"at most the {self.image_size} pixels of the image")
         for field in ("vision", "text"):
-            tower = getattr(self, field)
-            if not isinstance(tower, tuple) or len(tower) != 4:
-                raise ValueError(f"CLIPConfig.{field} is {tower!r}, "
-                                 "expected width, layers, heads, hidden units")
-            for (what, largest), size in zip(LARGEST_TOWER.items(), tower):
-                check_size(f"{what} of CLIPConfig.{field}", size, largest)
-            if tower[0] % tower[2]:
-                raise ValueError(f"CLIPConfig.{field}: width {tower[0]} is no multiple of "
-                                 f"{tower[2]} heads")
-        for field in ("mean", "std"):
-            value = getattr(self, field)
-            numbers = isinstance(value, tuple) and all(is_number(x) for x in value)
-            if not numbers or len(value) != 3 or (field == "std" and 0 in value):
-                raise ValueError(f"CLIPConfig.{field} is {value!r}, expected three numbers")
-        if not is_number(self.logit_scale):
-            raise ValueError(f"CLIPConfig.logit_scale is {self.logit_scale!r}, expected a number")
-        if self.logit_bias is not None and not is_number(self.logit_bias):
-            raise ValueError(f"CLIPConfig.logit_bias is {self.logit_bias!r}, "
-                             "expected a number or None")
-        check_size("CLIPConfig.pad_id", self.pad_id, self.vocab_size - 1, smallest=0)
-        if not isinstance(self.tokenizer, str) or not isinstance(self.name, str):
-            raise ValueError("CLIPConfig.tokenizer and .name must be text")
+            expect(field, is_tower(getattr(self, field)),
+                   "width (a multiple of the heads), layers, heads, hidden units: whole numbers "
+                   f"from 1 to {LARGEST_TOWER}")
+        expect("mean", are_numbers(self.mean, 3), "three numbers")
+        expect("std", are_numbers(self.std, 3) and 0 not in self.std, "three numbers, none 0")
+        expect("logit_scale", are_numbers((self.logit_scale,), 1), "a number")
+        expect("logit_bias", self.logit_bias is None or are_numbers((self.logit_bias,), 1),
+               "a number or None")
+        last = self.vocab_size - 1
+        expect("pad_id", is_size(self.pad_id, last, 0), f"a whole number from 0 to {last}")
+        for field in ("tokenizer", "name"):
+            expect(field, isinstance(getattr(self, field), str), "text")
+
+    @property
+    def siglip(self):
+        return self.family == "siglip"
+
+    @property
+    def norm_eps(self):
+        return 1e-6 if self.siglip else 1e-5
 
 
-def is_number(x):
-    return isinstance(x, (int, float)) and math.isfinite(x)
+def are_numbers(values, count):
+    if not isinstance(values, tuple) or len(values) != count:
+        return False
+    return all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
 
 
-def check_size(what, size, largest, smallest=1):
-    if type(size) is not int or not smallest <= size <= largest:
-        raise ValueError(f"{what} is {size!r}, expected a whole number "
-                         f"from {smallest} to {largest}")
+def is_size(value, largest, smallest=1):
+    return type(value) is int and smallest <= value <= largest
+
+
+def is_tower(value):
+    if not isinstance(value, tuple) or len(value) != 4:
+        return False
+    sizes = all(is_size(size, largest) for size, largest in zip(value, LARGEST_TOWER))
+    return sizes and value[0] % value[2] == 0
 
 
 def clip_config(patch_size, image_size, vision, text, act="gelu"):
@@ -189,8 +193,8 @@ LARGE = (1024, 24, 16, 4096)
 SO400M = (1152, 27, 16, 4304)
 MODELS = {  # patch size, image size, towers, activation; ViT-...: by the names of open_clip
     "nano": CLIPConfig(),
-    "micro": scratch_config(8, 64, (192, 6, 3, 768), (192, 4, 3, 768), siglip=False),
-    "micro-siglip": scratch_config(8, 64, (192, 6, 3, 768), (192, 4, 3, 768), siglip=True),
+    "micro": scratch_config(8, 48, (128, 4, 2, 512), (128, 3, 2, 512), siglip=False),
+    "micro-siglip": scratch_config(8, 48, (128, 4, 2, 512), (128, 3, 2, 512), siglip=True),
     "small-112": scratch_config(16, 112, (384, 12, 6, 1536), (384, 6, 6, 1536), siglip=False),
     "small-112-siglip": scratch_config(16, 112, (384, 12, 6, 1536), (384, 6, 6, 1536), siglip=True),
     "ViT-B-32": clip_config(32, 224, BASE, SMALL),
@@ -271,10 +275,10 @@ def last_block(block, x, row, mask=None):
 class TextTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.siglip = config.family == "siglip"
+        self.siglip = config.siglip
         self.grad_checkpointing = False
         width, layers, heads, mlp = config.text
-        norm_layer = partial(nn.LayerNorm, eps=1e-6 if self.siglip else 1e-5)
+        norm_layer = partial(nn.LayerNorm, eps=config.norm_eps)
         act_layer = get_act_layer(config.text_act)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.pos_embed = nn.Parameter(torch.empty(config.context_length, width))
@@ -346,16 +350,15 @@ class CLIP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        siglip = config.family == "siglip"
         width, layers, heads, mlp = config.vision
         self.visual = VisionTransformer(
             img_size=config.image_size, patch_size=config.patch_size,
             embed_dim=width, depth=layers, num_heads=heads, mlp_ratio=mlp / width,
             act_layer=get_act_layer(config.vision_act),
-            norm_layer=partial(nn.LayerNorm, eps=1e-6 if siglip else 1e-5),
-            class_token=not siglip, pre_norm=not siglip,
-            global_pool="map" if siglip else "token", num_classes=0)
-        if not siglip:  # timm's own head would have a bias
+            norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
+            class_token=not config.siglip, pre_norm=not config.siglip,
+            global_pool="map" if config.siglip else "token", num_classes=0)
+        if not config.siglip:  # timm's own head would have a bias
             self.visual.head = nn.Linear(width, config.embed_dim, bias=False)
             nn.init.normal_(self.visual.head.weight, std=width**-0.5)
         self.text = TextTransformer(config)
@@ -379,7 +382,7 @@ class CLIP(nn.Module):
         vit = self.visual
         x = vit.patch_embed(images)  # (B, T, C)
         x = vit.norm_pre(vit._pos_embed(x))  # (B, T, C); clip: (B, 1 + T, C), class token first
-        if self.config.family == "siglip":
+        if self.config.siglip:
             features, tokens = self._siglip_features(x, return_tokens)
         else:
             features, tokens = self._clip_features(x, return_tokens)
@@ -430,7 +433,8 @@ class CLIP(nn.Module):
         return (features, outputs) if return_tokens else features
 
     def forward(self, images, tokens, concept_tokens=None, spans=None, negative_tokens=None,
-                negative_images=None, return_tokens=False):
+                negative_images=None, return_tokens=False, paraphrase_tokens=None,
+                return_words=False, unit_tokens=None):
         """One pass through both towers: DistributedDataParallel must see all parameters in one.
 
         images (B, 3, S, S), tokens (B, L), and where a method wants them
@@ -439,12 +443,17 @@ class CLIP(nn.Module):
                              caption; (0, 0) is padding, whose features mean nothing
             negative_tokens  (B, K, L') int64: K wrong captions of each image
             negative_images  (B, 3, S, S)
+            paraphrase_tokens (B, L') int64: a second caption of each image
+            unit_tokens      (B, K', 2, L') int64: parts of each caption, each with a false version
         Returns a dict; all features are unit vectors.
             logit_scale (a factor, no logarithm), logit_bias (or None)
             image_features (B, D), text_features (B, D)
             patch_tokens (B, T, D), with return_tokens
+            word_features (B, 1 + K, L, D), with return_words: the outputs of the tokens of a
+                caption and of its negatives, which have the same L
             concept_features (U, D), or (B M, D) of spans
             negative_features (B, K, D), negative_image_features (B, D)
+            paraphrase_features (B, D), unit_features (B, K', 2, D)
         """
         out = {"logit_scale": self.logit_scale.exp(), "logit_bias": self.logit_bias}
         if return_tokens:
@@ -452,18 +461,31 @@ class CLIP(nn.Module):
             out["image_features"], out["patch_tokens"] = features
         else:
             out["image_features"] = self.encode_image(images, True)
-        if spans is None:
+        if return_words:
+            texts = torch.cat([tokens[:, None], negative_tokens], dim=1)  # (B, 1 + K, L)
+            features, words = self.encode_text(texts.flatten(0, 1), True, return_tokens=True)
+            features, words = (x.unflatten(0, texts.shape[:2]) for x in (features, words))
+            out["text_features"], out["negative_features"] = features[:, 0], features[:, 1:]
+            out["word_features"] = unit(words)
+            outputs = words[:, 0]
+        elif spans is None:
             out["text_features"] = self.encode_text(tokens, True)
         else:
             out["text_features"], outputs = self.encode_text(tokens, True, return_tokens=True)
+        if spans is not None:
             out["concept_features"] = span_features(outputs, spans)
         if concept_tokens is not None and spans is None:
             out["concept_features"] = self.encode_text(concept_tokens, True)
-        if negative_tokens is not None:
+        if negative_tokens is not None and not return_words:
             negatives = self.encode_text(negative_tokens.flatten(0, 1), True)  # (B K, D)
             out["negative_features"] = negatives.view(*negative_tokens.shape[:2], -1)
         if negative_images is not None:
             out["negative_image_features"] = self.encode_image(negative_images, True)
+        if paraphrase_tokens is not None:
+            out["paraphrase_features"] = self.encode_text(paraphrase_tokens, True)
+        if unit_tokens is not None:
+            units = self.encode_text(unit_tokens.flatten(0, 2), True)  # (B K' 2, D)
+            out["unit_features"] = units.unflatten(0, unit_tokens.shape[:3])
         return out
 
     def checkpoint(self):
@@ -509,7 +531,6 @@ class CLIP(nn.Module):
             state, _, intact = read_weights(path)
         if config is None:
             config = config_of_bare_file(state, source, model)
-            config = replace(config, tokenizer=released_tokenizer(model))
         elif model is not None:
             config = config_as_named(config, source, model)
         if image_size is not None:
@@ -595,8 +616,7 @@ class Tokenizer:
     def encode(self, texts):
         """list of str -> list of tokenizers.Encoding, cleaned and cut to the context length."""
         if self.backend is None:
-            raise ValueError("this model has no tokenizer: set_tokenizer(model, path), or "
-                             f"--tokenizer, gives it one{tokenizer_hint(self.config.name)}")
+            raise ValueError(f"this model has no tokenizer: {tokenizer_help(self.config.name)}")
         cleaned = [clean_text(text, self.config.text_clean) for text in texts]
         with tokenizer_errors("the model's tokenizer fails"):
             return self.backend.encode_batch(cleaned)
@@ -612,7 +632,7 @@ class Tokenizer:
             texts = [texts]
         rows = [encoding.ids for encoding in self.encode(texts)]
         length = self.config.context_length
-        if trim and self.config.family == "clip" and rows:
+        if trim and rows and not self.config.siglip:
             longest = max(len(ids) for ids in rows)
             length = min(length, math.ceil(longest / 8) * 8)
         padded = [ids + [self.config.pad_id] * (length - len(ids)) for ids in rows]
@@ -621,6 +641,18 @@ class Tokenizer:
             raise ValueError(f"the tokenizer gives id {tokens.max()}, the model embeds "
                              f"{self.config.vocab_size} tokens: give its own")
         return tokens
+
+    def word_mask(self, texts, length):
+        """Which of the tokens of N texts are theirs: (N, length) bool.
+
+        Not the padding, nor a start of text, whose output is that of any text in a causal model.
+        The end of text is among them.
+        """
+        mask = torch.zeros(len(texts), length, dtype=torch.bool)
+        for row, encoding in enumerate(self.encode(texts)):
+            has_start = len(encoding.ids) > 1 and encoding.special_tokens_mask[0]
+            mask[row, int(has_start):len(encoding.ids)] = True
+        return mask
 
     def spans(self, text, phrases):
         """For each phrase the tokens [(first, end)] of the text where it first stands as words.
@@ -645,6 +677,12 @@ class Tokenizer:
         return spans
 
 
+def first_line(error):
+    """What a library's error says, cut to one line."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0]
+
+
 @contextmanager
 def tokenizer_errors(what):
     """Makes a ValueError of one line of whatever the tokenizers library raises.
@@ -657,8 +695,7 @@ def tokenizer_errors(what):
         panic = type(error).__name__ == "PanicException"  # a class that cannot be imported
         if not isinstance(error, Exception) and not panic:
             raise  # a signal
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"{what} ({lines[0]})") from None
+        raise ValueError(f"{what} ({first_line(error)})") from None
 
 
 def parse_tokenizer(text, context_length):
@@ -767,7 +804,11 @@ OPEN_CLIP_BLOCK = {
     ".mlp.fc2.": ".mlp.c_proj.",
     ".pos_embed": ".positional_embedding",
 }
-TRANSFORMERS_BLOCK = {
+TRANSFORMERS_BOTH = {
+    "visual.norm.": "visual.post_layernorm.",
+    "visual.": "vision_model.",
+    "text.norm.": "text.final_layer_norm.",
+    "text.": "text_model.",
     ".blocks.": ".encoder.layers.",
     ".norm1.": ".layer_norm1.",
     ".norm2.": ".layer_norm2.",
@@ -777,62 +818,40 @@ TRANSFORMERS_BLOCK = {
     ".token_embedding.": ".embeddings.token_embedding.",
     ".pos_embed": ".embeddings.position_embedding.weight",
 }
-TRANSFORMERS_TEXT = {
-    "text.norm.": "text.final_layer_norm.",
-    "text.": "text_model.",
-    **TRANSFORMERS_BLOCK,
-}
 RENAMES = {
     "this project clip": {},
     "this project siglip": {},
     "open_clip clip": {
-        "visual": {
-            "visual.norm.": "visual.ln_post.",
-            "visual.norm_pre.": "visual.ln_pre.",
-            "visual.patch_embed.proj.": "visual.conv1.",
-            "visual.cls_token": "visual.class_embedding",
-            "visual.head.weight": "visual.proj",
-            **OPEN_CLIP_BLOCK,
-        },
-        "text": {
-            "text.norm.": "ln_final.",
-            "text.head.weight": "text_projection",
-            **OPEN_CLIP_BLOCK,
-            "text.": "",
-        },
+        "visual.norm.": "visual.ln_post.",
+        "visual.norm_pre.": "visual.ln_pre.",
+        "visual.patch_embed.proj.": "visual.conv1.",
+        "visual.cls_token": "visual.class_embedding",
+        "visual.head.weight": "visual.proj",
+        "text.norm.": "ln_final.",
+        "text.head.weight": "text_projection",
+        **OPEN_CLIP_BLOCK,
+        "text.": "",
     },
-    "open_clip siglip": {
-        "visual": {"visual.": "visual.trunk."},
-        "text": {
-            "text.norm.": "text.ln_final.",
-            "text.head.": "text.text_projection.",
-            **OPEN_CLIP_BLOCK,
-        },
+    "open_clip siglip": {  # only of the text tower: the other is timm's there, too
+        "text.norm.": "text.ln_final.",
+        "text.head.": "text.text_projection.",
+        **OPEN_CLIP_BLOCK,
     },
     "transformers clip": {
-        "visual": {
-            "visual.head.": "visual_projection.",
-            "visual.norm.": "visual.post_layernorm.",
-            "visual.norm_pre.": "visual.pre_layrnorm.",  # so it is spelt there
-            "visual.cls_token": "visual.embeddings.class_embedding",
-            "visual.": "vision_model.",
-            **TRANSFORMERS_BLOCK,
-        },
-        "text": {"text.head.": "text_projection.", **TRANSFORMERS_TEXT},
+        "visual.head.": "visual_projection.",
+        "visual.norm_pre.": "visual.pre_layrnorm.",  # so it is spelt there
+        "visual.cls_token": "visual.embeddings.class_embedding",
+        "text.head.": "text_projection.",
+        **TRANSFORMERS_BOTH,
     },
     "transformers siglip": {
-        "visual": {
-            "visual.norm.": "visual.post_layernorm.",
-            "visual.": "vision_model.",
-            ".attn_pool.latent": ".head.probe",
-            ".attn_pool.q.": ".head.attention.in_proj_",
-            ".attn_pool.kv.": ".head.attention.in_proj_",
-            ".attn_pool.proj.": ".head.attention.out_proj.",
-            ".attn_pool.norm.": ".head.layernorm.",
-            ".attn_pool.": ".head.",
-            **TRANSFORMERS_BLOCK,
-        },
-        "text": TRANSFORMERS_TEXT,
+        ".attn_pool.latent": ".head.probe",
+        ".attn_pool.q.": ".head.attention.in_proj_",
+        ".attn_pool.kv.": ".head.attention.in_proj_",
+        ".attn_pool.proj.": ".head.attention.out_proj.",
+        ".attn_pool.norm.": ".head.layernorm.",
+        ".attn_pool.": ".head.",
+        **TRANSFORMERS_BOTH,
     },
 }
 MARKS = {  # a tensor that only this layout has
@@ -857,8 +876,11 @@ def named_as(model, layout):
     named = {}
     for name, tensor in model.state_dict().items():
         theirs = name
-        for ours, other in RENAMES[layout].get(name.split(".")[0], {}).items():
-            theirs = theirs.replace(ours, other)
+        if layout == "open_clip siglip" and name.startswith("visual."):
+            theirs = name.replace("visual.", "visual.trunk.")
+        else:
+            for ours, other in RENAMES[layout].items():
+                theirs = theirs.replace(ours, other)
         if theirs in ("visual.proj", "text_projection"):
             tensor = tensor.T  # x @ W there, Linear here
         elif name == "visual.cls_token" and theirs.endswith("class_embedding"):
@@ -877,10 +899,12 @@ def named_as(model, layout):
 
 def renamed(model, layout):
     """{name in the layout: tensor}, ready to be saved."""
-    tensors = {}
-    for name, parts in named_as(model, layout).items():
-        tensors[name] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-    return tensors
+    return {name: joined(parts) for name, parts in named_as(model, layout).items()}
+
+
+def joined(parts):
+    """The tensor of which our tensors are the rows, one after the other."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
 
 def find_layout(state, source):
@@ -906,7 +930,7 @@ def build(cls, config, state, intact, source):
 
 
 def fill(model, state, source):
-    """Copies weights in any layout into the model, and returns it.
+    """Copies weights in any layout into the model.
 
     It is strict: a tensor that is missing, unexpected or of another shape is a ValueError.
     """
@@ -923,31 +947,30 @@ def fill(model, state, source):
             continue
         tensor = state[name]
         check_finite(tensor, name, source)
-        shape = parts[0].shape if len(parts) == 1 else torch.cat(parts).shape
+        shape = joined(parts).shape
         if name in POSITIONS and tensor.shape != shape and tensor.shape[-1:] == shape[-1:]:
             tensor = resample_positions(tensor, shape, config, source)
-        if tensor.shape == shape or tensor.numel() == shape.numel() == 1:
-            copy_rows(tensor, parts)
-        else:
+        if tensor.shape != shape and not tensor.numel() == shape.numel() == 1:
             other_shape.append(f"{name} {list(tensor.shape)} for {list(shape)}")
+        elif len(parts) == 1:
+            parts[0].copy_(tensor.reshape(shape))
+        else:
+            for part, rows in zip(parts, tensor.split([len(part) for part in parts])):
+                part.copy_(rows)
 
-    unexpected = sorted(state.keys() - named.keys())
-    missing = sorted(named.keys() - state.keys())
-    if not (other_shape or unexpected or missing):
-        return model
-    likely = "half a file"
-    if unexpected:
-        likely = "parts that this architecture lacks"
-    if other_shape:
-        likely = "weights of another model or size"
-    misfits = {"of another shape": other_shape, "unexpected": unexpected, "missing": missing}
-    counts = []
-    for kind, names in misfits.items():
+    misfits = (  # the first kind tells most of the cause
+        ("of another shape", other_shape, "weights of another model or size"),
+        ("unexpected", sorted(state.keys() - named.keys()), "parts that this architecture lacks"),
+        ("missing", sorted(named.keys() - state.keys()), "half a file"))
+    counts, causes = [], []
+    for kind, names, cause in misfits:
         if names:
             more = ", ..." if len(names) > 3 else ""
             counts.append(f"{len(names)} {kind} ({', '.join(names[:3])}{more})")
-    raise ValueError(f"{source} does not fit {config.name}: {'; '.join(counts)}. "
-                     f"It was read as {layout}; likely {likely}")
+            causes.append(cause)
+    if counts:
+        raise ValueError(f"{source} does not fit {config.name}: {'; '.join(counts)}. "
+                         f"It was read as {layout}; likely {causes[0]}")
 
 
 def check_finite(tensor, name, source):
@@ -962,15 +985,6 @@ def check_finite(tensor, name, source):
     if bad:
         raise ValueError(f"{source}: {name} has {bad} of {tensor.numel()} values that are NaN or "
                          "infinite: the training went wrong or the file is damaged")
-
-
-def copy_rows(tensor, parts):
-    """Copies a tensor into our tensors, which are its rows one after the other."""
-    if len(parts) == 1:
-        parts[0].copy_(tensor.reshape(parts[0].shape))
-    else:
-        for part, rows in zip(parts, tensor.split([len(part) for part in parts])):
-            part.copy_(rows)
 
 
 def resample_positions(tensor, shape, config, source):
@@ -992,65 +1006,65 @@ def resample_positions(tensor, shape, config, source):
 
 
 def read_weights(path):
-    """(state dict with the file's own names, CLIPConfig if this project wrote the file or None,
-    whether the weights are those that were saved, as far as the file tells).
-
-    Runs no code of the file. Raises ValueError.
-    """
+    """What a file of weights holds, see unpack. Runs no code of the file. Raises ValueError."""
     try:
         if path.endswith(".safetensors"):
-            saved = load_file(path)
-        else:
-            saved = torch.load(path, "cpu", weights_only=True)
-        config, expected = None, None
-        if "config" in saved and "model" in saved:
-            fields, expected = dict(saved["config"]), saved.get("digest")
-            config = read_own(fields)
-            saved = saved["model"]
-        state = {}
-        for name, tensor in saved.get("state_dict", saved).items():
-            if torch.is_tensor(tensor):
-                if not name.isprintable():
-                    raise ValueError(f"a tensor is called {name!r}")
-                name = name.replace("_orig_mod.", "")  # torch.compile
-                state[name.removeprefix("module.")] = tensor  # DistributedDataParallel
-        if "visual.class_embedding" in state:  # open_clip's CustomTextCLIP: a CLIP all the same
-            state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
-        # Earlier versions wrote no digest.
-        intact = expected is None or digest(fields, state) == expected
-        return state, config, intact
+            return unpack(load_file(path))
+        return unpack(torch.load(path, "cpu", weights_only=True))
     except Exception as error:
-        lines = str(error).splitlines() or [""]
-        why = f"{type(error).__name__}: {lines[0].split('. ')[0]}"
+        why = f"{type(error).__name__}: {first_line(error).split('. ')[0]}"
         if "TorchScript" in str(error):
-            hub = SOURCES["ViT-B-32"]
-            why = f"a TorchScript archive holds code; take the safetensors of {hub} on the hub"
+            why = ("a TorchScript archive holds code; take the safetensors of "
+                   f"{SOURCES['ViT-B-32']} on the hub")
         raise ValueError(
             f"{path} holds no readable weights ({why}): expected .safetensors, .bin or .pt of "
             "open_clip, transformers, OpenAI or this project") from None
 
 
-def read_own(fields):
-    """The config in a checkpoint of this project -> CLIPConfig. Removes what earlier ones had."""
-    variant = fields.pop("value_tokens", "A")  # earlier versions had other patch tokens, too
+def unpack(saved):
+    """(state dict in its own layout, CLIPConfig, whether both are as they were saved).
+
+    Only files of this project have a config and can tell the third; others give None and True.
+    """
+    if "config" not in saved or "model" not in saved:
+        return plain_names(saved.get("state_dict", saved)), None, True
+    fields = dict(saved["config"])
+    variant = fields.pop("value_tokens", "A")  # earlier versions had more kinds of patch tokens
     if variant != "A":
         raise ValueError(f"value_tokens is {variant!r}, but this code can only do 'A'")
-    return CLIPConfig(**fields)
+    config = CLIPConfig(**fields)
+    state = plain_names(saved["model"])
+    expected = saved.get("digest")  # earlier versions wrote none
+    return state, config, expected is None or digest(fields, state) == expected
+
+
+def plain_names(saved):
+    """The tensors in a state dict, without what wrappers put before their names."""
+    state = {}
+    for name, tensor in saved.items():
+        if torch.is_tensor(tensor):
+            if not name.isprintable():
+                raise ValueError(f"a tensor is called {name!r}")
+            name = name.replace("_orig_mod.", "")  # torch.compile
+            state[name.removeprefix("module.")] = tensor  # DistributedDataParallel
+    if "visual.class_embedding" in state:  # open_clip's CustomTextCLIP: a CLIP all the same
+        state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
+    return state
 
 
 def config_of_bare_file(state, source, model):
-    """The config of a named model, for weights in a file without one."""
+    """The config of a named model, with its tokenizer, for weights in a file without one."""
     if model is None:
         raise ValueError(f"{source} does not tell its architecture: name it (--model), "
                          "or give its folder")
-    named = MODELS[model]
-    quick = MODELS.get(model + "-quickgelu", named)
+    config = MODELS[model]
+    quick = MODELS.get(model + "-quickgelu", config)
     if "input_resolution" in state:  # only OpenAI's own files have this
-        return quick
-    if named is not quick:
+        config = quick
+    elif config is not quick:
         warnings.warn(f"{source} is loaded with the exact GELU; "
                       f"OpenAI's and DFN's need {quick.name}")
-    return named
+    return replace(config, tokenizer=released_tokenizer(model))
 
 
 def released_tokenizer(model):
@@ -1065,16 +1079,16 @@ def released_tokenizer(model):
         why = f"{hub} has no tokenizer.json"
     except (ValueError, OSError):
         why = "the hub cannot be reached"
-    warnings.warn(f"{model} has no tokenizer yet, as {why}: set_tokenizer(model, path), or "
-                  f"--tokenizer, gives it one{tokenizer_hint(model)}")
+    warnings.warn(f"{model} has no tokenizer yet, as {why}: {tokenizer_help(model)}")
     return ""
 
 
-def tokenizer_hint(model):
-    """Where the tokenizer of a named model is to be had, as the end of a sentence."""
-    if model not in SOURCES:
-        return ""
-    return f", that of https://huggingface.co/{SOURCES[model]}/blob/main/tokenizer.json"
+def tokenizer_help(model):
+    """The end of a message: how to give a model its tokenizer, and where that of a name is."""
+    where = ""
+    if model in SOURCES:
+        where = f", that of https://huggingface.co/{SOURCES[model]}/blob/main/tokenizer.json"
+    return f"set_tokenizer(model, path), or --tokenizer, gives it one{where}"
 
 
 STRUCTURE = (  # what a source must have in common with the model that it is said to be
@@ -1086,10 +1100,8 @@ def config_as_named(config, source, model):
     if config.name == model:
         return config
     named = MODELS[model]
+    fields = (*STRUCTURE, "vision_act") if "quickgelu" in model else STRUCTURE
     differ = []
-    fields = STRUCTURE
-    if "quickgelu" in model:
-        fields = (*STRUCTURE, "vision_act")
     for field in fields:
         value, expected = getattr(config, field), getattr(named, field)
         if value != expected:
@@ -1111,8 +1123,8 @@ def find_source(source):
     is_file = source.endswith((".pt", ".bin", ".safetensors"))
     if source in MODELS:
         loads = f", which loads {SOURCES[source]}" if source in SOURCES else ""
-        raise ValueError(f"{source} is the name of a model, not of weights: give it as --model"
-                         f"{loads}")
+        raise ValueError(
+            f"{source} is the name of a model, not of weights: give it as --model{loads}")
     if source.count("/") != 1 or source[0] in "./~" or is_file:
         raise ValueError(f"{source}: no such file or folder, nor a hub id (owner/name)")
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -1147,31 +1159,29 @@ def read_folder(source):
             return json.load(file)
 
     try:
-        content, tokenizer_config = read(config_name), read("tokenizer_config.json")
+        content = read(config_name)
         if project == "open_clip":
             config = read_open_clip(content)
+        elif "preprocessor_config.json" in names:
+            config = read_transformers(content, read("preprocessor_config.json"))
         else:
-            preprocessor = read("processor_config.json").get("image_processor")
-            if "preprocessor_config.json" in names:
-                preprocessor = read("preprocessor_config.json")
-            config = read_transformers(content, preprocessor or {})
-        pad_token = tokenizer_config.get("pad_token")
-    except Unsupported as error:
-        hint = ""
-        if project == "open_clip":
-            hint = ". evaluate.py --init open_clip:NAME/PRETRAINED evaluates all that it can build"
-        raise ValueError(f"{source}: this code cannot build {config_name}: {error}{hint}") from None
+            processor = read("processor_config.json")
+            config = read_transformers(content, get(processor, "image_processor", {}))
+        pad_token = read("tokenizer_config.json").get("pad_token")
     except Exception as error:
-        raise ValueError(f"{source}: this code cannot build {config_name} "
-                         f"({type(error).__name__}: {error})") from None
+        why = f" ({type(error).__name__}: {error})"
+        if isinstance(error, Unsupported):
+            why = f": {error}"
+            if project == "open_clip":
+                why += ". evaluate.py --init open_clip:NAME/PRETRAINED evaluates what it can build"
+        raise ValueError(f"{source}: this code cannot build {config_name}{why}") from None
     config.name = os.path.basename(source.rstrip("/"))
-    if "tokenizer.json" not in names:
-        warnings.warn(f"{source} has no tokenizer.json; set_tokenizer(model, path), "
-                      "or --tokenizer, gives it one")
-        return config, path_of(weights_name)
-    config.tokenizer = read_tokenizer(path_of("tokenizer.json"))
-    if config.family == "siglip":
-        config.pad_id = find_pad(config, pad_token)
+    if "tokenizer.json" in names:
+        config.tokenizer = read_tokenizer(path_of("tokenizer.json"))
+        if config.siglip:
+            config.pad_id = find_pad(config, pad_token)
+    else:
+        warnings.warn(f"{source} has no tokenizer.json; {tokenizer_help(config.name)}")
     return config, path_of(weights_name)
 
 
@@ -1211,13 +1221,14 @@ def get(section, key, default):
     return default if value is None else value
 
 
-def only(section, where, **allowed):
-    """Raises Unsupported if a section says anything else than what this code can do."""
+def only(content, section, **allowed):
+    """Raises Unsupported if a section of a config says anything else than what this code can do."""
+    values = get(content, section, {})
     for key, expected in allowed.items():
-        value = get(section, key, expected)
+        value = get(values, key, expected)
         if value != expected:
             raise Unsupported(
-                f"{where}/{key} is {value!r}, but this code can only do {expected!r}")
+                f"{section}/{key} is {value!r}, but this code can only do {expected!r}")
 
 
 def ours_of(table, theirs):
@@ -1253,7 +1264,7 @@ def read_open_clip(content):
     model_cfg, preprocess_cfg = content["model_cfg"], get(content, "preprocess_cfg", {})
     vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     tower = vision_cfg.get("timm_model_name")
-    check_open_clip(model_cfg, tower)
+    check_open_clip(content, tower)
     if not tower:
         base = MODELS["ViT-B-16"]
     elif tower.startswith("local-dir:"):  # an export of this project, which tells all numbers
@@ -1295,9 +1306,9 @@ def read_open_clip(content):
         text_clean=get(get(text_cfg, "tokenizer_kwargs", {}), "clean", base.text_clean))
 
 
-def check_open_clip(model_cfg, tower):
+def check_open_clip(content, tower):
     """Raises Unsupported if open_clip would build anything else than this code."""
-    where = "open_clip_config.json/model_cfg"
+    model_cfg = content["model_cfg"]
     vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     other = None
     if tower and tower not in TOWERS and not tower.startswith("local-dir:"):
@@ -1311,19 +1322,17 @@ def check_open_clip(model_cfg, tower):
     if other:
         raise Unsupported(f"{other}, but this code can only do the ViTs and the text transformers "
                           f"of open_clip itself, and of timm {', '.join(TOWERS)}")
-    norm_kwargs = get(text_cfg, "norm_kwargs", {})
-    only(text_cfg, f"{where}/text_cfg", embed_cls=False, proj_type="linear", ls_init_value=None)
     if tower:
-        only(model_cfg, where, custom_text=True)
-        only(vision_cfg, f"{where}/vision_cfg", timm_pool="map", timm_proj="none")
-        only(text_cfg, f"{where}/text_cfg", pool_type="last", no_causal_mask=True, proj_bias=True)
-        only(norm_kwargs, f"{where}/text_cfg/norm_kwargs", eps=1e-6)
+        only(content, "model_cfg", custom_text=True)
+        only(model_cfg, "vision_cfg", timm_pool="map", timm_proj="none")
+        only(model_cfg, "text_cfg", pool_type="last", no_causal_mask=True, proj_bias=True)
+        only(text_cfg, "norm_kwargs", eps=1e-6)
     else:
-        only(vision_cfg, f"{where}/vision_cfg", pool_type="tok", no_ln_pre=False,
-             attentional_pool=False, ls_init_value=None)
-        only(text_cfg, f"{where}/text_cfg", pool_type="argmax", no_causal_mask=False,
-             proj_bias=False)
-        only(norm_kwargs, f"{where}/text_cfg/norm_kwargs", eps=1e-5)
+        only(model_cfg, "vision_cfg", pool_type="tok", no_ln_pre=False, attentional_pool=False,
+             ls_init_value=None)
+        only(model_cfg, "text_cfg", pool_type="argmax", no_causal_mask=False, proj_bias=False)
+        only(text_cfg, "norm_kwargs", eps=1e-5)
+    only(model_cfg, "text_cfg", embed_cls=False, proj_type="linear", ls_init_value=None)
 
 
 def write_open_clip(config, tower):
@@ -1331,53 +1340,59 @@ def write_open_clip(config, tower):
 
     tower: the name of a SigLIP's image tower that open_clip gives to timm; None for a CLIP.
     """
-    siglip = config.family == "siglip"
-    model_cfg = {"embed_dim": config.embed_dim, "init_logit_bias": config.logit_bias}
-    vision_cfg = {"image_size": config.image_size}
-    if siglip:
-        model_cfg["custom_text"] = True
-        vision_cfg |= {"timm_model_name": tower, "timm_pool": "map", "timm_proj": "none"}
-    else:
-        vision_cfg["pool_type"] = "tok"
-    model_cfg["quick_gelu"] = config.text_act == "quick_gelu"
-    width, layers, heads, mlp = config.vision
-    model_cfg["vision_cfg"] = vision_cfg | {
-        "patch_size": config.patch_size,
-        "width": width,
-        "layers": layers,
-        "head_width": width // heads,
-        "mlp_ratio": mlp / width,
-        "act_kwargs": TANH if config.vision_act == "gelu_tanh" else None,
+    siglip = config.siglip
+    vision_width, vision_layers, vision_heads, vision_mlp = config.vision
+    text_width, text_layers, text_heads, text_mlp = config.text
+    content = {
+        "model_cfg": {
+            "embed_dim": config.embed_dim,
+            "init_logit_bias": config.logit_bias,
+            "custom_text": True if siglip else None,
+            "quick_gelu": config.text_act == "quick_gelu",
+            "vision_cfg": {
+                "image_size": config.image_size,
+                "timm_model_name": tower,
+                "timm_pool": "map" if siglip else None,
+                "timm_proj": "none" if siglip else None,
+                "pool_type": None if siglip else "tok",
+                "patch_size": config.patch_size,
+                "width": vision_width,
+                "layers": vision_layers,
+                "head_width": vision_width // vision_heads,
+                "mlp_ratio": vision_mlp / vision_width,
+                "act_kwargs": TANH if config.vision_act == "gelu_tanh" else None,
+            },
+            "text_cfg": {
+                "width": text_width,
+                "layers": text_layers,
+                "heads": text_heads,
+                "mlp_ratio": text_mlp / text_width,
+                "act_kwargs": TANH if config.text_act == "gelu_tanh" else None,
+                "vocab_size": config.vocab_size,
+                "context_length": config.context_length,
+                "pool_type": "last" if siglip else "argmax",
+                "no_causal_mask": siglip,
+                "proj_bias": siglip,
+                "norm_kwargs": {"eps": config.norm_eps},
+                "tokenizer_kwargs": {"clean": config.text_clean},
+                # With any name open_clip reads our tokenizer.json, without one it takes CLIP's.
+                "hf_tokenizer_name": None if config.vocab_size == 49408 else config.name,
+            },
+        },
+        "preprocess_cfg": {
+            "mean": config.mean,
+            "std": config.std,
+            "interpolation": config.interpolation,
+            "resize_mode": config.resize,
+        },
     }
-    width, layers, heads, mlp = config.text
-    model_cfg["text_cfg"] = {
-        "width": width,
-        "layers": layers,
-        "heads": heads,
-        "mlp_ratio": mlp / width,
-        "act_kwargs": TANH if config.text_act == "gelu_tanh" else None,
-        "vocab_size": config.vocab_size,
-        "context_length": config.context_length,
-        "pool_type": "last" if siglip else "argmax",
-        "no_causal_mask": siglip,
-        "proj_bias": siglip,
-        "norm_kwargs": {"eps": 1e-6 if siglip else 1e-5},
-        "tokenizer_kwargs": {"clean": config.text_clean},
-        # With any name open_clip reads the folder's tokenizer.json, without one it takes CLIP's.
-        "hf_tokenizer_name": None if config.vocab_size == 49408 else config.name,
-    }
-    preprocess_cfg = {
-        "mean": config.mean,
-        "std": config.std,
-        "interpolation": config.interpolation,
-        "resize_mode": config.resize,
-    }
-    content = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
     return {"open_clip_config.json": without_none(content)}
 
 
 # transformers: the classes CLIPConfig, SiglipConfig, CLIPImageProcessor, SiglipImageProcessor.
 TRANSFORMERS_ACT = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+TRANSFORMERS_TOWER = (  # what we call width, layers, heads, hidden units
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 PIL_FILTER = {"bicubic": 3, "bilinear": 2}
 
 
@@ -1391,19 +1406,17 @@ def read_transformers(content, preprocessor):
     if model_type == "siglip":
         base = MODELS["ViT-B-16-SigLIP"]
         base = replace(base, vision_act="gelu_tanh", text_act="gelu_tanh")
-        eps = 1e-6
     elif model_type == "clip":
         base = MODELS["ViT-B-32-quickgelu"]
-        eps = 1e-5
     else:
-        raise Unsupported(f"config.json/model_type is {model_type!r}, "
+        raise Unsupported(f"model_type is {model_type!r}, "
                           "but this code can only do 'clip' or 'siglip'")
+    only(content, "vision_config", layer_norm_eps=base.norm_eps)
+    only(content, "text_config", layer_norm_eps=base.norm_eps)
     vision_config, text_config = get(content, "vision_config", {}), get(content, "text_config", {})
-    only(vision_config, "config.json/vision_config", layer_norm_eps=eps)
-    only(text_config, "config.json/text_config", layer_norm_eps=eps)
-    vision = read_transformers_tower(vision_config, base.vision)
-    text = read_transformers_tower(text_config, base.text)
-    if model_type == "siglip":
+    vision = [get(vision_config, *item) for item in zip(TRANSFORMERS_TOWER, base.vision)]
+    text = [get(text_config, *item) for item in zip(TRANSFORMERS_TOWER, base.text)]
+    if base.siglip:
         embed_dim = get(text_config, "projection_size", text[0])
     else:
         embed_dim = get(content, "projection_dim", base.embed_dim)
@@ -1424,63 +1437,44 @@ def read_transformers(content, preprocessor):
         std=get(preprocessor, "image_std", base.std))
 
 
-def read_transformers_tower(section, base):
-    """vision_config or text_config -> our (width, layers, heads, hidden units of each MLP)."""
-    width, layers, heads, mlp = base
-    return (get(section, "hidden_size", width),
-            get(section, "num_hidden_layers", layers),
-            get(section, "num_attention_heads", heads),
-            get(section, "intermediate_size", mlp))
-
-
-def write_transformers_tower(tower, act, eps):
-    width, layers, heads, mlp = tower
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": mlp,
-        "hidden_act": TRANSFORMERS_ACT[act],
-        "layer_norm_eps": eps,
-    }
-
-
 def write_transformers(config):
     """CLIPConfig -> {"config.json": content, "preprocessor_config.json": content}."""
-    siglip = config.family == "siglip"
-    eps = 1e-6 if siglip else 1e-5
-    content = {"model_type": config.family}
-    content["architectures"] = ["SiglipModel" if siglip else "CLIPModel"]
-    if not siglip:
-        content["projection_dim"] = config.embed_dim
-    content["vision_config"] = {
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        **write_transformers_tower(config.vision, config.vision_act, eps),
+    siglip = config.siglip
+    content = {
+        "model_type": config.family,
+        "architectures": ["SiglipModel" if siglip else "CLIPModel"],
+        "projection_dim": None if siglip else config.embed_dim,
+        "vision_config": {
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+            **dict(zip(TRANSFORMERS_TOWER, config.vision)),
+            "hidden_act": TRANSFORMERS_ACT[config.vision_act],
+            "layer_norm_eps": config.norm_eps,
+        },
+        "text_config": {
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.context_length,
+            **dict(zip(TRANSFORMERS_TOWER, config.text)),
+            "hidden_act": TRANSFORMERS_ACT[config.text_act],
+            "layer_norm_eps": config.norm_eps,
+            "projection_size": config.embed_dim if siglip else None,
+            "bos_token_id": 0 if siglip else None,
+            "eos_token_id": 2,  # a CLIP is then read at the highest id
+        },
     }
-    content["text_config"] = {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context_length,
-        **write_transformers_tower(config.text, config.text_act, eps),
-    }
-    if siglip:
-        content["text_config"] |= {"projection_size": config.embed_dim, "bos_token_id": 0}
-    content["text_config"]["eos_token_id"] = 2  # a CLIP is then read at the highest id
-
     side = config.image_size
     square = {"height": side, "width": side}
+    squash = config.resize == "squash"
     preprocessor = {
-        "image_processor_type": "CLIPImageProcessor",
+        "image_processor_type": "SiglipImageProcessor" if squash else "CLIPImageProcessor",
         "image_mean": config.mean,
         "image_std": config.std,
         "resample": PIL_FILTER[config.interpolation],
-        "size": {"shortest_edge": side},
+        "size": square if squash else {"shortest_edge": side},
         "crop_size": square,
         "do_convert_rgb": True,
     }
-    if config.resize == "squash":
-        preprocessor |= {"image_processor_type": "SiglipImageProcessor", "size": square}
-    return {"config.json": content, "preprocessor_config.json": preprocessor}
+    return {"config.json": without_none(content), "preprocessor_config.json": preprocessor}
 
 
 def write_timm(config):
@@ -1489,11 +1483,10 @@ def write_timm(config):
     The architecture is a function in timm/models/vision_transformer.py, which model_args overrule.
     The projection of a CLIP is timm's classifier; a SigLIP has none.
     """
-    siglip = config.family == "siglip"
     width, layers, heads, mlp = config.vision
-    num_classes = 0 if siglip else config.embed_dim
+    num_classes = 0 if config.siglip else config.embed_dim
     content = {
-        "architecture": "vit_base_patch16_siglip_224" if siglip else "vit_base_patch16_clip_224",
+        "architecture": f"vit_base_patch16_{config.family}_224",
         "num_classes": num_classes,
         "model_args": {
             "img_size": config.image_size,
@@ -1539,7 +1532,9 @@ def export(model, format, directory):
         call = (f'{architecture}.from_pretrained("{directory}"), '
                 f'AutoProcessor.from_pretrained("{directory}")')
     elif format == "timm":
-        tensors, files = export_timm(model)
+        tensors, files = dict(model.visual.state_dict()), write_timm(model.config)
+        if not model.config.siglip:
+            tensors["head.bias"] = torch.zeros(model.config.embed_dim)  # timm's head has one
         call = f'timm.create_model("local-dir:{directory}", pretrained=True)'
     else:
         raise ValueError(f"no format {format!r}: expected open_clip, transformers or timm")
@@ -1554,38 +1549,36 @@ def export(model, format, directory):
 
 
 def export_open_clip(model, directory):
-    """(tensors, {file name: content})."""
+    """({name: tensor}, {file name: its text, or content for json})."""
     config = model.config
-    siglip = config.family == "siglip"
     acts = {config.vision_act, config.text_act}
-    if "quick_gelu" in acts and (siglip or len(acts) == 2):
+    if "quick_gelu" in acts and (config.siglip or len(acts) == 2):
         raise ValueError("open_clip knows quick_gelu only in both towers of a clip: "
                          "this model can go to transformers")
     files = write_tokenizer_config(model) | {"tokenizer.json": config.tokenizer}
     tower = None
-    if siglip:
+    if config.siglip:
         tower = find_tower(config)
-    if siglip and tower is None:  # timm has no name for it, and reads the folder, too
-        tower = f"local-dir:{os.path.abspath(directory)}"
-        files |= write_timm(config)
+        if tower is None:  # timm has no name for it, and reads the folder, too
+            tower = f"local-dir:{os.path.abspath(directory)}"
+            files |= write_timm(config)
     files |= write_open_clip(config, tower)
     return renamed(model, f"open_clip {config.family}"), files
 
 
 def find_tower(config):
     """timm's name of a SigLIP's image tower, or None."""
+    fields = attrgetter("vision", "vision_act", "patch_size", "image_size")
     for name, known in TOWERS.items():
-        fields = ("vision", "vision_act", "patch_size", "image_size")
-        if all(getattr(known, field) == getattr(config, field) for field in fields):
+        if fields(known) == fields(config):
             return name
     return None
 
 
 def export_transformers(model):
-    """(tensors, {file name: content})."""
+    """({name: tensor}, {file name: its text, or content for json})."""
     config = model.config
-    siglip = config.family == "siglip"
-    if not siglip and config.logit_bias is not None:
+    if config.logit_bias is not None and not config.siglip:
         raise ValueError("transformers' CLIPModel has no logit_bias, which this model was trained "
                          "with: use open_clip")
     files = write_tokenizer_config(model) | write_transformers(config)
@@ -1596,32 +1589,20 @@ def export_transformers(model):
     tokenizer["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
     files["tokenizer.json"] = json.dumps(tokenizer)
     tensors = renamed(model, f"transformers {config.family}")
-    if siglip and config.logit_bias is None:  # trained with the softmax loss
+    if config.logit_bias is None and config.siglip:  # trained with the softmax loss
         tensors["logit_bias"] = torch.zeros(1)
     return tensors, files
 
 
-def export_timm(model):
-    """(tensors, {file name: content}) of the image tower."""
-    tensors = dict(model.visual.state_dict())
-    if model.config.family == "clip":
-        tensors["head.bias"] = torch.zeros(model.config.embed_dim)  # timm's head has one
-    return tensors, write_timm(model.config)
-
-
 def write_tokenizer_config(model):
-    """{"tokenizer_config.json": content}, which both want beside a tokenizer.json.
-
-    A CLIP's pad does not matter; it is the end-of-text token, as OpenAI's is.
-    """
-    config = model.config
+    """{"tokenizer_config.json": content}, which both want beside a tokenizer.json."""
     end_token = model.tokenize.encode([""])[0].tokens[-1]
-    pad_token = end_token
-    if config.family == "siglip":
-        pad_token = model.tokenize.backend.id_to_token(config.pad_id)
+    pad_token = end_token  # as OpenAI's; a CLIP never sees it
+    if model.config.siglip:
+        pad_token = model.tokenize.backend.id_to_token(model.config.pad_id)
     content = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.context_length,
+        "model_max_length": model.config.context_length,
         "eos_token": end_token,
         "pad_token": pad_token,
         "model_input_names": ["input_ids"],

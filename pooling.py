@@ -76,6 +76,32 @@ def concept_similarity(patch_tokens, concepts, mask=None, memory_budget=None):
     return _Similarity.apply(v, q, mask, memory_budget // 2, keep)
 
 
+def token_similarity(patch_tokens, text_tokens):
+    """Pool each image by each token of its own texts, as the local loss of FSC-CLIP does.
+
+    Oh et al. 2024, Preserving multi-modal capabilities of pre-trained VLMs for improving
+    vision-linguistic compositionality. A token y of unit length weighs the patches by how much
+    nearer to it they are than the farthest one:
+        s = V y,   w = s - min_t(s),   c = sum_t w_t V_t,   similarity = c.y / |c|
+    No gradient passes through w. The released code divides w by its largest value and by its sum
+    as well, which cancels here; where all patches are equally near it gives nan, and this 0.
+
+    Parameters
+    ----------
+    patch_tokens : Tensor (B, T, D)
+        Of any float dtype. Our towers normalise them, the released code does not.
+    text_tokens : Tensor (B, Q, D)
+        All tokens of all texts of each image, normalised, of any float dtype.
+
+    Returns
+    -------
+    Tensor (B, Q)
+        In float32, or float64 for float64. Memory grows as B Q T, since no c is made: with
+        G = V V^T, c.y = w.s and |c|^2 = w^T G w. It can be differentiated once.
+    """
+    return _TokenSimilarity.apply(_wide(patch_tokens), _wide(text_tokens))
+
+
 @contextmanager
 def _full_precision(device):
     """Neither autocast nor TF32 in what is computed here."""
@@ -223,3 +249,26 @@ class _Similarity(torch.autograd.Function):
     def backward(ctx, grad):
         backward = _backward_op if torch.compiler.is_compiling() else _backward
         return *backward(grad, *ctx.saved_tensors, ctx.budget), None, None, None
+
+
+class _TokenSimilarity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, y):
+        with _full_precision(v.device):
+            s = y @ v.mT  # (B, Q, T)
+            w = s - s.amin(dim=-1, keepdim=True)
+            dot = (w * s).sum(-1, keepdim=True)  # (B, Q, 1)
+            square = (w * (w @ (v @ v.mT))).sum(-1, keepdim=True)
+        ctx.save_for_backward(v, y, w, dot, square)
+        return (dot / square.clamp_min(EPS**2).sqrt()).squeeze(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        v, y, w, dot, square = ctx.saved_tensors
+        with _full_precision(v.device):
+            # dsimilarity / dV_t = w_t (y - r c) / |c| with r = c.y / |c|^2, where c = w V
+            g = w * (grad[..., None] / square.clamp_min(EPS**2).sqrt())  # (B, Q, T)
+            r = torch.where(square > EPS**2, dot / square, 0)  # a clamped |c| is a constant
+            dv = g.mT @ y - ((g * r).mT @ w) @ v  # (B, T, D)
+            return dv, g @ v

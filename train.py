@@ -12,6 +12,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import functools
 import glob
 import hashlib
 import json
@@ -90,7 +91,7 @@ group.add_argument("--tokenizer", metavar="FILE",
                         "scratch, one is trained on the captions.")
 group.add_argument("--freeze", choices=("none", "visual", "text"),
                    help="A tower whose weights stay as they are. Default: none (visual for "
-                        "con_clip).")
+                        "con_clip and clic, text for tecoa).")
 
 group = parser.add_argument_group("data")
 group.add_argument("--data", metavar="FILES",
@@ -112,6 +113,10 @@ group.add_argument("--caption-key", metavar="COLUMN",
 group.add_argument("--captions", metavar="TABLE",
                    help="A table of other captions for the images of tar shards, joined by key or "
                         "url.")
+group.add_argument("--replay", metavar="FILES",
+                   help="For gift: pairs of what the model knows and is to keep, in the formats of "
+                        "--data, whose other flags hold for them, too. Default: scenes of another "
+                        "seed, where scenes are the data.")
 group.add_argument("--index-dir", metavar="DIR",
                    help="The folder of the indices of --data, which are made once. Default: beside "
                         "each file, or your cache folder where that cannot be written.")
@@ -139,7 +144,7 @@ group.add_argument("--loss", choices=("siglip", "clip"),
                    help="Sigmoid (siglip) or softmax (clip). Default: the one that the weights "
                         "were trained with.")
 for term, text in TERMS.items():
-    group.add_argument(f"--{term}-weight", type=float, metavar="W",
+    group.add_argument(f"--{term.replace('_', '-')}-weight", type=float, metavar="W",
                        help=f"{text} Default: what --method gives it, and 0 for other methods.")
 group.add_argument("--no-dedupe", dest="dedupe", action="store_false",
                    help="A phrase is a positive only for the caption it was found in, and a "
@@ -153,10 +158,16 @@ group.add_argument("--concept-count", choices=("different", "all"), default="dif
 group.add_argument("--concept-features", choices=("phrase", "span"), default="phrase",
                    help="phrase: each phrase is encoded by itself. span: its feature is the mean "
                         "over its tokens within the caption. Default: phrase.")
+group.add_argument("--attack-steps", type=int, metavar="N",
+                   help="Train on images that an attack of so many steps (projected gradient "
+                        "descent on the pixels, each step 1 of 255) has turned away from their "
+                        "captions. Default: no attack; 2 for tecoa.")
+group.add_argument("--attack-epsilon", type=float, default=1.0, metavar="E",
+                   help="How far the attack may change a pixel, of 255. Default: 1.")
 group.add_argument("--ema", type=float, metavar="DECAY",
                    help="Keep an average of the weights over the steps, evaluate it as well, and "
-                        "take it as the teacher of degla and --distill-weight. Default: no "
-                        "average; 0.9996 for degla.")
+                        "take it as the teacher of degla, gift and --distill-weight. "
+                        "Default: no average, and the initial weights teach; 0.9996 for degla.")
 
 group = parser.add_argument_group("optimization")
 group.add_argument("--steps", type=int, metavar="N", help="Train for so many batches ...")
@@ -232,8 +243,10 @@ group.add_argument("--device", metavar="NAME",
 group.add_argument("--timeout", type=float, default=5, metavar="MINUTES",
                    help="How long a process waits for the others in a step. Then one of them hangs "
                         "or has died: process 0 saves, and all end. Default: 5.")
-group.add_argument("--dtype", choices=("float32", "bfloat16", "float64"),
+group.add_argument("--dtype", choices=("float32", "bfloat16", "float64", "pure-bfloat16"),
                    help="What the towers compute in; the weights stay float32 under bfloat16. "
+                        "With pure-bfloat16 they are bfloat16 too, as in C2LIP's released code: "
+                        "an update of less than half a step of bfloat16 is lost. "
                         "Default: float32 on a CPU, the preset's on a GPU.")
 group.add_argument("--compile", action=argparse.BooleanOptionalAction,
                    help="torch.compile the towers. Default: on GPUs.")
@@ -261,12 +274,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import evaluate
-from data import (ORDER, CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers,
-                  normalize_images, train_tokenizer, train_transform, weigh)
-from losses import (METHODS, Features, extra_terms, gather_features, gather_together,
-                    plan_batch)
+from concepts import string_id
+from data import (ORDER, CaptionFile, Collate, Epochs, EveryOther, Scenes, Seeded,
+                  default_workers, normalize_images, normalize_pixels, train_tokenizer,
+                  train_transform, unnormalize_images, weigh_sources)
+from losses import (EXTRA_TERMS, METHODS, Features, awc_loss, extra_terms, fisher_weights,
+                    gather_features, gather_together, pgd_attack, plan_batch, tecoa_loss)
 from model import CLIP, MODELS, no_decay, read_tokenizer, set_tokenizer
-from pooling import concept_similarity
+from pooling import concept_similarity, token_similarity
 
 # ---- what was not given ----------------------------------------------------
 if args.device is None:
@@ -310,10 +325,19 @@ for term in TERMS:
     if getattr(args, f"{term}_weight") is None:
         setattr(args, f"{term}_weight", weights[term])
     weights[term] = getattr(args, f"{term}_weight")
+    takes = {*method.weights, *EXTRA_TERMS}
+    if weights[term] and term not in takes:
+        parser.error(f"--{term.replace('_', '-')}-weight {weights[term]:g}: --method {args.method} "
+                     f"has no such term. It takes {', '.join(sorted(takes))}")
 args.negatives = method.negatives       # for the log
 
 with_concepts = weights["npc"] > 0 or weights["xac"] > 0
+with_paraphrases = weights["paraphrase"] > 0
+with_words = method.words and weights["lhn"] > 0
+with_units = method.units > 0 and weights["units"] > 0
+with_patches = weights["xac"] > 0 or weights["caption_xac"] > 0 or with_words
 with_teacher = method.teacher or weights["distill"] > 0
+with_pairs = method.negatives == "pairs"        # in every other batch
 if with_teacher and args.ema is None:
     args.ema = 1.0      # an average that never moves: the initial weights
 averages = args.ema is not None and args.ema < 1
@@ -329,7 +353,7 @@ if args.model is not None and args.model not in MODELS:
     parser.error(f"argument --model: invalid choice: {args.model!r} (choose from "
                  f"{', '.join(MODELS)})")
 POSITIVE = ("steps", "epochs", "batch_size", "accum", "lr", "save_every", "log_every", "keep",
-            "timeout")
+            "timeout", "attack_steps", "attack_epsilon")
 for name in POSITIVE:
     value = getattr(args, name)
     if value is not None and not 0 < value < math.inf:
@@ -337,6 +361,12 @@ for name in POSITIVE:
 for name, value in vars(args).items():
     if isinstance(value, float) and math.isnan(value):
         parser.error(f"--{name.replace('_', '-')} nan: expected a number")
+
+if args.replay and not method.replay:
+    parser.error(f"--replay {args.replay}: --method {args.method} has no use for it, gift has")
+if method.replay and not (weights["cd"] > 0 or weights["ita"] > 0):
+    parser.error(f"--method {args.method} without --cd-weight and --ita-weight learns nothing from "
+                 "--replay: give one of them a weight above 0")
 
 if args.out_dir is None:
     folder = args.model or re.sub(r"\W+", "-", args.init).strip("-")
@@ -498,10 +528,37 @@ else:
     scenes = args.steps * args.batch_size if args.steps else 100_000
     dataset = Scenes(scenes, "train", args.seed, relations=args.relations,
                      negative_images=method.negative_images, world=args.world)
+if with_paraphrases and args.data:
+    first_rows = min(len(dataset), 1000)
+    with_several = dataset.count_several_captions(first_rows)
+    if not with_several:
+        stop(f"--paraphrase-weight {args.paraphrase_weight:g}: none of the first {first_rows:,} "
+             f"rows of {args.data} has two captions: name several columns, --caption-key A,B, or "
+             "put json lists into one")
+    print0(f"{with_several:,} of the first {first_rows:,} rows have a second caption")
 
+
+def open_replay():
+    """The pairs of which each step has a second batch, if the method has one."""
+    if not method.replay:
+        return None
+    if args.replay:
+        return CaptionFile(args.replay, args.image_root, args.image_key, args.caption_key,
+                           max_pixels=args.max_pixels, fast_decode=not args.exact_decode,
+                           index_dir=args.index_dir)
+    if args.data:
+        raise ValueError(f"--method {args.method} needs --replay FILES, pairs of what the model "
+                         "knows and is to keep: real ones, or captions with generated images")
+    return Scenes(len(dataset), "train", args.seed + 1, world=args.world)
+
+
+replay = guard(open_replay)
+if replay is not None and len(replay) < world_size * args.accum:
+    stop(f"--replay {args.replay} has {len(replay)} rows, fewer than {world_size} processes x "
+         f"--accum {args.accum}", 2)
 weighed = None      # rows of each source, and how many of them an epoch shows
 if args.data_weights is not None:
-    weighed = guard(weigh, dataset.source_sizes, args.data_weights)
+    weighed = guard(weigh_sources, dataset.source_sizes, args.data_weights)
 sampler = guard(Epochs, len(dataset), args.batch_size, args.seed, rank, world_size,
                 sources=weighed)
 if args.batch_size < world_size * args.accum:
@@ -694,7 +751,9 @@ def model_from_scratch():
     else:
         captions = [dataset[i]["caption"] for i in range(2000)]
     config.tokenizer, config.vocab_size, longest = train_tokenizer(captions)
-    config.context_length = min(config.context_length, 4 * math.ceil(longest / 4))
+    together = 2 if with_pairs else 1       # so many captions in one text
+    config.context_length = min(together * config.context_length,
+                                4 * math.ceil(together * longest / 4))
     config.text_clean = "canonicalize"
     config.pad_id = 0
     return CLIP(config)
@@ -713,7 +772,8 @@ if args.loss == "clip":
 elif args.loss == "siglip" and model.logit_bias is None:
     model.config.logit_bias = -10.0
     model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
-model.to(args.device, torch.float64 if args.dtype == "float64" else torch.float32).train()
+weights_dtype = {"float64": torch.float64, "pure-bfloat16": torch.bfloat16}
+model.to(args.device, weights_dtype.get(args.dtype, torch.float32)).train()
 initial_scale = model.logit_scale.item()
 
 teacher = None      # an average of the weights
@@ -798,16 +858,31 @@ collate = Collate(
     pad_concepts=rows_multiple,
     negatives=method.negatives,
     negative_images=method.negative_images,
-    spans=args.concept_features == "span")
+    spans=args.concept_features == "span",
+    paraphrases=with_paraphrases,
+    words=with_words,
+    units=method.units if with_units else 0,
+    noise=args.attack_steps is not None,
+    pair_size=model.config.image_size)
+loading = {
+    "num_workers": args.workers,
+    "persistent_workers": args.workers > 0,
+    "pin_memory": gpu,
+    "multiprocessing_context": "fork" if args.workers else None,
+    "worker_init_fn": ignore_signals}
 loader = DataLoader(
-    Seeded(dataset, args.seed, method.neighbours),
-    batch_sampler=sampler,
+    Seeded(dataset, args.seed, method.neighbours, with_paraphrases),
+    batch_sampler=EveryOther(sampler) if with_pairs else sampler,
     collate_fn=collate,
-    num_workers=args.workers,
-    persistent_workers=args.workers > 0,
-    pin_memory=gpu,
-    multiprocessing_context="fork" if args.workers else None,
-    worker_init_fn=ignore_signals)
+    **loading)
+replay_loader = None
+if replay is not None:
+    replay_loader = DataLoader(
+        Seeded(replay, args.seed),
+        batch_sampler=Epochs(len(replay), min(args.batch_size, len(replay)), args.seed, rank,
+                             world_size, first_step, args.steps),
+        collate_fn=Collate(collate.transform, model.tokenize, with_concepts=False),
+        **loading)
 
 seen = 0        # rows of this process that were read, and that could not be
 bad = 0
@@ -831,7 +906,8 @@ def check_rows(rows, step):
              f"{args.max_bad:g}; the last is {key}: {why}. Check --image-root, or raise --max-bad")
 
 
-INPUTS = ("images", "tokens", "concept_tokens", "spans", "negative_tokens", "negative_images")
+INPUTS = ("images", "tokens", "concept_tokens", "spans", "negative_tokens", "negative_images",
+          "paraphrase_tokens", "unit_tokens")
 
 
 def batches():
@@ -839,28 +915,40 @@ def batches():
 
     The loader's rows stay on the CPU, where the processes agree on the plan (see losses.Plan):
     which of them encodes which phrase, and which phrase belongs to which image. No GPU is waited
-    for.
+    for. Where the method has replay, that batch is rows["replay"], with its own inputs and plan.
     """
     iterator = iter(loader)
+    replay_iterator = None if replay_loader is None else iter(replay_loader)
     # The loader's own handler would raise an error as soon as a worker dies, also in the midst of a
     # step. Without it the death is noticed here, when the next batch is due.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for step in range(first_step + 1, args.steps + 1):
-        try:
-            rows = next(iterator)
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            end_with_a_line(error)
-            raise
-        if not rows["keys"]:
-            check_rows(rows, step)      # which ends training
-        plan = agree(rows).to(args.device)
-        inputs = {name: rows[name] for name in INPUTS if name in rows}
-        if plan.tokens is not None:
-            inputs["concept_tokens"] = plan.tokens      # of phrases that it encodes for all
-        for name, value in inputs.items():
-            # Always a copy: a view of another tensor would be compiled apart.
-            inputs[name] = value.to(args.device, non_blocking=True, copy=True)
+        rows, inputs, plan = next_batch(iterator, step)
+        if replay_iterator is not None:
+            rows["replay"] = next_batch(replay_iterator, step)
+            rows["replay"][0]["replayed"] = True
         yield rows, inputs, plan
+
+
+def next_batch(iterator, step):
+    """Rows, inputs and plan of one batch, see batches."""
+    try:
+        rows = next(iterator)
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        end_with_a_line(error)
+        raise
+    if not rows["keys"]:
+        check_rows(rows, step)      # which ends training
+    plan = agree(rows).to(args.device)
+    if method.same_captions or args.attack_steps:
+        rows["caption_labels"] = same_captions(rows, plan)
+    inputs = {name: rows[name] for name in INPUTS if name in rows}
+    if plan.tokens is not None:
+        inputs["concept_tokens"] = plan.tokens      # of phrases that it encodes for all
+    for name, value in inputs.items():
+        # Always a copy: a view of another tensor would be compiled apart.
+        inputs[name] = value.to(args.device, non_blocking=True, copy=True)
+    return rows, inputs, plan
 
 
 def agree(rows):
@@ -875,16 +963,25 @@ def agree(rows):
             merge=args.concept_features == "phrase",
             negative_mask=rows.get("negative_mask"),
             pad_id=model.config.pad_id,
-            multiple=rows_multiple)
+            multiple=rows_multiple,
+            unit_mask=rows.get("unit_mask"))
     except RuntimeError as error:
         end_with_a_line(error)
         raise
 
 
+def same_captions(rows, plan):
+    """Which captions of the batch are those of this process's rows, or equal: (b, B) bool."""
+    ids = torch.tensor([string_id(caption) for caption in rows["captions"]])
+    everyone = gather_features(ids, plan.rows)      # (B,), still on the CPU
+    return (ids[:, None] == everyone).to(args.device, non_blocking=True)
+
+
 # ---- one training step -----------------------------------------------------
 def train_step(rows, inputs, plan):
     """Leaves the gradient of the whole batch in the parameters; returns this process's terms."""
-    taught = teach([inputs])
+    inputs = attack(inputs, rows, plan)
+    taught = teach([inputs], rows)
     out = forward(network, inputs)
     terms = loss_terms(out, rows, plan, taught)
     backward(terms["loss"])
@@ -896,16 +993,52 @@ def forward(network, inputs):
     for name in ("images", "negative_images"):      # which come as bytes
         if name in inputs:
             pixels = normalize_images(inputs[name], model.config)
-            inputs[name] = pixels.to(model.logit_scale.dtype)       # float64 in float64 runs
+            inputs[name] = pixels.to(model.logit_scale.dtype)       # that of the weights
+    with precision():
+        return network(**inputs, return_tokens=with_patches, return_words=with_words)
+
+
+def precision():
+    """What the towers compute in, as a context."""
     device = torch.device(args.device).type
-    with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        return network(**inputs, return_tokens=weights["xac"] > 0)
+    return torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def attack(inputs, rows, plan):
+    """The inputs with images that an attack has turned away from their captions, if so wanted.
+
+    An image is attacked against the captions of all processes, and by itself: the parts of --accum
+    change nothing. These captions need no gradient, so they are encoded once more for it.
+    """
+    if "noise" not in rows:
+        return inputs
+    with torch.no_grad(), precision():
+        tokens = inputs["tokens"].tensor_split(args.accum)
+        texts = torch.cat([model.encode_text(part, normalize=True) for part in tokens])
+        texts = gather_features(texts, plan.rows)                               # (B, D)
+    dtype = model.logit_scale.dtype
+    parts = [unnormalize_images(inputs["images"], model.config).to(dtype),
+             rows["noise"].to(args.device, non_blocking=True), rows["caption_labels"]]
+    attacked = []
+    for pixels, noise, labels in zip(*[x.tensor_split(args.accum) for x in parts]):
+        loss = functools.partial(loss_of_pixels, texts=texts, labels=labels)
+        attacked.append(pgd_attack(pixels, noise, loss, args.attack_epsilon / 255,
+                                   args.attack_steps))
+    return {**inputs, "images": normalize_pixels(torch.cat(attacked), model.config)}
+
+
+def loss_of_pixels(pixels, texts, labels):
+    """What an attack raises; pixels (b, 3, S, S) from 0 to 1, texts (B, D), labels (b, B)."""
+    with precision():
+        features = model.encode_image(normalize_pixels(pixels, model.config), normalize=True)
+    return tecoa_loss(features, texts, labels, model.logit_scale.exp(), model.logit_bias)
 
 
 @torch.no_grad()
-def teach(parts):
+def teach(parts, rows):
     """The teacher's features of a batch that comes in parts, if a loss asks for them."""
-    if not with_teacher:
+    is_asked = weights["distill"] > 0 or method.replay == ("replayed" in rows)
+    if not with_teacher or not is_asked:
         return None
     outs = [forward(teacher, part) for part in parts]
     taught = {}
@@ -922,6 +1055,8 @@ def loss_terms(out, rows, plan, taught):
     processes, the shares are the loss of the whole batch.
     """
     global thresholds
+    if "replayed" in rows:
+        return replay_terms(out, rows, plan, taught)
     gathered = gather_texts(out, plan)
     features = Features(
         image_features=out["image_features"],                       # (b, D), of this process
@@ -933,15 +1068,26 @@ def loss_terms(out, rows, plan, taught):
         offset=plan.offset,
         logit_scale=out["logit_scale"],
         logit_bias=out["logit_bias"],
-        thresholds=thresholds)
+        thresholds=thresholds,
+        caption_labels=rows.get("caption_labels"))                  # (b, B)
     if method.negative_images:
         features.negative_image_features = out["negative_image_features"]       # (b, D)
         features.negative_image_mask = rows["negative_image_mask"]              # (b,)
-    if with_teacher:
+    if taught is not None:
         features.teacher = gather_taught(taught, plan)
-    if weights["xac"]:
-        features.concept_similarity = concept_similarity(                       # (b, N)
-            out["patch_tokens"], features.concept_features)
+    if with_paraphrases:
+        features.paraphrase_features = out["paraphrase_features"]               # (b, D)
+        features.paraphrase_mask = rows["paraphrase_mask"]                      # (b,)
+    if with_units:
+        features.unit_features = gathered["unit_features"]                      # (B, K, D)
+        features.foil_features = out["unit_features"][:, :, 1]                  # (b, K, D)
+        features.unit_mask = plan.unit_mask                                     # (B, K)
+    if with_words:
+        words = out["word_features"]                                            # (b, 1 + K, L, D)
+        similarity = token_similarity(out["patch_tokens"], words.flatten(1, 2))
+        features.word_similarity = similarity.view(words.shape[:3])             # (b, 1 + K, L)
+        features.word_mask = rows["word_mask"]
+    add_similarities(features, out)
     if args.concept_count == "all":
         features.concept_count = plan.pairs
 
@@ -949,9 +1095,43 @@ def loss_terms(out, rows, plan, taught):
     thresholds = terms.pop("thresholds", thresholds)
     added = {name: weight for name, weight in weights.items() if name not in terms}
     terms = {**terms, **extra_terms(features, added)}
+    return weigh(terms)
+
+
+def weigh(terms):
+    """The terms that have a weight, and "loss", their weighted sum."""
     terms = {name: term for name, term in terms.items() if weights[name]}
     terms["loss"] = sum(weights[name] * term for name, term in terms.items())
     return terms
+
+
+def replay_terms(out, rows, plan, taught):
+    """This process's share of each term of a batch of replay, and of their weighted sum."""
+    terms = method.loss(Features(
+        image_features=out["image_features"],                       # (b, D)
+        text_features=gather_features(out["text_features"], plan.rows),     # (B, D)
+        offset=plan.offset,
+        logit_scale=out["logit_scale"],
+        logit_bias=out["logit_bias"],
+        teacher=gather_taught(taught, plan),
+        caption_labels=rows["caption_labels"],                      # (b, B)
+        replayed=True))
+    return weigh(terms)
+
+
+def add_similarities(features, out):
+    """This process's images, pooled by concepts and by captions in one pass, against these."""
+    queries = {}
+    if weights["xac"]:
+        queries["concept_similarity"] = features.concept_features               # (N, D)
+    if weights["caption_xac"]:
+        queries["caption_similarity"] = features.text_features                  # (B, D)
+    if not queries:
+        return
+    similarity = concept_similarity(out["patch_tokens"], torch.cat(list(queries.values())))
+    parts = similarity.split([len(query) for query in queries.values()], dim=1)
+    for name, part in zip(queries, parts):
+        setattr(features, name, part)                                           # (b, N), (b, B)
 
 
 def gather_texts(out, plan):
@@ -961,8 +1141,11 @@ def gather_texts(out, plan):
     if with_concepts:
         texts["concept_features"] = out["concept_features"].index_select(0, plan.given)
         counts.append(plan.given_counts)
-    if method.negatives:
+    if "negative_features" in out:
         texts["negative_features"] = out["negative_features"]
+        counts.append(plan.rows)
+    if with_units:
+        texts["unit_features"] = out["unit_features"][:, :, 0]
         counts.append(plan.rows)
     return dict(zip(texts, gather_together(list(texts.values()), counts)))
 
@@ -993,9 +1176,10 @@ def train_step_in_parts(rows, inputs, plan):
     a graph, then the loss of the whole batch and its gradient with respect to the features, then
     each part again, with its piece of that gradient.
     """
+    inputs = attack(inputs, rows, plan)
     pieces = {name: x.tensor_split(args.accum) for name, x in inputs.items()}
     parts = [{name: pieces[name][i] for name in pieces} for i in range(args.accum)]
-    taught = teach(parts)
+    taught = teach(parts, rows)
     with torch.no_grad():
         outs = [forward(network, part) for part in parts]
     leaves = join_parts(outs)
@@ -1005,7 +1189,9 @@ def train_step_in_parts(rows, inputs, plan):
     terms = loss_terms(leaves, rows, plan, taught)
     backward(terms["loss"])
 
-    gradients = {name: leaves[name].grad.split(sizes[name]) for name in sizes}
+    # of a batch of replay the loss reads no patch tokens, which then have none
+    gradients = {name: leaves[name].grad.split(sizes[name]) for name in sizes
+                 if leaves[name].grad is not None}
     for i, part in enumerate(parts):
         is_last = i == args.accum - 1
         exchange = contextlib.nullcontext()
@@ -1014,7 +1200,7 @@ def train_step_in_parts(rows, inputs, plan):
         with exchange:
             out = forward(network, part)
             # the scalar whose gradient is, for every parameter, what backward() would have sent on
-            total = sum((out[name] * gradients[name][i]).sum() for name in sizes)
+            total = sum((out[name] * gradients[name][i]).sum() for name in gradients)
             if is_last:
                 for name in SCALARS:
                     if out[name] is not None:
@@ -1033,6 +1219,30 @@ def join_parts(outs):
             value = value.detach().requires_grad_()
         leaves[name] = value
     return leaves
+
+
+# ---- one training step with replay -------------------------------------------
+def train_step_with_replay(rows, inputs, plan):
+    """GIFT's step: first the batch of replay, whose gradient tells which weights it needs.
+
+    DistributedDataParallel averages what has gathered in the gradients after each backward. What
+    the first left is equal on all processes, and stays as it is in the second average.
+    """
+    replayed = train_step_on_one(*rows["replay"])
+    towers = [(p, anchor) for p, anchor in zip(model.parameters(), teacher.parameters())
+              if p.grad is not None and p.ndim > 0]     # without logit_scale and logit_bias
+    needs = fisher_weights([p.grad for p, _ in towers])
+    terms = train_step_on_one(rows, inputs, plan)
+    loss = terms["loss"] + replayed["loss"]
+    terms = {**terms, **replayed}
+    if weights["awc"]:
+        parameters, anchors = zip(*towers)
+        penalty = awc_loss(parameters, anchors, needs)
+        for p, gradient in zip(parameters, torch.autograd.grad(penalty, parameters)):
+            p.grad.add_(gradient, alpha=weights["awc"])
+        terms["awc"] = penalty.detach() / world_size    # terms are shares
+        loss = loss + weights["awc"] * terms["awc"]
+    return {**terms, "loss": loss}
 
 
 # ---- evaluation ------------------------------------------------------------
@@ -1401,14 +1611,14 @@ if weighed:
         print0(f"{source}: {size:,} rows, of which an epoch shows {shown:,}")
 if not gpu and millions > 10:
     print0(f"SLOW: a {model.config.name} on a CPU takes seconds an image")
-if gpu and not (args.compile and args.dtype == "bfloat16"):
+if gpu and not (args.compile and "bfloat16" in args.dtype):
     print0("SLOW: --dtype float32 or --no-compile on a GPU")
 if gpu and args.data and not args.workers:
     print0("SLOW: --workers 0 reads data in turn with training")
-skipped_rows = getattr(dataset, "skipped", [])
+skipped_rows = getattr(dataset, "skipped", []) + getattr(replay, "skipped", [])
 for name, why in skipped_rows[:5]:
     print0(f"skipped {name}: {why} ({len(skipped_rows):,} in all)")
-for name, what in getattr(dataset, "remarks", []):
+for name, what in getattr(dataset, "remarks", []) + getattr(replay, "remarks", []):
     print0(f"{name}: {what}")
 
 def end():
@@ -1426,7 +1636,8 @@ def end():
     sys.exit()
 
 
-step_function = train_step if args.accum == 1 else train_step_in_parts
+train_step_on_one = train_step if args.accum == 1 else train_step_in_parts
+step_function = train_step_with_replay if method.replay else train_step_on_one
 if args.dry_run:
     stream = batches()
     rows, inputs, plan = next(stream)
@@ -1521,6 +1732,7 @@ def after_step():
 results = {}    # of the last evaluation
 if args.resume and is_evaluated(first_step) and not was_evaluated:
     results = evaluation(first_step)    # what a kill between the two prevented
+latest = {}     # terms of the loss
 window = Window()
 was_interrupted = False
 on_terminal = sys.stderr.isatty()       # elsewhere a line for each row of the log, and no bar
@@ -1532,6 +1744,8 @@ upcoming = next(stream, None)
 for step in range(first_step + 1, args.steps + 1):
     rows, inputs, plan = upcoming
     check_rows(rows, step)
+    if "replay" in rows:
+        check_rows(rows["replay"][0], step)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step - 1)
     if (step - 1) % sampler.steps_per_epoch == 0:
@@ -1556,13 +1770,14 @@ for step in range(first_step + 1, args.steps + 1):
     after_step()
     done = step
 
+    latest |= values        # with clic, steps of two sorts take turns
     window.images += len(rows["keys"])
     window.operations += operations_in(inputs)
     window.seconds += time.time() - before
     if step % args.log_every == 0 or step == args.steps:
-        row = log_row(step, values, grad_norm, window)
+        row = log_row(step, latest, grad_norm, window)
         log(row)
-        shown = " ".join(f"{name} {row[name]:.2f}" for name in values)
+        shown = " ".join(f"{name} {row[name]:.2f}" for name in latest)
         shown += f" {row['images_per_second']:.0f} img/s"
         bar.set_postfix_str(shown, refresh=False)
         if not on_terminal:
@@ -1608,8 +1823,9 @@ def baseline_command():
         here = os.environ.get("LOCAL_WORLD_SIZE", world_size)
         launcher = ["torchrun", f"--nproc_per_node={here}"]
     command = [*launcher, "train.py", "--method", "siglip" if args.loss != "clip" else "clip"]
+    of_terms = [f"--{term.replace('_', '-')}-weight" for term in TERMS]
     command += own_arguments(without=(
-        "--method", "--out-dir", "--resume", "--overwrite", "--npc-weight", "--xac-weight"))
+        "--method", "--out-dir", "--resume", "--overwrite", *of_terms))
     if "--out-dir" in " ".join(sys.argv):
         command += ["--out-dir", f"{args.out_dir}-plain"]
     return shlex.join(command)

@@ -51,6 +51,7 @@ SLOW = (
     "test_concepts.py::test_weights_of_nltk",
     # two processes stay
     "test_losses.py::test_processes_equal_the_whole_batch[[]4]",
+    "test_peer_losses.py::test_processes_equal_the_whole_batch[[][14]]",
     "test_pooling.py::test_compiles_whole_for_any_number_of_concepts*",
     "test_data.py::test_the_order_is_random_in_every_place",
     # peers' models, item by item; whole commands
@@ -75,6 +76,7 @@ SLOW = (
     "test_train.py::test_killed_at_*",
     "test_train.py::test_methods_do_not_depend_on_processes_and_parts[[]*_clip *",
     "test_train.py::test_methods_do_not_depend_on_processes_and_parts[[]degla *",
+    "test_train.py::test_methods_beside_compositionality_on_pairs[[]tecoa*",
     "test_train.py::test_on_a_terminal_an_error_stands_on_a_line_of_its_own",
     "test_train.py::test_one_dead_process_ends_all",
     "test_train.py::test_processes_and_accumulation_change_nothing[[]1-4*",

@@ -29,8 +29,9 @@ from torchvision import transforms
 
 import data as data_module
 from concepts import negate, swap_negatives
-from data import (COLOURS, SHAPES, WORLDS, CaptionFile, Collate, Epochs, Scenes, Seeded, default_workers, load_fast,
-                  load_image, normalize_images, permute, string_id, train_tokenizer, train_transform, weigh)
+from data import (COLOURS, SHAPES, WORLDS, CaptionFile, Collate, Epochs, EveryOther, Scenes, Seeded, default_workers,
+                  exchange_between, join_pair, load_fast, load_image, normalize_images, normalize_pixels, permute, string_id,
+                  train_tokenizer, train_transform, unnormalize_images, weigh_sources)
 from model import MODELS, Tokenizer, image_transform
 
 
@@ -80,6 +81,16 @@ def test_relations_change_captions_only_and_are_true():
         (y0, x0), (y1, x1) = (np.argwhere((pixels == COLOURS[colour]).all(-1)).mean(0) for colour, _ in c["objects"])
         assert {"left of": x0 < x1, "right of": x0 > x1, "above": y0 < y1, "below": y0 > y1}[link]
     assert 50 < links.pop("some") < 110 and set(links) == {"left of", "right of", "above", "below"}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_paraphrases_of_scenes_say_the_same(world):
+    opposite = {"and": "and", "left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    for i in range(50):
+        scene = Scenes(50, relations=0.5, world=world)[i]
+        first, second, *rest = scene["concepts"]
+        link = scene["caption"].removeprefix(first).split(second)[0].strip()
+        assert scene["paraphrase"] == " and ".join([f"{second} {opposite[link]} {first}", *rest])
 
 
 def test_scenes_of_today_are_those_of_yesterday():
@@ -402,6 +413,10 @@ def test_one_of_several_captions_by_seed_epoch_and_index(shards):
     drawn = [[Seeded(data, 7)[(epoch, i)]["caption"] for epoch in range(40)] for i in (4, 5)]
     assert drawn == [[Seeded(data, 7)[(epoch, i)]["caption"] for epoch in range(40)] for i in (4, 5)]
     assert set(drawn[0]) == {"json 4", "alt 4", "other 4"} and [c[:-2] for c in drawn[0]] != [c[:-2] for c in drawn[1]]
+    for epoch in range(40):     # a paraphrase is another one, and does not change which is drawn
+        row = Seeded(data, 7, paraphrases=True)[(epoch, 4)]
+        assert row["caption"] == drawn[0][epoch] and row["paraphrase"] in {*data[4]["captions"]} - {row["caption"]}
+    assert data.count_several_captions(5) == 5 and "paraphrase" not in Seeded(data, 7)[(0, 4)]
     with pytest.raises(ValueError, match="no images with captions.*keys .*caption.*--caption-key"):
         CaptionFile(shards, caption_key="nothing")
 
@@ -1384,6 +1399,50 @@ def test_negatives_made_from_the_caption():
     assert torch.equal(batch["negative_tokens"][:, 0], tokenizer(texts, trim=True))
 
 
+def test_negatives_of_three_sorts_with_their_words():
+    config, rows = nano(), plain_rows()
+    tokenizer = Tokenizer(config)
+    collate = Collate(image_transform(config), tokenizer, negatives="mixed", words=True)
+    texts = [[row["caption"], *collate.negatives_of(row)] for row in rows]
+    assert texts[0][1] in swap_negatives(rows[0]["caption"], random.Random(0)) and texts[1][1:3] == ["", ""]
+    assert sorted(texts[0][3].split()) == sorted(rows[0]["caption"].split())
+    batch = collate(plain_rows())
+    assert batch["negative_mask"].tolist() == [[text != "" for text in row[1:]] for row in texts]
+    tokens = torch.cat([batch["tokens"][:, None], batch["negative_tokens"]], 1)
+    flat = sum(texts, [])
+    assert torch.equal(tokens.flatten(0, 1), tokenizer(flat, trim=True))
+    assert torch.equal(batch["word_mask"].flatten(0, 1), tokenizer.word_mask(flat, tokens.shape[2]))
+
+
+def test_units_and_foils(folder):
+    rows = [{"image": "a.png", "caption": "a dog", "units": [["a dog", "a cat"], ["dog ", " cat"], ["the dog", "the cat"]]},
+            {"image": "a.png", "caption": "a black dog on a couch", "units": ""},
+            {"image": "a.png", "caption": "running"}, {"image": "a.png", "caption": "x", "units": '[["a dog", ""]]'},
+            {"image": "a.png", "caption": "x", "units": ["a dog", "a cat"]}]
+    for path in (write(folder, "u.jsonl", "\n".join(map(json.dumps, rows))), ):
+        seeded = Seeded(CaptionFile(path, str(folder)), 0)
+        read = [seeded[(0, i)] for i in range(5)]
+    assert read[0]["units"] == [("a dog", "a cat"), ("dog", "cat"), ("the dog", "the cat")] and "units" not in read[1]
+    for row in read[3:]:
+        assert "expected a json list of pairs of texts" in row["error"]
+    config = nano()
+    tokenizer = Tokenizer(config)
+    batch = Collate(image_transform(config), tokenizer, units=2)(read)
+    assert batch["unit_mask"].tolist() == [[True, True], [True, True], [False, False]] and len(batch["bad"]) == 2
+    drawn = random.Random(read[0]["seed"]).sample(read[0]["units"], 2)
+    assert torch.equal(batch["unit_tokens"][0].flatten(0, 1), tokenizer(sum(map(list, drawn), []), trim=True))
+
+
+def test_units_of_scenes_are_true_and_foils_false():
+    for i in range(50):
+        scene = Scenes(50, relations=0.5)[i]
+        (relation, swapped), *entities = scene["units"]
+        assert relation == scene["caption"] and swapped == scene["negatives"][0]
+        assert [unit for unit, _ in entities] == [scene["concepts"][0]] * 2
+        for (_, foil), negative in zip(entities, scene["negatives"][1:]):
+            assert negative.startswith(foil + " ") and foil not in scene["concepts"]
+
+
 def test_negatives_of_the_row_come_first():
     config = nano()
     rows = plain_rows()
@@ -1391,6 +1450,7 @@ def test_negatives_of_the_row_come_first():
     texts = {kind: [Collate(None, None, negatives=kind).negatives_of(row) for row in rows]
              for kind in ("swap", "typed", "negate")}
     assert texts["typed"][:2] == [["", "a blue ring", "x", "y"], ["a slow walk", "", "", ""]]
+    assert Collate(None, None, negatives="mixed").negatives_of(rows[0]) == ["", "a blue ring", "x"]
     assert texts["swap"][:2] == [["a blue ring"], ["a slow walk"]] and texts["negate"][0][0] not in rows[0]["negatives"]
     batch = Collate(image_transform(config), Tokenizer(config), negatives="typed")(rows)
     assert batch["negative_mask"].tolist()[:2] == [[False, True, True, True], [True, False, False, False]]
@@ -1435,6 +1495,88 @@ def test_spans_count_in_rows_times_concepts():
     assert batch["concept_ids"].tolist() == [ids[0], ids[1], -1, ids[2], -1, -1, *ids[3:]]
     assert batch["pairs"].tolist() == [[0, 0], [0, 1], [1, 3], [2, 6], [2, 7], [2, 8]]
     assert batch["spans"].dtype == batch["concept_ids"].dtype == batch["pairs"].dtype == torch.int64
+
+
+# ------------------------------------------------------------------------------------------------- pairs of rows
+
+def coloured_rows(folder, sizes):
+    """A table of images of one colour each, with a caption that is one or two sentences."""
+    lines = []
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, (20 * i, 10, 250 - 20 * i)).save(folder / f"{i}.png")
+        lines.append({"image": f"{i}.png", "caption": [f"a {'red' if i % 2 else 'small'} dog. it is {i}", f"animal {i}"]})
+    return write(folder, "t.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_pair_is_two_images_as_one_with_captions_of_both(folder):
+    """CLIC: halves of wide images lie one above the other, those of high ones side by side."""
+    data = CaptionFile(coloured_rows(folder, [(40, 30), (41, 30), (30, 40), (30, 40)]), str(folder))
+    transform, tokenizer = train_transform(nano()), Tokenizer(nano())
+    rows = [{**data[i], "seed": 5 + i, "caption": data[i]["captions"][0], "partner": {**data[j], "caption": data[j]["captions"][0]}}
+            for i, j in ((0, 1), (1, 0), (2, 3))]
+    pairs = [join_pair(row, 32) for row in rows]
+    for pair, (i, j) in zip(pairs, ((0, 1), (1, 0), (2, 3))):
+        first, second = (f"a {'red' if n % 2 else 'small'} dog." for n in (i, j))
+        assert pair["caption"] == f"{first} {second}" and pair["negatives"][0] == f"{second} {first}"
+        others = {f"{x} {y}" for a in (f"it is {i}.", f"animal {i}.") for b in (f"it is {j}.", f"animal {j}.")
+                  for x, y in ((a, b), (b, a))}
+        assert set(pair["negatives"][1:3]) <= others and pair["negatives"][1] != pair["negatives"][2]
+        # "dog" is in both, so that the adjectives alone can change places: the swapped pair is the other order
+        assert pair["negatives"][3] in (f"{first} {second}".replace("small", "x").replace("red", "small").replace("x", "red"),
+                                        f"{second} {first}".replace("small", "x").replace("red", "small").replace("x", "red"))
+        pixels = pair["pixels"]
+        halves = pixels.split(16, dim=1 if i < 2 else 2)
+        colours = {tuple(half[:, 0, 0].tolist()) for half in halves}
+        assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.uint8
+        assert colours == {(20 * n, 10, 250 - 20 * n) for n in (i, j)}
+        assert all((half == half[:, :1, :1]).all() for half in halves)
+    batch = Collate(transform, tokenizer, negatives="pairs", pair_size=32)(rows)
+    assert torch.equal(batch["images"], torch.stack([pair["pixels"] for pair in pairs]))
+    assert batch["captions"] == [pair["caption"] for pair in pairs] and batch["negative_mask"].all()
+    assert torch.equal(batch["negative_tokens"].flatten(0, 1), tokenizer(sum((p["negatives"] for p in pairs), []), trim=True))
+    plain = Collate(transform, tokenizer, negatives="pairs", pair_size=32)([{**row, **{"seed": 0}} for row in plain_rows()])
+    assert "negative_tokens" not in plain and len(plain["images"]) == 3
+    broken = [{**rows[0], "partner": {"key": "b", "error": "gone"}}, rows[2]]
+    batch = Collate(transform, tokenizer, negatives="pairs", pair_size=32)(broken)
+    assert batch["bad"] == [("b", "gone")] and batch["captions"] == [pairs[2]["caption"]]
+
+
+def test_a_pair_without_words_to_exchange_has_no_negative():
+    for first, second in (("running", "a dog"), ("a dog runs", "a dog runs"), ("it is", "they are")):
+        assert exchange_between(first, second, random.Random(0)) == ""
+    found = {exchange_between("a red ring", "an old tree.", random.Random(seed)) for seed in range(20)}
+    assert found == {"an old ring. a red tree.", "a red tree. an old ring."}
+
+
+def test_every_other_batch_asks_for_partners_of_the_same_shape(folder):
+    data = CaptionFile(coloured_rows(folder, [(40, 30), (30, 40)] * 6), str(folder))
+    epochs = Epochs(12, 4, 3, start_step=1, stop_step=7)
+    batches = list(EveryOther(epochs))
+    assert [len(batch[0]) for batch in batches] == [2, 3, 2, 3, 2, 3] and len(EveryOther(epochs)) == 6
+    assert [[item[:2] for item in batch] for batch in batches] == list(epochs)
+    seeded = Seeded(data, 0)
+    for item in batches[1] + batches[3]:
+        row = seeded[item]
+        assert row["image"].size == row["partner"]["image"].size
+        assert row["partner"]["key"] == seeded[item]["partner"]["key"] and "partner" not in row["partner"]
+    assert "partner" not in seeded[(0, 0)]
+    assert len({seeded[(epoch, 0, "partner")]["partner"]["key"] for epoch in range(30)}) == 6
+
+
+def test_noise_and_pixels_of_an_attack():
+    config = nano()
+    rows = plain_rows()
+    noisy = Collate(image_transform(config), Tokenizer(config), noise=True)
+    noise = noisy(rows)["noise"]
+    assert noise.shape == (3, 3, 32, 32) and noise.dtype == torch.uint8
+    assert torch.equal(noisy(rows[1:2])["noise"][0], noise[1]) and not torch.equal(noise[0], noise[1])
+    assert noise.min() == 0 and noise.max() == 255 and abs(noise.float().mean() - 127.5) < 2
+    images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    pixels = unnormalize_images(images, config)
+    assert torch.equal(pixels, images / 255)
+    normalised = normalize_images(images, config)
+    torch.testing.assert_close(unnormalize_images(normalised, config), pixels)
+    torch.testing.assert_close(normalize_pixels(pixels, config), normalised)
 
 
 # ------------------------------------------------------------------------------------------------------- batches
@@ -1553,7 +1695,7 @@ def test_weights_show_rows_as_often_as_they_say(sizes, batch, weights, seed):
     """Against counting: each epoch so many of each source, in the long run all equally often, each turn of a row once;
     the same batches on 1, 2 and 3 processes, and from any step on."""
     weights = weights[:len(sizes)]
-    sources = weigh(sizes, ",".join(map(str, weights)))
+    sources = weigh_sources(sizes, ",".join(map(str, weights)))
     starts = np.cumsum([0, *sizes])
     length = sum(shown for _, shown in sources)
     stream = Epochs(sum(sizes), min(batch, length), seed, sources=sources)
@@ -1585,14 +1727,14 @@ def test_weights_show_rows_as_often_as_they_say(sizes, batch, weights, seed):
 
 def test_weights_of_one_change_nothing_and_others_shuffle():
     plain = epochs_of(Epochs(50, 8, 3), 3)
-    assert epochs_of(Epochs(50, 8, 3, sources=weigh([20, 30], "1,1.0")), 3) == plain
+    assert epochs_of(Epochs(50, 8, 3, sources=weigh_sources([20, 30], "1,1.0")), 3) == plain
     halves = [{row for _, row in epoch if row < 1000} for epoch in epochs_of(
-        Epochs(2000, 100, sources=weigh([1000, 1000], "0.5,1")), 4)]
+        Epochs(2000, 100, sources=weigh_sources([1000, 1000], "0.5,1")), 4)]
     assert halves[0] | halves[1] == halves[2] | halves[3] == set(range(1000))
     assert halves[0] not in halves[2:]                  # halves are drawn anew
     assert 200 < len(halves[0] & set(range(500))) < 300
     tracemalloc.start()
-    stream = Epochs(2 * 10 ** 12, 768, sources=weigh([10 ** 12, 10 ** 12], "0.3,2.7"), start_step=10 ** 10)
+    stream = Epochs(2 * 10 ** 12, 768, sources=weigh_sources([10 ** 12, 10 ** 12], "0.3,2.7"), start_step=10 ** 10)
     stream.stop = stream.start + 2
     assert sum(map(len, stream)) in (767 * 2, 767 + 768, 768 * 2) and tracemalloc.get_traced_memory()[1] < 3e6
     tracemalloc.stop()
@@ -1604,7 +1746,7 @@ def test_weights_of_one_change_nothing_and_others_shuffle():
     ("nan,1", "'nan' is not"), ("1,inf", "'inf' is not a number above 0 and up to 1,000,000"), ("1,1e400", "'1e400'")])
 def test_weights_that_are_none(weights, says):
     with pytest.raises(ValueError, match=f"--data-weights {weights}: .*{says}") as error:
-        weigh([5, 6], weights)
+        weigh_sources([5, 6], weights)
     assert "\n" not in str(error.value)
 
 
@@ -1612,8 +1754,8 @@ def test_sources_of_several_files_have_one_weight(shards, folder):
     table = write(folder, "t.csv", "image,caption\na.png,a red wall\nb.jpg,a blue wall\n")
     data = CaptionFile(f"{shards}::{table}::{table}", str(folder))
     assert data.source_sizes == [41, 2, 2]
-    assert weigh(data.source_sizes, "0.5, 3,1") == [(41, 20), (2, 6), (2, 2)]
-    stream = Epochs(len(data), 8, sources=weigh(data.source_sizes, "0.5,3,1"))
+    assert weigh_sources(data.source_sizes, "0.5, 3,1") == [(41, 20), (2, 6), (2, 2)]
+    stream = Epochs(len(data), 8, sources=weigh_sources(data.source_sizes, "0.5,3,1"))
     [epoch] = epochs_of(stream, 1)
     captions = Counter(Seeded(data, 0)[item]["caption"] for item in epoch)
     assert captions["a red wall"] == captions["a blue wall"] == 4 and sum(captions.values()) == 28

@@ -226,9 +226,9 @@ def test_sugarcrepe_equals_the_official_protocol_item_by_item(peer, crepe, unoff
     groups = [[a[k] for k in TABLE["sugarcrepe"]["files"] if k.startswith(g)] for g in ("replace", "swap", "add")]
     assert a["macro_7"] == pytest.approx(sum(sum(groups, [])) / 7) == pytest.approx(a["micro"])     # equal sizes here
     assert a["macro_3"] == pytest.approx(sum(sum(g) / len(g) for g in groups) / 3)
-    print_table("sugarcrepe", results["sugarcrepe"], TABLE["sugarcrepe"]["published"])
+    print_table("sugarcrepe", results["sugarcrepe"], reference=True)
     shown = capsys.readouterr().out
-    assert "macro_7" in shown and "published: SigLIP B/16" in shown and "95.3" in shown
+    assert "macro_7" in shown and "SigLIP B/16 (published)" in shown and "95.3" in shown
 
 
 def test_missing_images(peer, crepe, unofficial, tmp_path, capsys):
@@ -586,11 +586,13 @@ def test_flickr8k(nano, official, tmp_path):
 
 def test_long_retrieval(nano, official, tmp_path):
     rng, plain, whole = random.Random(17), Plain(nano), {}
-    for part, folder in ("docci", "docci/images"), ("iiw", "docci/images_aar"), ("urban1k", "urban1k/Urban1k/image"):
+    folders = {"docci": "docci/images", "iiw": "docci/images_aar", "dci": "dci/densely_captioned_images/photos",
+               "urban1k": "urban1k/Urban1k/image"}
+    for part, folder in folders.items():
         whole[part] = []
         for i in range(12):
             text = ". ".join(caption(rng) for _ in range(rng.randint(1, 3))) + "."
-            prefix = {"docci": "test_", "iiw": "aar_test_", "urban1k": ""}[part]
+            prefix = {"docci": "test_", "iiw": "aar_test_", "dci": "sa_", "urban1k": ""}[part]
             whole[part].append((f"{tmp_path}/{folder}/{prefix}{i + 1}.jpg", text))
             picture(whole[part][-1][0], rng)
     official(tmp_path, "long_retrieval", "docci", [
@@ -603,12 +605,18 @@ def test_long_retrieval(nano, official, tmp_path):
         f.truncate()
     official(tmp_path, "long_retrieval", "iiw", [
         {"image/key": os.path.basename(path)[:-4], "IIW": text} for path, text in whole["iiw"]])
-    os.makedirs(tmp_path / "urban1k/Urban1k/caption")
+    for part in ("urban1k/Urban1k/caption", "dci/densely_captioned_images/complete"):
+        os.makedirs(tmp_path / part)
+    for i, (path, text) in enumerate(whole["dci"]):     # the first sentence and the rest
+        first, _, rest = text.partition(" ")
+        row = {"image": os.path.basename(path), "short_caption": first, "extra_caption": rest, "mask_data": {}}
+        (tmp_path / f"dci/densely_captioned_images/complete/{i}.json").write_text(json.dumps(row))
     for i, (_, text) in enumerate(whole["urban1k"]):
         (tmp_path / f"urban1k/Urban1k/caption/{i + 1}.txt").write_text(text)
     official.table["long_retrieval"]["files"]["urban1k"]["n"] = 12
+    official.table["long_retrieval"]["files"]["dci"]["n"] = 12
     results = run(nano, ["long_retrieval"], **arguments(data_dir=str(tmp_path)))["long_retrieval"]
-    assert len(results) == 9
+    assert len(results) == 12
     for part, pairs in whole.items():
         scores = [[plain.cos(path, text) for _, text in pairs] for path, _ in pairs]
         assert results[f"{part}_i2t_r1"]["correct"] == recall(scores, [{i} for i in range(12)], 1)
@@ -617,7 +625,7 @@ def test_long_retrieval(nano, official, tmp_path):
         scores = [[plain.cos(path, text) for path, _ in pairs] for _, text in fine]
         assert results[f"{part}_fine_t2i_r1"]["correct"] == recall(scores, [{i} for i, _ in fine], 1)
     os.remove(tmp_path / "urban1k/Urban1k/caption/3.txt")
-    with pytest.raises(ValueError, match="11 texts instead of 12"):
+    with pytest.raises(ValueError, match="caption is not the official file of 12 rows .11 rows"):
         run(nano, ["long_retrieval"], **arguments(data_dir=str(tmp_path)))
 
 
@@ -655,6 +663,80 @@ def test_sets_with_names_and_prompts_of_clip_benchmark(nano, tmp_path, monkeypat
     right = recall(scores, [{label} for label in labels], 1)
     assert results["top1"]["correct"] == right
     assert results["top1_macro"]["accuracy"] == pytest.approx((right[0] + (right[1] + right[2]) / 2 + right[3]) / 3)
+
+
+def test_caltech101_as_it_is_unpacked(nano, tmp_path):
+    """All images of 101 kinds of objects and of the background, by CLIP_benchmark's names and 34 prompts."""
+    known, rng = json.loads((evaluate.ASSETS / "classes.json").read_text())["caltech101"], random.Random(19)
+    kinds = ["BACKGROUND_Google", "Faces", "Faces_easy", "Leopards", "Motorbikes", "accordion", "airplanes"]
+    kinds += [f"b{i:03d}" for i in range(94)] + ["yin_yang"]        # the first and the last, as they are sorted
+    assert len(known["classes"]) == len(kinds) == 102 and kinds == sorted(kinds)
+    names = [*known["classes"][:7], known["classes"][-1]]
+    assert names == ["background", "off-center face", "centered face", "leopard", "motorbike", "accordion", "airplane",
+                     "yin and yang symbol"]
+    files = []
+    for number, kind in enumerate(kinds):
+        for i in range(1 + number % 2):
+            files.append((f"{tmp_path}/caltech101/caltech101/101_ObjectCategories/{kind}/image_{i + 1:04d}.jpg", number))
+            picture(files[-1][0], rng)
+    results = run(nano, ["caltech101"], **arguments(data_dir=str(tmp_path)))["caltech101"]
+    plain, means = Plain(nano), []
+    for name in known["classes"]:
+        means.append(torch.stack([plain.text(text.replace("{}", name)) for text in known["templates"]]).mean(0))
+    means = torch.nn.functional.normalize(torch.stack(means), dim=-1)
+    scores = [(means @ plain.image(path)).tolist() for path, _ in files]
+    right = recall(scores, [{label} for _, label in files], 5)
+    assert results["top5"]["correct"] == right and 0 < sum(right)
+    first = recall(scores, [{label} for _, label in files], 1)
+    by_kind = [np.mean([x for x, (_, label) in zip(first, files) if label == number]) for number in range(102)]
+    assert results["top1_macro"]["accuracy"] == pytest.approx(np.mean(by_kind)) and len(known["templates"]) == 34
+
+
+def test_attacked_images_are_scored_beside_the_others(nano, tmp_path):
+    """--attack: each image by itself, with its random start, whatever the batch; no pixel moves by more than E of 255."""
+    rng = random.Random(0)
+    for i in range(12):
+        os.makedirs(tmp_path / "data" / str(i % 3), exist_ok=True)
+        picture(f"{tmp_path}/data/{i % 3}/{i}.png", rng)
+    (tmp_path / "names.txt").write_text("red dog\nblue cat\ntable\n")
+    where = {"data": str(tmp_path / "data"), "classes": str(tmp_path / "names.txt"), "quiet": True}
+    clean = evaluate.run(nano, ["folder"], **where)["folder"]
+    found = evaluate.run(nano, ["folder"], attack=8, attack_steps=9, **where)["folder"]
+    assert {k: v for k, v in found.items() if not k.startswith("attacked")} == clean
+    assert found.keys() - clean.keys() == {"attacked_top1", "attacked_top1_macro", "attacked_top5"}
+    assert found["attacked_top1"]["right"] < found["top1"]["right"] and found["attacked_top5"]["accuracy"] == 1
+    in_threes = evaluate.run(nano, ["folder"], attack=8, attack_steps=9, batch_size=3, **where)["folder"]
+    assert in_threes["attacked_top1"]["correct"] == found["attacked_top1"]["correct"]
+    names = sorted(tmp_path.glob("data/*/*.png"))
+    texts = torch.nn.functional.normalize(nano.encode_text(nano.tokenize(
+        [f"a photo of a {name}." for name in ("red dog", "blue cat", "table")])), dim=-1).detach()
+    right = []
+    for i, path in enumerate(names):        # image by image, in pixels
+        pixels = nano.transform(Image.open(path))[None] / 2 + 0.5
+        own = torch.tensor([int(path.parent.name)])
+        generator = torch.Generator().manual_seed(i)
+        noise = torch.randint(256, pixels.shape[1:], dtype=torch.uint8, generator=generator)[None]
+        changed = (pixels + 8 / 255 * (noise / 127.5 - 1)).clamp(0, 1)
+        for _ in range(9):
+            changed = changed.detach().requires_grad_()
+            logits = nano.logit_scale.exp() * nano.encode_image(2 * changed - 1, normalize=True) @ texts.T
+            torch.nn.functional.cross_entropy(logits, own).backward()
+            changed = changed.detach() + changed.grad.sign() / 255
+            changed = torch.min(torch.max(changed, pixels - 8 / 255), pixels + 8 / 255).clamp(0, 1)
+        assert (changed - pixels).abs().max() <= 8 / 255 + 1e-6
+        right.append(int((nano.encode_image(2 * changed - 1, normalize=True) @ texts.T).argmax() == own))
+    assert found["attacked_top1"]["correct"] == right
+    nano.zero_grad()
+    for options, says in (({"attack": 1, "attack_steps": 0}, "at least 1 step"), ({"attack": -1}, "at least 0")):
+        with pytest.raises(ValueError, match=says):
+            evaluate.run(nano, ["folder"], **where, **options)
+    with pytest.raises(ValueError, match="zero-shot classification"):
+        evaluate.run(nano, ["retrieval"], attack=1, quiet=True, data=captioned(tmp_path), image_root=str(tmp_path))
+
+
+def captioned(folder):
+    (folder / "pairs.csv").write_text("image,caption\n" + "".join(f"data/{i}/{i}.png,picture {i}\n" for i in range(3)))
+    return str(folder / "pairs.csv")
 
 
 @pytest.mark.parametrize("bench, folders", [
@@ -1009,7 +1091,7 @@ def test_all_runs_what_is_there_and_lists_the_rest(table):
 
 
 @pytest.mark.parametrize("args, says", [
-    (["--bench", "sugarcrape"], "no bench 'sugarcrape': expected all, or one of scenes, "),
+    (["--bench", "sugarcrape"], "no bench 'sugarcrape': expected some of scenes, "),
     (["--bench", "sugarcrepe"], "download sugarcrepe"), (["--bench", "folder"], "folder: "),
     (["--bench", "winoground"], "examples.jsonl"),
     (["--bench", "retrieval", "--data", "none.csv"], "no file none.csv"),
@@ -1023,12 +1105,15 @@ def test_mistakes_get_one_line(table, capsys, monkeypatch, args, says):
     assert says in message and (stopped.value.code == 2 or "\n" not in message)
 
 
-def test_published_figures_stand_under_the_table(capsys):
+def test_published_figures_stand_under_the_table(capsys, monkeypatch):
     r = {"accuracy": 0.5, "right": 5, "n": 10, "ties": 1, "chance": 0.5, "low": 0.2, "high": 0.8}
-    print_table("b", {"x": r, "y": r}, {"CLIP": {"source": "a paper", "x": 12.3}, "B": {"source": "z", "gone": 1.0}})
+    published = {"CLIP": {"source": "a paper", "x": 12.3}, "B": {"source": "z", "gone": 1.0}}
+    monkeypatch.setattr(evaluate, "TABLE", {"b": {"published": published}})
+    print_table("b", {"x": r, "y": r}, reference=True)
     out = capsys.readouterr().out.splitlines()
-    assert out[5].split() == ["published", "ours", "[1]", "[2]"]
-    assert out[6].split() == ["x", "50.0", "12.3"] and out[7:] == ["[1] published: CLIP; a paper", "[2] published: B; z"]
+    assert out[5].split() == ["b", "x"] and out[6].split() == ["ours", "50.0", "20.0-80.0"]
+    assert out[7].split() == ["CLIP", "(published)", "12.3"]
+    assert out[-2:] == ["CLIP (published): a paper", "B (published): z"]
 
 
 def test_published_figures_are_of_what_is_scored_and_fit_a_terminal(capsys):
@@ -1037,14 +1122,14 @@ def test_published_figures_are_of_what_is_scored_and_fit_a_terminal(capsys):
         names = {name for figures in spec.get("published", {}).values() for name in figures} - {"source"}
         for figures in spec.get("published", {}).values():
             assert all(0 < value < 100 for name, value in figures.items() if name != "source") and figures["source"]
-        print_table(bench, dict.fromkeys(names or ["x"], r), spec.get("published"))
-        known = set(evaluate.MEANS.get(bench, {})) | {"top1", "vg_relation_macro", "vg_attribution_macro"}
+        print_table(bench, dict.fromkeys(names or ["x"], r), reference=True)
+        known = set(spec.get("means", {})) | {"top1", "vg_relation_macro", "vg_attribution_macro"}
         for subset in spec.get("files", {}):
             known |= {subset, *(f"{subset}_{way}_r1" for way in ("i2t", "t2i"))}
         assert names <= known, names - known
     out = capsys.readouterr().out.splitlines()
-    assert max(len(line) for line in out if not line.startswith("[")) <= 100
-    assert "macro_7" in "".join(out) and all(f"[{i}] " in "\n".join(out) for i in range(1, 15))
+    assert max(len(line) for line in out if "(published): " not in line) <= 100
+    assert "macro_7" in "".join(out) and sum("C2LIP B/16 (published)" in line for line in out) > 3
 
 
 def test_data_alone_says_which_bench_is_meant(table, capsys):
@@ -1183,7 +1268,7 @@ def test_download_fetches_unpacks_and_says_what_is_by_hand(official, tmp_path, m
     assert "winoground, by hand: " in out and f"--local-dir {tmp_path}/data/winoground" in out
     with pytest.raises(SystemExit) as stopped:
         evaluate.main(["download", "sugarcrape"])
-    assert "no bench 'sugarcrape' to download" in str(stopped.value)
+    assert "no bench 'sugarcrape': expected some of " in str(stopped.value)
 
 
 class Server:

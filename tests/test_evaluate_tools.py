@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from data import Scenes, load_image, train_tokenizer
 import evaluate
-from evaluate import interpolate_weights as interpolate, paired
+from evaluate import bootstrap, interpolate_weights as interpolate, mcnemar
 from model import CLIP, MODELS
 
 
@@ -33,6 +33,14 @@ def nano(seed, **changes):
 
 
 # ------------------------------------------------------------------------------------------------- compare
+
+def paired(a, b, images, *options):
+    """B - A in percent, the ends of its interval, p, the number of items gained and lost; of one subset."""
+    change, numbers = np.subtract(b, a), np.unique(list(images), return_inverse=True)[1]
+    draws = 100 * bootstrap([(numbers, change, np.ones(len(change)))], *options)[:, 0]
+    gained, lost = int((change > 0).sum()), int((change < 0).sum())
+    return draws[0], *np.quantile(draws[1:], (0.025, 0.975)), mcnemar(gained, lost), gained, lost
+
 
 def plain_p(a, b):
     """Two-sided exact binomial: the probability, by fair coins, of a split at least as uneven as the one seen."""
@@ -60,7 +68,7 @@ def test_bootstrap_draws_whole_groups_and_is_a_function_of_its_seed():
     rng = random.Random(0)
     a, b = [rng.randint(0, 1) for _ in range(60)], [rng.randint(0, 1) for _ in range(60)]
     single = paired(a, b, range(60))
-    assert single == paired(a, b, range(60)) != paired(a, b, range(60), seed=1)
+    assert single == paired(a, b, range(60)) != paired(a, b, range(60), 2000, 1)
     fourfold = paired(a * 4, b * 4, [i % 60 for i in range(240)])   # the same 60 images, each item four times
     assert fourfold[:3] == pytest.approx(single[:3])                # tells nothing new about images ...
     assert fourfold[3] < single[3] and fourfold[4] == 4 * single[4]     # ... which McNemar's test cannot see
@@ -128,7 +136,7 @@ def test_compare_of_something_else(tmp_path, text):
     (tmp_path / "bad.json").write_text(text)
     good = results(tmp_path / "a.json", {"crepe": {"swap": subset([1])}})
     for other in (tmp_path / "bad.json", tmp_path / "none.json"):
-        with pytest.raises(ValueError, match="expected two files of --json"):
+        with pytest.raises(ValueError, match="expected files of --json"):
             command(["compare", good, str(other)])
 
 
@@ -208,11 +216,93 @@ def test_tables_to_paste(three, capsys):
 
 
 def test_a_lead_over_other_items_is_no_lead(three, tmp_path):
-    names, files = zip(*(evaluate.read_results(path) for path in three[:2]))
-    tables = [file["sugarcrepe"] for file in files]
-    assert evaluate.clear_best(tables, "swap") == 0 == evaluate.clear_best(tables[::-1], "swap") - 1
-    tables[1]["swap"] = {**tables[1]["swap"], "data": "others"}
-    assert evaluate.clear_best(tables, "swap") is None and evaluate.clear_best(tables[:1], "swap") is None
+    names, files = evaluate.read_all_results(three[:2])
+    swap = [("sugarcrepe", "swap")]
+    assert evaluate.clear_best(files, swap) == 0 == evaluate.clear_best(files[::-1], swap) - 1
+    files[1]["sugarcrepe"]["swap"] = {**files[1]["sugarcrepe"]["swap"], "data": "others"}
+    assert evaluate.clear_best(files, swap) is None and evaluate.clear_best(files[:1], swap) is None
+
+
+@pytest.fixture
+def several(tmp_path):
+    """Files of three models on two benchmarks: the first is ahead on each attribute, and has no scenes."""
+    rng, files = random.Random(1), []
+    for number in range(3):
+        found = {}
+        for bench, subsets in ("sugarcrepe", ("swap_att", "add_att", "swap_obj")), ("scenes", ("np_binding", "swap_att")):
+            outcomes, images = [], [f"{i}.jpg" for i in range(80)]
+            for subset in subsets:
+                right = [rng.random() < (0.9 if number == 1 else 0.4) for _ in images]
+                outcomes.append((subset, torch.tensor(right).float() - 0.5, 0.5, images, images, None))
+            found[bench] = evaluate.summarize(outcomes, {"macro_7": ["swap_att", "add_att"]})
+        if number == 0:
+            del found["scenes"]
+        files.append(results(tmp_path / f"{number}.json", found, checkpoint=f"out/m{number}/last.pt"))
+    return files
+
+
+def test_one_table_over_benchmarks(several, capsys):
+    files = [json.loads(open(path).read())["results"] for path in several]
+
+    def table(*args):
+        command(["compare", *several, "--format", "csv", "--columns", *args])
+        return list(csv.reader(capsys.readouterr().out.strip().splitlines()))
+
+    head, *rows = table("headline")
+    assert head[::3] == ["headline", "scenes swap_att_high", "sugarcrepe macro_7_high"]
+    assert [row[0] for row in rows] == ["m0", "m1", "m2"] and rows[0][1:4] == ["", "", ""]
+    assert rows[1][1] == f"{100 * files[1]['scenes']['swap_att']['accuracy']:.1f}"
+    head, *rows = table("attribute")
+    columns = [("sugarcrepe", "add_att"), ("sugarcrepe", "swap_att"), ("scenes", "np_binding"), ("scenes", "swap_att")]
+    assert head[1::3] == [*(" ".join(column) for column in columns), "mean"] and rows[0][-3:] == ["", "", ""]
+    found = [files[2][bench][subset] for bench, subset in columns]
+    mean = np.mean([r["accuracy"] for r in found])
+    above = np.sqrt(sum((r["high"] - r["accuracy"]) ** 2 for r in found)) / 4
+    assert rows[2][-3] == f"{100 * mean:.1f}" and rows[2][-1] == f"{100 * (mean + above):.1f}"
+    command(["compare", *several, "--format", "markdown", "--columns", "attribute"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| m1"))
+    assert line.count("**") == 2 * 5        # ahead on each, and on their mean
+    command(["compare", *several])
+    out = capsys.readouterr().out
+    assert out.index("headline") < out.index("sugarcrepe  ") and out.count("percent with 95 % intervals") == 3
+    for columns in ("relation", "swap_attribute"):
+        with pytest.raises(ValueError, match=f"no figure of these files is named {columns}: expected .* headline, attri"):
+            command(["compare", *several, "--columns", columns])
+
+
+def test_the_mean_of_benchmarks_is_of_independent_ones():
+    """Its interval is near that of drawing all benchmarks anew."""
+    rng, outcomes = np.random.default_rng(0), {}
+    for bench, n in ("a", 300), ("b", 200), ("c", 500):
+        images = [str(i) for i in range(n)]
+        outcomes[bench] = [("top1", torch.from_numpy(rng.random(n) - 0.4), 0.1, images, images, None)]
+    found = [evaluate.summarize(some, {})["top1"] for some in outcomes.values()]
+    mean, draws = evaluate.mean_of_benches(found), []
+    for _ in range(4000):
+        draws.append(np.mean([np.mean(rng.choice(r["correct"], r["n"])) for r in found]))
+    assert mean["accuracy"] == pytest.approx(np.mean([r["accuracy"] for r in found])) and mean["n"] == 1000
+    assert [mean["low"], mean["high"]] == pytest.approx(np.quantile(draws, (0.025, 0.975)), abs=0.004)
+
+
+def test_run_gives_the_mean_of_the_eleven_sets(monkeypatch):
+    assert len(evaluate.GROUPS[evaluate.ELEVEN]) == 11
+    assert all(len(evaluate.READERS[bench].__doc__) > 99 for bench in evaluate.GROUPS[evaluate.ELEVEN])
+    monkeypatch.setitem(evaluate.GROUPS, evaluate.ELEVEN, {"scenes_pointing": ["quadrant"], "scenes": ["swap_att"]})
+    found = evaluate.run(nano(0).eval(), ["scenes", "scenes_pointing"], quiet=True)
+    both = [found["scenes_pointing"]["quadrant"]["accuracy"], found["scenes"]["swap_att"]["accuracy"]]
+    assert found[evaluate.ELEVEN]["mean"]["accuracy"] == pytest.approx(sum(both) / 2)
+
+
+def test_groups_name_what_benchmarks_have():
+    """Each subset of a table over benchmarks is a file, a mean, or what a benchmark without files yields."""
+    for title, group in evaluate.GROUPS.items():
+        for bench, subsets in group.items():
+            spec = evaluate.TABLE.get(bench, {})
+            known = {*spec.get("means", {}), *spec.get("files", {}), *evaluate.PAIRED, "macro", "top1", "top1_macro"}
+            known |= {f"{name}_{rule}" for name in ("attribute", "object", "relation") for rule in evaluate.PAIRED}
+            known |= {f"{name}{end}" for name in spec.get("files", {}) for end in ("_macro", "_itt", "_tot", "_t2i_r1")}
+            known |= {*evaluate.SCENE_CAPTIONS, "quadrant", "mean", "coco", "choices"}
+            assert set(subsets) <= known, (title, bench)
 
 
 # ------------------------------------------------------------------------------------------------- plot
@@ -284,6 +374,14 @@ def test_plot_draws_results_as_bars(three, tmp_path, figures):
     found = [json.loads(open(path).read())["results"]["sugarcrepe"] for path in three]
     assert heights == sorted(round(100 * r["accuracy"], 6) for file in found for r in file.values())
     assert [label.get_text() for label in panel.get_xticklabels()] == ["swap", "add", "macro_3"]
+    command(["plot", *three, "--radar", "--output", str(tmp_path / "r.png")])
+    (panel,) = figures.pop().axes
+    for line, file in zip(panel.get_lines(), found):
+        values = [100 * file[name]["accuracy"] for name in ("swap", "add", "macro_3", "swap")]
+        assert list(line.get_ydata()) == pytest.approx(values)
+    assert list(panel.get_lines()[0].get_xdata()) == pytest.approx([0, 2 * np.pi / 3, 4 * np.pi / 3, 0])
+    with pytest.raises(ValueError, match="--radar: no three figures that all models have: see --keys"):
+        command(["plot", *three, "--radar", "--keys", "swap"])
     command(["plot", *three, "--keys", "swap", "--output", str(tmp_path / "c.png")])
     assert [label.get_text() for label in figures[1].axes[0].get_xticklabels()] == ["swap"]
 
@@ -292,7 +390,7 @@ def test_plot_mistakes(tmp_path):
     good, empty = run_log(tmp_path / "good", lambda i: 0.5), log_file(tmp_path / "empty", [{"args": {}}])
     bare = log_file(tmp_path / "bare", [{"step": 1}])       # neither loss nor evaluation
     for argv in ([bare], [empty], [good, empty], [good, "--keys", "lss"], [good] * 8):
-        with pytest.raises(ValueError, match="plot takes up to 7 .*none empty, and --keys from"):
+        with pytest.raises(ValueError, match="plot takes .*none empty, and --keys from|plot takes up to 7 files"):
             command(["plot", *argv, "--output", str(tmp_path / "c.png")])
     with pytest.raises(FileNotFoundError, match="none.jsonl"):
         command(["plot", str(tmp_path / "none.jsonl")])
@@ -375,6 +473,35 @@ def test_show_of_an_image_file_with_a_caption_or_concepts(checkpoints, tmp_path,
         command(["show", "--checkpoint", "none.pt"])
     with pytest.raises(FileNotFoundError, match="none.jpg"):
         command(["show", "--checkpoint", checkpoints[1], "--image", "none.jpg"])
+
+
+def drawn_boxes(panel):
+    """The boxes over a map, from left to right, each drawn twice: a white line and its rim."""
+    corners = sorted((*patch.get_xy(), patch.get_width(), patch.get_height()) for patch in panel.patches)
+    assert corners[::2] == corners[1::2]
+    return corners[::2]
+
+
+def test_show_draws_the_boxes_of_what_a_phrase_names(checkpoints, tmp_path, figures):
+    boxes = {"i.png": [["dog", 3, 4, 20, 10], ["dog", 30, 1, 5, 5], ["teddy bear", 9, 9, 9, 9], ["bear", 1, 2, 3, 4]],
+             "other.png": [["dog", 0, 0, 1, 1]]}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    Image.effect_noise((60, 40), 90).convert("RGB").save(tmp_path / "i.png")
+    show = ["show", "--checkpoint", checkpoints[1], "--image", str(tmp_path / "i.png"), "--boxes",
+            str(tmp_path / "boxes.json"), "--output", str(tmp_path / "a.png")]
+    command([*show, "--concepts", "two Dogs", "a teddy bear", "a brown bear", "a cat"])
+    panels = figures[0].axes[:5]
+    assert [drawn_boxes(panel) for panel in panels] == [
+        [], [(3, 4, 20, 10), (30, 1, 5, 5)], [(9, 9, 9, 9)], [(1, 2, 3, 4)], []]
+    command(["show", "--checkpoint", checkpoints[1], "--scene", "5", "--output", str(tmp_path / "a.png")])
+    data = Scenes(9, "val", 1)      # of a scene the quadrants are known
+    for panel, ((colour, shape), cell) in zip(figures[1].axes[1:3], zip(*data.objects(5)[:2])):
+        assert f"{colour} {shape}" in panel.get_title()
+        assert drawn_boxes(panel) == [(16 * (cell % 2), 16 * (cell // 2), 16, 16)]
+    os.rename(tmp_path / "i.png", tmp_path / "j.png")
+    with pytest.raises(ValueError, match="boxes.json has no boxes of j.png"):
+        command(["show", "--checkpoint", checkpoints[1], "--image", str(tmp_path / "j.png"), "--boxes",
+                 str(tmp_path / "boxes.json"), "--concepts", "a dog"])
 
 
 # ------------------------------------------------------------------------------------------------- interpolate
@@ -464,7 +591,7 @@ def test_describe_says_protocol_source_and_files(bench, capsys):
 
 @pytest.mark.parametrize("argv, says", [
     (["plot", "nope.jsonl"], "evaluate.py: no file nope.jsonl"),
-    (["compare", "a.json", "b.json"], "evaluate.py: compare a.json b.json: expected two files of --json"),
+    (["compare", "a.json", "b.json"], "evaluate.py: no file a.json: expected files of --json"),
     (["show", "--checkpoint", "nope.pt"], "evaluate.py: no checkpoint at nope.pt"),
     (["plot", "/"], "evaluate.py: /: Is a directory")])
 def test_unknown_files_in_plain_words(argv, says):
@@ -474,9 +601,9 @@ def test_unknown_files_in_plain_words(argv, says):
 
 
 def test_tables_of_benchmarks_agree():
-    assert list(evaluate.READERS) == list(evaluate.BENCHES) and set(evaluate.TABLE) <= set(evaluate.BENCHES)
-    assert set(evaluate.MEANS) <= set(evaluate.BENCHES) and set(evaluate.FUNCTIONS) == set(evaluate.COMMANDS)
-    with pytest.raises(ValueError, match="no bench 'sugarcrape': expected all, or one of scenes, "):
+    assert set(evaluate.READERS) == set(evaluate.BENCHES)
+    assert set(evaluate.FUNCTIONS) == set(evaluate.COMMANDS)
+    with pytest.raises(ValueError, match="no bench 'sugarcrape': expected some of scenes, "):
         command(["describe", "sugarcrape"])
 
 
@@ -507,7 +634,7 @@ def test_check_finds_what_run_would_find(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
     (tmp_path / "pairs.csv").write_text("image,caption\nnone.png,a dog\n1.png,a cat\n")
     good = dict(data=str(tmp_path / "pairs.csv"), image_root=str(tmp_path), allow_missing=True)
-    evaluate.check(["scenes", "retrieval"], **good)
+    evaluate.check(["scenes", "scenes_pointing", "retrieval"], **good)
     for benches, changes, says in (
             (["scnes"], {}, "no bench 'scnes'"), (["sugarcrepe"], {"data_dir": str(tmp_path)}, "download sugarcrepe"),
             (["retrieval"], {"image_root": "elsewhere"}, "no image .* can be read"),

@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_leaves
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import losses  # noqa: E402
-from losses import (METHODS as METHOD_TABLE, TERMS, Features, ce_clip_loss, clip_loss, con_clip_loss,  # noqa: E402
-                    concept_columns, degla_loss, extra_terms, first_row, gather_features, gather_together, negclip_loss, npc_loss,
-                    plan_batch, row_counts, share_concepts, siglip_loss, triplet_clip_loss, xac_loss)
-from pooling import concept_similarity  # noqa: E402
+from losses import (METHODS as METHOD_TABLE, TERMS, Features, awc_loss, ce_clip_loss, clic_loss, clip_loss,  # noqa: E402
+                    con_clip_loss, concept_columns, degla_loss, extra_terms, first_row, fisher_weights, gather_features,
+                    gather_together, gift_loss, negclip_loss, npc_loss, pgd_attack, plan_batch, row_counts, share_concepts,
+                    siglip_loss, tecoa_loss, triplet_clip_loss, xac_loss)
+from pooling import concept_similarity, token_similarity  # noqa: E402
 
 
 def unit(*shape, seed, dtype=torch.float64):
@@ -132,9 +133,62 @@ def naive_methods(I, T, N, mask, J, image_mask, s, b, thresholds, teacher):
                     + [(x, y, c in own) for x, own in zip(wrong, swapped)
                        for c, y in enumerate(all_negatives + list(T))]) / (B + sum(map(len, swapped)))
     triplet = contrastive + neg(wrong, all_negatives, list(T), swapped)
-    return {"negclip": {"loss": contrastive}, "ce_clip": {"contrastive": contrastive, "cmr": mean(hinges), "imc": imc},
+    others = naive_tecoa_gift_clic(I, T, N, mask, s, b, teacher)
+    return {**others, "negclip": {"loss": contrastive}, "ce_clip": {"contrastive": contrastive, "cmr": mean(hinges), "imc": imc},
             "degla": {"contrastive": contrastive, "tgc": tgc, "igc": igc, "distill": distill},
             "con_clip": {"loss": con}, "triplet_clip": {"loss": triplet}}, torch.tensor(new, dtype=torch.float64)
+
+
+def naive_tecoa_gift_clic(I, T, N, mask, s, b, teacher):
+    """Row i has caption number i % 5; CLIC's other captions are N, the last of them false."""
+    B, K = mask.shape
+    same = [[j for j in range(B) if j % 5 == i % 5] for i in range(B)]
+    z = [[s * I[i] @ T[j] for j in range(B)] for i in range(B)]
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    def cross_entropy(scores, weights):
+        return sum(weights[n] * naive_choice(scores, n) for n in range(len(scores)) if weights[n])
+
+    def sigmoid(score, true):
+        return torch.log(1 + torch.exp(-(score + b) if true else score + b))
+
+    def share(scores, i, smoothing):
+        return cross_entropy(scores, [(1 - smoothing) * (j in same[i]) / len(same[i]) + smoothing / B for j in range(B)])
+
+    columns = [[z[i][j] for i in range(B)] for j in range(B)]
+    pairs = b is not None and sum(sigmoid(z[i][j], j in same[i]) for i in range(B) for j in range(B)) / B
+    tecoa = mean([share(z[i], i, 0) for i in range(B)]) if b is None else pairs
+    ita = sum(mean([share(side[i], i, 0.2) for i in range(B)]) for side in (z, columns)) if b is None else pairs
+    cd = 0
+    before = [[(s * teacher["image_features"][i] @ teacher["text_features"][j]).detach() for j in range(B)] for i in range(B)]
+    for now, then in ((z, before), (columns, [[before[i][j] for i in range(B)] for j in range(B)])):
+        targets = [(torch.stack(row) / 2).softmax(0) for row in then]
+        cd = cd + 4 * mean([cross_entropy([x / 2 for x in row], target) for row, target in zip(now, targets)])
+    methods = {"tecoa": {"loss": tecoa}, "gift": {"cd": cd, "ita": ita}}
+    if K < 2:
+        return methods
+    N = clic_captions(N, mask)
+    contrasts, choices = [], []
+    for texts in [list(T)] + [list(N[:, k]) for k in range(K - 1)]:
+        scores = [[s * I[i] @ texts[j] for j in range(B)] for i in range(B)]
+        false = [s * I[i] @ N[i, K - 1] for i in range(B)]
+        if b is None:
+            there = mean([naive_choice(scores[i], i) for i in range(B)])
+            back = mean([naive_choice([scores[i][j] for i in range(B)], j) for j in range(B)])
+            contrasts.append((there + back) / 2)
+            choices += [naive_choice([scores[i][i], false[i]], 0) if mask[i, K - 1] else s * 0 for i in range(B)]
+        else:
+            contrasts.append(sum(sigmoid(scores[i][j], i == j) for i in range(B) for j in range(B)) / B)
+            choices += [sigmoid(scores[i][i], True) + (sigmoid(false[i], False) if mask[i, K - 1] else 0) for i in range(B)]
+    uni = mean([((T[i] - N[i, 0]) ** 2).sum() for i in range(B)])
+    return {**methods, "clic": {"pairs": mean(contrasts), "sneg": mean(choices), "uni": uni}}
+
+
+def clic_captions(N, mask):
+    """Of (B, K, D), whose other columns hold true captions: what is not valid there is 0."""
+    return torch.cat([N[:, :-1] * mask[:, :-1, None], N[:, -1:]], dim=1)
 
 
 def our_methods(I, T, N, mask, J, image_mask, s, b, thresholds, teacher, offset=0):
@@ -142,7 +196,12 @@ def our_methods(I, T, N, mask, J, image_mask, s, b, thresholds, teacher, offset=
     common, images = (I, T, N, mask), (J, image_mask)
     ce_clip = ce_clip_loss(*common, thresholds, s, b, offset)
     new = ce_clip.pop("thresholds")
-    return {"negclip": {"loss": negclip_loss(*common, s, b, offset)}, "ce_clip": ce_clip,
+    numbers = torch.arange(len(T)) % 5
+    same = numbers[offset:offset + len(I), None] == numbers
+    others = {"tecoa": {"loss": tecoa_loss(I, T, same, s, b)}, "gift": gift_loss(I, T, teacher, same, s, b)}
+    if mask.shape[1] > 1:
+        others["clic"] = clic_loss(I, T, clic_captions(N, mask), mask, s, b, offset)
+    return {**others, "negclip": {"loss": negclip_loss(*common, s, b, offset)}, "ce_clip": ce_clip,
             "degla": degla_loss(*common, teacher, s, b, offset),
             "con_clip": {"loss": con_clip_loss(*common, *images, s, b, offset)},
             "triplet_clip": {"loss": triplet_clip_loss(*common, *images, s, b, offset)}}, new
@@ -187,6 +246,27 @@ def test_golden_values_of_the_released_loss(name):
         grads = torch.autograd.grad(loss, list(inputs.values()), retain_graph=True, materialize_grads=True)
         for key, grad in zip(inputs, grads):
             assert (grad - torch.from_numpy(golden[prefix + key])).abs().max() < 1e-6, prefix + key
+
+
+def test_golden_values_of_the_released_clic_gift_and_tecoa():
+    """Inputs at random, and what the three released codes made of them: losses, and the pixels of an attack."""
+    golden = {name: torch.from_numpy(x) for name, x in np.load(HERE / "fixtures" / "clic_gift_tecoa.npz").items()}
+    I, T, N, s = (golden[name] for name in ("image_features", "text_features", "caption_features", "logit_scale"))
+    numbers = golden["caption_numbers"]
+    teacher = {"image_features": golden["teacher_image_features"], "text_features": golden["teacher_text_features"]}
+    found = clic_loss(I, T, N, torch.ones(N.shape[:2], dtype=torch.bool), s)
+    found |= gift_loss(I, T, teacher, numbers[:, None] == numbers, s)
+    needs = fisher_weights([golden["gradients"]])
+    found["awc"] = awc_loss([golden["parameters"]], [golden["anchors"]], needs)
+    for name, loss in found.items():
+        assert abs(loss - golden[name]) < 1e-10, name
+
+    def loss(pixels):
+        features = F.normalize(((pixels - 0.4) / 0.3).flatten(1) @ golden["weight"], dim=-1)
+        return tecoa_loss(features, T, torch.eye(len(T), dtype=torch.bool), s)
+
+    attacked = pgd_attack(golden["pixels"], golden["noise"], loss, 2 / 255, 5)
+    assert (attacked - golden["attacked"]).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("sigmoid", [True, False])
@@ -263,8 +343,9 @@ def test_plan_by_hand():
         assert torch.equal(labels, with_pairs.labels)
         assert columns.flatten().tolist() == with_pairs.given.tolist()
     mask = torch.tensor([[True], [False]])
-    plain = plan_batch(2, negative_mask=mask)
+    plain = plan_batch(2, negative_mask=mask, unit_mask=~mask)
     assert plain.rows == [2] and plain.labels is None and torch.equal(plain.negative_mask, mask)
+    assert torch.equal(plain.unit_mask, ~mask)
     none = torch.zeros(0, dtype=torch.int64)
     empty = plan_batch(2, none, none.view(0, 2), none.view(0, 4), multiple=8)
     assert empty.tokens.shape == (8, 4) and empty.labels.shape == (2, 0) and empty.pairs == 0
@@ -287,13 +368,25 @@ def test_methods_are_their_losses(sigmoid):
     expected = {"siglip": {"contrastive": plain}, "clip": {"contrastive": plain},
                 "c2lip": {"contrastive": plain, **concepts},
                 "ce_clip": {**ours["ce_clip"], "thresholds": thresholds}, "degla": ours["degla"]}
-    expected |= {name: {"contrastive": ours[name]["loss"]} for name in ("negclip", "con_clip", "triplet_clip")}
-    assert METHOD_TABLE.keys() == expected.keys()
-    for name, method in METHOD_TABLE.items():
+    expected |= {name: {"contrastive": ours[name]["loss"]} for name in ("negclip", "con_clip", "triplet_clip", "tecoa")}
+    expected |= {"gift": {"contrastive": plain}, "clic": clic_loss(I, T, x["N"], x["mask"], s, b)}
+    for name in expected:
+        method = METHOD_TABLE[name]
         terms = method.loss(given)
-        assert terms.keys() == expected[name].keys() and {"contrastive", *method.weights} <= terms.keys()
+        assert terms.keys() == expected[name].keys()
+        assert {"contrastive", *method.weights} <= terms.keys() or name in ("gift", "clic")     # which take turns
         assert all(torch.equal(terms[term], expected[name][term]) for term in terms)
         assert set(terms) <= {"contrastive", "thresholds", *TERMS}
+    replayed = METHOD_TABLE["gift"].loss(replace(given, replayed=True))
+    assert replayed == ours["gift"] and replayed.keys() | {"awc"} == METHOD_TABLE["gift"].weights.keys()
+    single = METHOD_TABLE["clic"].loss(replace(given, negative_features=None, negative_mask=None))
+    assert single == {"contrastive": plain}
+    two_rows = torch.tensor([0, 1, 0, 2, 3])
+    same = replace(given, caption_labels=two_rows[:, None] == two_rows)
+    assert METHOD_TABLE["tecoa"].loss(same)["contrastive"] == tecoa_loss(I, T, same.caption_labels, s, b)
+    z, shift = s * I @ T.T, 0 if b is None else b
+    naive = naive_sigmoid(z + shift, same.caption_labels, 5) if sigmoid else naive_softmax(z, same.caption_labels)
+    assert abs(METHOD_TABLE["gift"].loss(same)["contrastive"] - naive) < 1e-12
     extra = extra_terms(given, {"npc": 1.0, "xac": 0.01, "distill": 0.5, "cmr": 1.0})
     assert extra.keys() == {"npc", "xac", "distill"} and extra["npc"] == concepts["npc"]
     assert torch.equal(extra["distill"], ours["degla"]["distill"])
@@ -388,6 +481,52 @@ def test_methods_equal_their_closed_forms():
     released = (CE(logits, torch.arange(2 * B)) + CE(logits.T[:2 * B], torch.arange(2 * B))) / 2
     ours = negclip_loss(images, texts, torch.cat([n, negatives])[:, None], torch.ones(2 * B, 1).bool(), s)
     assert abs(ours - released) < 1e-12
+
+
+def test_weights_that_a_loss_needs_stay():
+    """GIFT: the Fisher information of a batch, 1 in the mean of each parameter, times squared distances."""
+    shapes = [(3, 4), (5,), (2, 2)]
+    gradients = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    gradients[2].zero_()    # a parameter that the loss does not need at all
+    parameters = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    anchors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    expected = 0.0
+    for gradient, parameter, anchor in zip(gradients[:2], parameters, anchors):
+        mean = sum(x.item() ** 2 for x in gradient.flatten()) / gradient.numel()
+        for x, p, a in zip(gradient.flatten(), parameter.flatten(), anchor.flatten()):
+            expected += (x * x / mean * (p - a) ** 2).item()
+    needs = fisher_weights(gradients)
+    loss = awc_loss(parameters, anchors, needs)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    for p, a, need, slope in zip(parameters, anchors, needs, torch.autograd.grad(loss, parameters)):
+        torch.testing.assert_close(slope, 2 * need * (p - a).detach())
+    assert needs[0].mean().item() == pytest.approx(1) and needs[2].count_nonzero() == 0
+
+
+def test_an_attack_stays_in_its_cube_and_depends_on_no_other_image():
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.rand(4, 3, 5, 5, generator=g, dtype=torch.float64)
+    noise = torch.randint(256, pixels.shape, generator=g, dtype=torch.uint8)
+    slope, epsilon = torch.randn(pixels.shape, generator=g, dtype=torch.float64), 4 / 255
+    start = pgd_attack(pixels, noise, None, epsilon, 0)     # no step: the random start alone
+    assert torch.equal(start, (pixels + epsilon * (noise.double() / 127.5 - 1)).clamp(0, 1))
+    one = pgd_attack(pixels, noise, lambda x: (x * slope).sum(), epsilon, 1)
+    torch.testing.assert_close(one, (start + slope.sign() / 255).clamp(pixels - epsilon, pixels + epsilon).clamp(0, 1))
+    # of a linear loss the highest point of the cube is a corner, which enough steps reach
+    corner = (pixels + epsilon * slope.sign()).clamp(0, 1)
+    torch.testing.assert_close(pgd_attack(pixels, noise, lambda x: (x * slope).sum(), epsilon, 8), corner)
+    weight = torch.randn(75, 6, generator=g, dtype=torch.float64)
+    texts, same = unit(4, 6, seed=1), torch.eye(4, dtype=torch.bool)
+
+    def loss(x, rows=slice(None)):
+        return tecoa_loss(F.normalize(x.flatten(1) @ weight, dim=-1), texts, same[rows], 20.0)
+
+    attacked = pgd_attack(pixels, noise, loss, epsilon, 3)
+    assert loss(attacked) > loss(pixels) and not attacked.requires_grad
+    for i in range(4):
+        rows = slice(i, i + 1)
+        alone = pgd_attack(pixels[rows], noise[rows], lambda x: loss(x, rows), epsilon, 3)
+        assert torch.equal(alone, attacked[rows])
 
 
 def test_ce_clip_thresholds_stay_between_0_and_10():
@@ -570,7 +709,7 @@ def test_no_loss_waits_for_a_gpu(method, softmax, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)  # there is no GPU
     mask, image_mask = torch.rand(4, 2) < 0.6, torch.tensor([True, False, True, True])
     plan = plan_batch(4, torch.tensor([5, 6, 7, -1]), torch.tensor([[0, 0], [1, 1], [2, 2], [3, 0], [-1, 0]]),
-                      torch.ones(4, 3, dtype=torch.int64), negative_mask=mask)
+                      torch.ones(4, 3, dtype=torch.int64), negative_mask=mask, unit_mask=mask)
     # the backward of fake CUDA tensors needs a GPU; on fake CPU tensors it is the same one
     for device in ("cuda", "cpu"):
         with FakeTensorMode(allow_non_fake_inputs=True), ToCPU() as to_cpu:
@@ -585,16 +724,23 @@ def test_no_loss_waits_for_a_gpu(method, softmax, monkeypatch):
                 concepts, placed.labels, concept_similarity(features(4, 6), concepts), plan.pairs,
                 features(4, 2), placed.negative_mask, features(4), image_mask,
                 {"image_features": features(4).detach(), "text_features": features(4).detach(),
-                 "negative_features": features(4, 2).detach()}, torch.zeros(2, device=device))
+                 "negative_features": features(4, 2).detach()}, torch.zeros(2, device=device),
+                caption_similarity=concept_similarity(features(4, 6), features(4)),
+                paraphrase_features=features(4), paraphrase_mask=torch.tensor([True, False, True, True]),
+                word_similarity=token_similarity(features(4, 6), features(4, 15)).view(4, 3, 5),
+                word_mask=torch.ones(4, 3, 5, dtype=torch.bool), unit_features=features(4, 2),
+                foil_features=features(4, 2), unit_mask=placed.unit_mask)
             terms = METHOD_TABLE[method].loss(inputs)
             terms.pop("thresholds", None)
-            terms |= extra_terms(inputs, {"npc": 1, "xac": 1, "distill": 1})
+            terms |= extra_terms(inputs, dict.fromkeys(TERMS, 1))
+            if method == "gift":
+                terms |= METHOD_TABLE[method].loss(replace(inputs, replayed=True))
             assert all(x.device.type == device for x in terms.values()) and not to_cpu.found
             if device == "cpu":
                 sum(terms.values()).backward()
             with pytest.raises(Exception, match="aten"):  # so it would be found
-                terms["contrastive"].item()
-            terms["contrastive"].detach().cpu()
+                terms["npc"].item()
+            terms["npc"].detach().cpu()
             assert len(to_cpu.found) == (device == "cuda")
 
 
@@ -676,9 +822,9 @@ CASES = [(batch, kind, dedupe, term) for batch in BATCHES for kind in ("sigmoid"
          for dedupe in (True, False) for term in ("contrastive", "npc", "xac", "total")]
 CASES += [(batch, kind, how, "total") for batch in BATCHES for kind in ("sigmoid", "softmax")
           for how in ("span", "shared", "plan", "plan for spans", "plan for pairs")]
-METHODS = ("negclip", "ce_clip", "degla", "con_clip", "triplet_clip")
+METHODS = ("negclip", "ce_clip", "degla", "con_clip", "triplet_clip", "tecoa", "gift", "clic")
 CASES += [(masks, kind, K, method) for masks, K in [("some", 3), ("some", 1), ("none", 2), ("none", 0)]
-          for kind in ("sigmoid", "softmax") for method in METHODS]
+          for kind in ("sigmoid", "softmax") for method in METHODS if method != "clic" or K > 1]
 
 
 class Towers(torch.nn.Module):

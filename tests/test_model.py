@@ -1176,6 +1176,24 @@ def test_trimming_is_exact_for_clip_and_refused_for_siglip(clip_tokenizer, sigli
         nano(siglip_tokenizer).encode_text(torch.zeros(1, 8, dtype=torch.long))
 
 
+def test_words_are_all_tokens_but_padding_and_start(clip_tokenizer, siglip_tokenizer):
+    """And forward's outputs of them are those of encode_text; with spans as well."""
+    for model in (small_clip(clip_tokenizer).double(), nano(siglip_tokenizer).double()):
+        texts = ["a red dog", "", "a dog"]
+        tokens = model.tokenize(texts, trim=True)
+        lengths = [len(encoding.ids) for encoding in model.tokenize.encode(texts)]
+        expected = torch.zeros_like(tokens, dtype=torch.bool)
+        for row, length in enumerate(lengths):
+            expected[row, model.config.family == "clip":length] = True
+        assert torch.equal(model.tokenize.word_mask(texts, tokens.shape[1]), expected) and expected.any(1).all()
+        images, spans = inputs(model)[0][:1].double(), torch.tensor([[[1, 3]]])
+        out = model(images, tokens[:1], spans=spans, negative_tokens=tokens[None, 1:], return_words=True)
+        features, outputs = model.encode_text(tokens, normalize=True, return_tokens=True)
+        torch.testing.assert_close(out["word_features"][0], F.normalize(outputs, dim=-1))
+        torch.testing.assert_close(torch.cat([out["text_features"], out["negative_features"][0]]), features)
+        torch.testing.assert_close(out["concept_features"][0], F.normalize(outputs[0, 1:3].mean(0), dim=-1))
+
+
 def test_forward_and_checkpoint(tmp_path, siglip_tokenizer):
     model = nano(siglip_tokenizer, context_length=24)
     images, tokens = inputs(model)

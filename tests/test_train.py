@@ -281,10 +281,33 @@ def test_bfloat16_stays_near_float32(tmp_path):
     assert all(p.dtype == torch.float32 for p in CLIP.load(tmp_path / "last.pt").parameters())
 
 
+def test_weights_in_bfloat16_lose_small_updates(tmp_path):
+    """With a rate of 1e-5, as the released code trains, Adam's first step is at most 1e-5 (and the decay 1e-6 w).
+    That is less than half a step of bfloat16 above 2**-8: such weights stay, and smaller ones move."""
+    base = ["--batch-size", 32, "--bench", "none", "--dtype", "pure-bfloat16", "--warmup", 0]
+    run("train.py", *base, "--steps", 1, "--lr", 1e-12, "--out-dir", tmp_path / "before")
+    run("train.py", *base, "--steps", 1, "--lr", 1e-5, "--out-dir", tmp_path / "after")
+    before = CLIP.load(tmp_path / "before" / "last.pt").state_dict()
+    after = torch.load(tmp_path / "after" / "last.pt", weights_only=True)["model"]
+    moved = {"small": 0, "large": 0}
+    for name, weight in after.items():
+        assert weight.dtype == torch.bfloat16, name
+        old = before[name].float()
+        is_other = weight.float() != old
+        moved["large"] += int(is_other[old.abs() > 2**-8].sum())
+        moved["small"] += int(is_other[(old.abs() > 0) & (old.abs() < 2**-9)].sum())
+    assert moved["large"] == 0
+    assert moved["small"] > 10_000
+
+
 # ------------------------------------------------------------------------------------------------- every method
 
-METHOD_RUNS = [("ce_clip",), ("degla", "--loss", "clip"), ("con_clip", "--relations", "1"),
-               ("triplet_clip", "--loss", "clip"), ("c2lip", "--concept-features", "span", "--distill-weight", "0.1")]
+METHOD_RUNS = [("tecoa",), ("gift", "--loss", "clip"), ("clic", "--loss", "clip"),
+               ("ce_clip",), ("degla", "--loss", "clip"), ("con_clip", "--relations", "1"),
+               ("triplet_clip", "--loss", "clip"), ("c2lip", "--concept-features", "span", "--distill-weight", "0.1"),
+               ("siglip", "--caption-xac-weight", "0.5", "--paraphrase-weight", "0.5", "--relations", "0.5"),
+               ("fsc_clip",), ("fsc_clip", "--loss", "clip", "--npc-weight", "1", "--concept-features", "span"),
+               ("cs_clip", "--relations", "0.5")]
 
 
 @pytest.mark.slow
@@ -295,14 +318,44 @@ def test_methods_do_not_depend_on_processes_and_parts(exact, tmp_path, method):
     whole = [r for r in map(json.loads, open(exact(*extra) / "log.jsonl")) if "loss" in r]
     parts = [r for r in map(json.loads, open(tmp_path / "log.jsonl")) if "loss" in r]
     assert len(whole) == len(parts) == 6
-    terms = {"ce_clip": 3, "degla": 4, "con_clip": 1, "triplet_clip": 1, "c2lip": 4}[method[0]]
-    names = [k for k in list(whole[0]) if k in ("contrastive", "npc", "xac", "cmr", "imc", "tgc", "igc", "distill")]
+    terms = {"ce_clip": 3, "degla": 4, "con_clip": 1, "triplet_clip": 1, "c2lip": 4, "siglip": 3, "fsc_clip": 4 if "clip" in method else 3,
+             "cs_clip": 2, "tecoa": 1, "gift": 4, "clic": 4}[method[0]]
+    names = [k for k in list(whole[-1]) if k == "contrastive" or k in TERMS]
     assert len(names) == terms
     for a, b in zip(whole, parts):
-        for name in [*names, "loss", "grad_norm"]:
+        for name in {*names, "loss", "grad_norm"} & a.keys():
             assert a[name] == pytest.approx(b[name], rel=1e-8, abs=1e-12), name
     ours, theirs = weights(tmp_path), weights(exact(*extra))
     assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-7) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tecoa", "gift", "clic"])
+def test_methods_resume_bit_equal(tmp_path, method):
+    """From an odd step: what comes next is a batch of single images for clic."""
+    args = [*SMALL, "--method", method, "--steps", 8, "--save-every", 5, "--keep", 2]
+    run("train.py", *args, "--out-dir", tmp_path / "a")
+    run("train.py", *args, "--out-dir", tmp_path / "b", "--resume", tmp_path / "a" / "step_00000005.pt")
+    assert curve(tmp_path / "b") == curve(tmp_path / "a")[5:]
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("method, terms", [
+    ("tecoa", {"contrastive"}), ("gift", {"contrastive", "cd", "ita", "awc"}),
+    ("clic", {"contrastive", "pairs", "sneg", "uni"})])
+def test_methods_beside_compositionality_on_pairs(tmp_path, method, terms):
+    """Photographs of both shapes, some of equal captions, some unreadable; they learn, and freeze what they say."""
+    flags = varied_pairs(tmp_path)[:6]
+    extra = ["--replay", tmp_path / "pairs.csv"] if method == "gift" else []
+    run("train.py", *flags, *SMALL, *extra, "--preset", "nano", "--init", "scratch", "--method", method, "--steps", 6,
+        "--save-every", 1, "--keep", 6, "--out-dir", tmp_path / "out")
+    rows = [r for r in map(json.loads, open(tmp_path / "out" / "log.jsonl")) if "loss" in r]
+    assert len(rows) == 6 and terms <= rows[-1].keys()
+    first, last = (torch.load(tmp_path / "out" / f"step_0000000{n}.pt")["model"] for n in (1, 6))
+    moved = {name.split(".")[0] for name in first if not torch.equal(first[name], last[name])}
+    frozen = {"tecoa": "text", "clic": "visual"}.get(method)
+    assert moved >= {"visual", "text"} - {frozen} and frozen not in moved
 
 
 def test_method_weights_are_the_published_ones(exact):
@@ -313,6 +366,28 @@ def test_method_weights_are_the_published_ones(exact):
     degla = arguments("degla", "--loss", "clip")
     assert [degla[k] for k in ("tgc_weight", "igc_weight", "distill_weight", "ema")] == [0.1, 0.1, 0.005, 0.9996]
     assert arguments("con_clip", "--relations", "1")["freeze"] == "visual"
+    assert METHODS["fsc_clip"].weights == {"ghn": 0.5, "lhn": 0.2} and METHODS["cs_clip"].weights == {"units": 0.5}
+
+
+def test_captions_and_concepts_are_pooled_together(exact):
+    """The terms of c2lip do not change where captions are queries as well; at the first step all weights are equal."""
+    alone, both = exact(), exact("--caption-xac-weight", "0.5")
+    for term in ("contrastive", "npc", "xac"):
+        assert curve(both, term)[0] == pytest.approx(curve(alone, term)[0], rel=1e-12)
+    assert curve(both, "loss")[0] == pytest.approx(curve(alone, "loss")[0] + 0.5 * curve(both, "caption_xac")[0], rel=1e-12)
+
+
+def test_paraphrases_need_several_captions(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
+    for name, caption in (("one", ["a wall", "a wall"]), ("two", ["a wall", "a black wall"])):
+        rows = [json.dumps({"image": "0.png", "caption": caption if i % 2 else "a door"}) for i in range(64)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    common = ["--image-root", tmp_path, "--preset", "nano", "--paraphrase-weight", "0.5", "--out-dir", tmp_path / "out"]
+    says = mistake("--data", tmp_path / "one.jsonl", *common)
+    assert "none of the first 64 rows" in says and "--caption-key" in says
+    done = run("train.py", *SMALL, "--data", tmp_path / "two.jsonl", *common)
+    assert "32 of the first 64 rows have a second caption" in done.stdout
+    assert all(x > 0 for x in curve(tmp_path / "out", "paraphrase"))
 
 
 def test_concept_count_changes_the_divisor_of_both_terms_alone(exact, tmp_path):
@@ -1139,6 +1214,10 @@ def test_exact_decoding_differs_by_a_little(tmp_path):
     ("train.py", ["--resume", "none.pt"], 1, "no checkpoint at none.pt"),
     ("train.py", ["--tokenizer", "none.json"], 1, "none.json"),
     ("train.py", ["--steps", "40", "--lr", "1e12", "--warmup", "1"], 1, "last good checkpoint"),
+    ("train.py", ["--replay", "x.csv"], 2, "--method c2lip has no use for it"),
+    ("train.py", ["--method", "gift", "--cd-weight", "0", "--ita-weight", "0"], 2, "give one of them a weight above 0"),
+    ("train.py", ["--cmr-weight", "0.2"], 2, "--cmr-weight 0.2: --method c2lip has no such term. It takes caption_xac,"),
+    ("train.py", ["--attack-steps", "0"], 2, "--attack-steps 0: expected a number above 0"),
     ("evaluate.py", [], 1, "give what to evaluate"),
     ("evaluate.py", ["--checkpoint", "x.pt", "--bench", "sugarcrape"], 1, "no bench 'sugarcrape': expected"),
     ("evaluate.py", ["--checkpoint", "README.md"], 1, "README.md holds no readable weights"),
@@ -1158,7 +1237,7 @@ def test_help_does_not_import_torch():
     imported = [line.split("|")[-1].strip() for line in done.stderr.splitlines()]
     assert done.returncode == 0 and not {"torch", "timm", "torchvision", "numpy"} & set(imported)
     for term, text in TERMS.items():
-        assert f"--{term}-weight" in done.stdout and text[:20] in " ".join(done.stdout.split())
+        assert f"--{term.replace('_', '-')}-weight" in done.stdout and text[:20] in " ".join(done.stdout.split())
     assert all(name in done.stdout for name in METHODS)
 
 

@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import concepts  # noqa: E402
+from test_concepts import NLTKExtractor  # noqa: E402
 
 
 def spacy_chunker(name):
@@ -77,7 +78,7 @@ def main():
     args = parser.parse_args()
     lines = [line for line in Path(args.captions).read_text(encoding="utf-8").splitlines() if line.strip()]
     captions = (lines * (args.count // len(lines) + 1))[:args.count]
-    fast, readable = concepts.ConceptExtractor(), concepts.ConceptExtractor(fast=False)
+    fast, readable = concepts.ConceptExtractor(), NLTKExtractor()
     spacy_path, spacy_name = spacy_chunker(args.spacy_model)
 
     def cold(captions):

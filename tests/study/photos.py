@@ -17,9 +17,21 @@ of its own, --jobs at once. Judged are, on the test photographs:
                  class (concepts.substitute_negatives)
     negations    ... with one statement negated (concepts.negate)
 
-The last three are made by rules: some are odd as sentences, and a few are true of the photograph.
-They are the same for all arms. Chance is 50 %, a tie counts as wrong. Finished runs are kept:
-started again, the script goes on where it was.
+and with --coco DIR, a folder as evaluate.py's --data-dir, on whatever of COCO val2017 is there:
+
+    sugarcrepe   by evaluate.py: the items whose photographs are there
+    pointing     by evaluate.py: the patch most similar to a category lies in a box of it
+
+Each of swaps, substitutes and negations is also judged with another photograph, drawn at random, in
+place of the caption's own. What a model still gets right then it knows from the text alone.
+
+Swaps, substitutes and negations are made by rules: some are odd as sentences, and a few are true of
+the photograph. They are the same for all arms. Chance is 50 %, a tie counts as wrong. Finished runs
+are kept: started again, the script goes on where it was.
+
+Two arms fine-tune: "plain, on" and "c2lip, on" begin with the weights of the arm plain of their
+seed, and take --tune-steps steps at a third of the rate. "plain, longer" takes --longer times the
+steps: as long as c2lip, whose concepts cost time.
 """
 import argparse
 import csv
@@ -35,6 +47,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -44,14 +57,19 @@ from concepts import (extract_batch, negate, substitute_negatives, swap_negative
 from data import load_image, train_tokenizer  # noqa: E402
 from model import CLIP, MODELS  # noqa: E402
 
-ARMS = {  # flags of train.py beside those that all arms share; --loss is shared
+ARMS = {  # flags of train.py after those that all arms share
     "plain": [],
+    "plain, longer": [],
+    "clip": ["--method", "clip", "--loss", "clip"],
     "c2lip": ["--method", "c2lip"],
     "npc": ["--method", "c2lip", "--xac-weight", "0"],
     "xac": ["--method", "c2lip", "--npc-weight", "0", "--xac-weight", "1"],
     "negclip": ["--method", "negclip"],
     "ce_clip": ["--method", "ce_clip"],
+    "plain, on": [],
+    "c2lip, on": ["--method", "c2lip"],
 }
+TUNED = ("plain, on", "c2lip, on")
 SWAPS = ("noun", "adjective", "verb", "phrase")
 SUBSTITUTES = ("attribute", "noun", "number", "preposition")
 RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
@@ -154,7 +172,7 @@ def interval(right, photographs, samples=1000, seed=0):
 
 
 def judge_items(checkpoint, items, image_folder, device):
-    """{kind: {"accuracy", "low", "high", "n"}} of a model on all items."""
+    """{kind, or kind with another photograph: {"accuracy", "low", "high", "n"}} of a model."""
     model = CLIP.load(checkpoint).eval().to(device)
     image_rows, text_rows = {}, {}  # name or text: its row among the features
     for some in items.values():
@@ -163,34 +181,57 @@ def judge_items(checkpoint, items, image_folder, device):
             text_rows.setdefault(caption, len(text_rows))
             text_rows.setdefault(wrong, len(text_rows))
     images, texts = encode_all(model, device, list(image_rows), image_folder, list(text_rows))
+    others = another_of_each(len(images))  # (M,)
     results = {}
     for kind, some in items.items():
         if not some:  # in a small table
             continue
-        photographs = [image_rows[image] for image, _, _ in some]
+        photographs = torch.tensor([image_rows[image] for image, _, _ in some])  # (n,)
         captions = texts[[text_rows[caption] for _, caption, _ in some]]  # (n, D)
         wrongs = texts[[text_rows[wrong] for _, _, wrong in some]]  # (n, D)
-        margins = (images[photographs] * (captions - wrongs)).sum(1)
-        is_right = (margins > 0).double().numpy()
-        low, high = interval(is_right, photographs)
-        results[kind] = {"accuracy": is_right.mean(), "low": low, "high": high, "n": len(some)}
+        for name, shown in ((kind, photographs), (f"{kind}, another", others[photographs])):
+            margins = (images[shown] * (captions - wrongs)).sum(1)
+            is_right = (margins > 0).double().numpy()
+            low, high = interval(is_right, photographs.numpy())
+            results[name] = {"accuracy": is_right.mean(), "low": low, "high": high, "n": len(some)}
     return results
 
 
+def another_of_each(count, seed=0):
+    """For each of so many photographs the number of another one: a random ring through all."""
+    ring = np.random.default_rng(seed).permutation(count)
+    others = np.empty(count, dtype=np.int64)
+    others[ring] = np.roll(ring, 1)
+    return torch.from_numpy(others)
+
+
 # ---- one run ---------------------------------------------------------------
+def steps_of(args, arm):
+    """How many steps an arm takes."""
+    if arm in TUNED:
+        return args.tune_steps
+    if arm == "plain, longer":
+        return round(args.steps * args.longer)
+    return args.steps
+
+
 def train(args, arm, seed, folder, deadline):
     """train.py until its last step, or until the deadline, at which it saves and ends."""
-    arm_flags = ARMS[arm] or ["--method", args.loss]
+    steps, lr = steps_of(args, arm), args.lr
+    start = ["--model", args.model, "--init", "scratch",
+             "--tokenizer", str(args.output / "tokenizer.json")]
+    if arm in TUNED:
+        lr = args.lr / 3
+        start = ["--preset", "c2lip", "--init", str(args.output / f"plain-{seed}" / "last.pt")]
     command = [
-        sys.executable, "train.py", "--out-dir", str(folder), "--resume", "auto", *arm_flags,
-        "--loss", args.loss, "--seed", str(seed), "--model", args.model, "--init", "scratch",
-        "--tokenizer", str(args.output / "tokenizer.json"),
+        sys.executable, "train.py", "--out-dir", str(folder), "--resume", "auto", *start,
+        "--method", args.loss, "--loss", args.loss, "--seed", str(seed),
         "--data", str(args.output / "train.csv"), "--image-root", str(args.data / "images"),
-        "--steps", str(args.steps), "--batch-size", str(args.batch_size), "--lr", str(args.lr),
+        "--steps", str(steps), "--batch-size", str(args.batch_size), "--lr", str(lr),
         "--weight-decay", "0.2", "--beta2", "0.98", "--grad-clip", "1",
-        "--warmup", str(args.steps // 20), "--eval-every", "0", "--log-every", "20",
+        "--warmup", str(steps // 20), "--eval-every", "0", "--log-every", "20",
         "--workers", str(args.workers), "--device", args.device, "--dtype", args.dtype,
-        "--compile" if args.compile else "--no-compile"]
+        "--compile" if args.compile else "--no-compile", *ARMS[arm]]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
@@ -208,35 +249,63 @@ def train(args, arm, seed, folder, deadline):
         raise RuntimeError(f"{folder.name}: train.py wrote no checkpoint\n{tail}")
 
 
-def retrieval(args, folder):
-    """{"i2t_r1": {"accuracy", ...}, ...} by evaluate.py."""
-    path = folder / "retrieval.json"
-    command = [
-        sys.executable, "evaluate.py", "--checkpoint", str(folder / "last.pt"),
-        "--bench", "retrieval", "--data", str(args.data / "test.csv"),
-        "--image-root", str(args.data / "images"), "--device", args.device, "--json", str(path)]
+def steps_done(folder):
+    """The step of a run's last checkpoint; 0 without one."""
+    path = folder / "last.pt"
+    if not path.exists():
+        return 0
+    return torch.load(path, mmap=True, weights_only=True)["step"]
+
+
+def evaluated(args, folder, bench, *flags):
+    """{subset: {"accuracy", "low", "high", "n", "chance"}} of a run, by evaluate.py."""
+    path = folder / f"{bench}.json"
+    command = [sys.executable, "evaluate.py", "--checkpoint", str(folder / "last.pt"),
+               "--bench", bench, "--device", args.device, "--json", str(path), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{folder.name}: evaluate.py: {done.stderr[-1500:]}")
-    results = json.loads(path.read_text())["results"]["retrieval"]
-    figures = ("accuracy", "low", "high", "n", "chance")
-    return {name: {key: results[name][key] for key in figures} for name in RECALLS}
+    figures = {}
+    for subset, result in json.loads(path.read_text())["results"][bench].items():
+        kept = ("accuracy", "low", "high", "n", "chance")
+        figures[subset] = {key: result[key] for key in kept}
+    return figures
+
+
+def benchmarks(args, folder):
+    """Retrieval, and what there is of COCO: {name: figures}."""
+    found = evaluated(args, folder, "retrieval", "--data", str(args.data / "test.csv"),
+                      "--image-root", str(args.data / "images"))
+    figures = {name: found[name] for name in RECALLS}
+    if args.coco is None:
+        return figures
+    where = ["--data-dir", str(args.coco), "--allow-missing"]
+    found = evaluated(args, folder, "sugarcrepe", *where)
+    for name in ("replace", "swap", "add", "micro"):
+        figures[f"sugarcrepe {name}"] = found[name]
+    boxes = args.coco / "coco" / "boxes.json"
+    if boxes.exists():
+        where += ["--data", str(boxes)]
+    figures["pointing"] = evaluated(args, folder, "pointing", *where)["coco"]
+    return figures
 
 
 def one_run(args, arm, seed, items, deadline):
     """The result of an arm and a seed: from its file if it is there, else trained and judged."""
-    folder = args.output / f"{arm}-{seed}"
+    folder = args.output / f"{arm.replace(', ', '-')}-{seed}"
     path = folder / "result.json"
     settings = {name: str(getattr(args, name)) for name in SETTINGS}
     if path.exists():
         result = json.loads(path.read_text())
-        if result["settings"] == settings and result["steps"] == args.steps:
+        if result["settings"] == settings and result["steps"] == steps_of(args, arm):
             return result
-    began = time.monotonic()
-    train(args, arm, seed, folder, deadline)
-    seconds = time.monotonic() - began
-    steps = torch.load(folder / "last.pt", mmap=True, weights_only=True)["step"]
-    figures = retrieval(args, folder)
+    seconds = None  # unknown of a run that was complete, but for its figures
+    if steps_done(folder) < steps_of(args, arm):
+        began = time.monotonic()
+        train(args, arm, seed, folder, deadline)
+        seconds = time.monotonic() - began
+    steps = steps_done(folder)
+    figures = benchmarks(args, folder)
     figures |= judge_items(folder / "last.pt", items, args.data / "images", args.device)
     result = {"arm": arm, "seed": seed, "steps": steps, "seconds": seconds, "settings": settings,
               "figures": figures}
@@ -287,8 +356,10 @@ def write_report(args, results, photographs):
     """table.md, from whatever is there so far -> its text."""
     runs = []
     for result in results:
-        runs.append(f"{result['arm']}, seed {result['seed']}: {result['steps']:,} steps in "
-                    f"{result['seconds']:.0f} s")
+        run = f"{result['arm']}, seed {result['seed']}: {result['steps']:,} steps"
+        if result["seconds"] is not None:
+            run += f" in {result['seconds']:.0f} s"
+        runs.append(run)
     passes = args.steps * args.batch_size / photographs
     text = f"""{args.model} from random weights, --loss {args.loss}, {args.steps:,} steps of \
 {args.batch_size} at {args.lr:g}: {passes:.0f} passes over {photographs:,} photographs.
@@ -311,11 +382,16 @@ def parse_arguments():
     flag("--output", type=Path, default=Path("out/photos"), help="folder of runs and table.md")
     flag("--prepare", type=Path, metavar="DIR", help="write a small copy of --data there, and end")
     flag("--pixels", type=int, default=128, help="of the photographs of that copy (128)")
-    flag("--arms", default="plain,c2lip", help=f"some of {', '.join(ARMS)}, joined by commas")
+    flag("--coco", type=Path, help="folder with sugarcrepe/ and coco/val2017/, as --data-dir of "
+         "evaluate.py; with coco/boxes.json also pointing")
+    flag("--arms", nargs="+", default=["plain", "c2lip"], choices=ARMS, metavar="ARM",
+         help=f"some of: {' / '.join(ARMS)}")
     flag("--loss", choices=("siglip", "clip"), default="siglip", help="sigmoid or softmax")
     flag("--seeds", type=int, default=3, help="runs of each arm, with seeds 0, 1, ... (3)")
     flag("--model", default="micro", choices=MODELS, metavar="NAME", help="in model.MODELS (micro)")
     flag("--steps", type=int, default=1000, help="of each run (1000)")
+    flag("--tune-steps", type=int, default=300, help="of each run that fine-tunes (300)")
+    flag("--longer", type=float, default=1.5, help="of 'plain, longer', in --steps (1.5)")
     flag("--batch-size", type=int, default=128, help="of each step (128)")
     flag("--lr", type=float, default=1e-3, help="peak learning rate (1e-3)")
     flag("--workers", type=int, default=0, help="processes of each run that read photographs (0)")
@@ -325,10 +401,6 @@ def parse_arguments():
     flag("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if has_gpu else "float32")
     flag("--compile", action="store_true", help="torch.compile: pays in long runs only")
     args = parser.parse_args()
-    args.arms = args.arms.split(",")
-    unknown = set(args.arms) - set(ARMS)
-    if unknown:
-        parser.error(f"--arms {','.join(unknown)}: expected some of {', '.join(ARMS)}")
     return args
 
 
@@ -350,6 +422,8 @@ def main():
     began = time.monotonic()
     deadline = began + 60 * args.minutes
     args.data, args.output = args.data.resolve(), args.output.resolve()
+    if args.coco is not None:
+        args.coco = args.coco.resolve()
     args.output.mkdir(parents=True, exist_ok=True)
     rows = prepare_output(args)
     photographs = len({row["image"] for row in rows})
@@ -366,16 +440,18 @@ def main():
             return None
 
     results = []
-    with ThreadPoolExecutor(args.jobs) as pool:
-        every = [(arm, seed) for seed in range(args.seeds) for arm in args.arms]
-        for future in as_completed([pool.submit(run, *some) for some in every]):
-            result = future.result()
-            if result is not None:
-                results.append(result)
-                write_report(args, results, photographs)
-                seconds = time.monotonic() - began
-                print(f"[{seconds:5.0f} s] {result['arm']}, seed {result['seed']}: trained "
-                      f"{result['seconds']:.0f} s; {len(results)} of {len(every)} done", flush=True)
+    every = [(arm, seed) for seed in range(args.seeds) for arm in args.arms]
+    tuned = [some for some in every if some[0] in TUNED]    # after all others: they begin with them
+    with tqdm(total=len(every), unit="run") as bar:
+        for some_runs in ([some for some in every if some not in tuned], tuned):
+            with ThreadPoolExecutor(args.jobs) as pool:
+                for future in as_completed([pool.submit(run, *some) for some in some_runs]):
+                    result = future.result()
+                    bar.update()
+                    if result is not None:
+                        results.append(result)
+                        write_report(args, results, photographs)
+                        bar.write(f"{result['arm']}, seed {result['seed']}: done")
     if results:
         print("\n" + write_report(args, results, photographs))
         print(f"wrote {args.output / 'table.md'}")

@@ -13,12 +13,16 @@ Parts:
              few scenes that differ in their binding alone, then with 128 at a lower rate
 
 The unit is the seed. table.md in the output folder has the mean over seeds with half of Student's
-95 % interval, and each seed's value below. Started again, the study goes on where it was: runs that
-are complete are not repeated.
+95 % interval, each seed's value, and the differences from the first arm, seed by seed, with an
+exact permutation test: the share of the 2**seeds ways to exchange the two arms in some seeds whose
+mean difference is at least as large. Started again, the study goes on where it was: runs that are
+complete are not repeated. Give another --output for another version of the code.
 """
 import argparse
+import itertools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -78,7 +82,11 @@ parser.add_argument("--tune-lr", type=float, default=1e-3,
 parser.add_argument("--device", help="As in train.py. Default: a GPU if there is one.")
 parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1,
                     help="Runs at once, of one thread each. Default: the number of cores.")
+parser.add_argument("--quick", action="store_true",
+                    help="Four steps of everything: whether it runs.")
 args = parser.parse_args()
+if args.quick:
+    args.steps = args.large_steps = args.base_steps = args.tune_steps = 4
 
 SMALL_WORLD = ["--lr", "3e-3", "--relations", "0.1"]
 LARGE_WORLD = ["--world", "large", "--lr", "2e-3"]
@@ -235,6 +243,37 @@ def table(runs, write):
     return "\n".join(lines)
 
 
+def permutation_p(differences):
+    """The exact p of a paired test: how often the signs of the differences could do as much."""
+    observed = abs(sum(differences))
+    sums = [abs(sum(sign * value for sign, value in zip(signs, differences)))
+            for signs in itertools.product((1, -1), repeat=len(differences))]
+    as_large = [value >= observed - 1e-12 for value in sums]
+    return sum(as_large) / len(sums)
+
+
+def difference_table(runs):
+    """Markdown: what each arm has over the first, in points: mean, interval, p."""
+    first, *others = runs
+    reference = [run.figures() for run in runs[first]]
+    lines = []
+    for arm in others:
+        gained = changes([run.figures() for run in runs[arm]], reference)
+        cells = []
+        for subset in reference[0]:
+            values = [figures[subset] for figures in gained]
+            cells.append(f"{mean_and_interval(values, '+')} (p {permutation_p(values):.2g})")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def commit():
+    """Of this code, for the head of the tables."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
+                          capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
 parts = {}
 if "scratch" in args.parts:
     parts["scratch"] = part_runs("scratch", SCRATCH, args.steps, SMALL_WORLD)
@@ -250,10 +289,12 @@ TITLES = {
     "tuned": f"A plain SigLIP ('before'), and what {args.tune_steps} steps of 128 at a rate of "
              f"{args.tune_lr:g} change in it, in points",
 }
-sections = []
+sections = [f"Commit {commit()}: `python tests/study/scenes.py {shlex.join(sys.argv[1:])}`"]
 for part, runs in parts.items():
     sections += [f"## {TITLES[part]}", table(runs, mean_and_interval),
                  f"Each seed, 0 to {args.seeds - 1}:", table(runs, each_seed)]
+    if len(runs) > 1 and args.seeds > 1:
+        sections += [f"Differences from {next(iter(runs))}, in points:", difference_table(runs)]
 path = os.path.join(args.output, "table.md")
 with open(path, "w", encoding="utf-8") as f:
     f.write("\n\n".join(sections) + "\n")
