@@ -1,9 +1,9 @@
 """Contrastive losses over images, captions, concepts and hard negatives, exact at any world size.
 
-How the shares add up. Every loss compares this process's own images (b rows) with the captions or
-concepts of all processes (N columns), and returns this process's share: its part of the sum,
-divided by the count of all processes. Summed over processes, the shares are the loss of the whole
-batch on one device. DistributedDataParallel averages gradients, so multiply by the world size
+How the shares add up. Every loss but awc_loss takes this process's own rows (b), against the
+captions or concepts of all processes (N columns) where it compares them, and returns this process's
+share: its part of the whole batch's loss. Summed over processes, the shares are the loss of the
+whole batch on one device. DistributedDataParallel averages gradients, so multiply by the world size
 before the backward. Then the gradient of every parameter is that of one process with the whole
 batch:
 
@@ -17,10 +17,10 @@ work and memory of a process fall with the world size. Every process must call t
 the same order, also when it has no row of its own.
 
 Features are L2-normalised, in any float dtype. Logits, all that follows and their gradients are
-computed in float32 at least, also under autocast and where TF32 is allowed: at a logit_scale of 100
-TF32 would change logits by up to 0.006, float32 changes them by 0.00001. (Under torch.compile TF32
-is used where the caller allows it.) `logit_scale` is the multiplier itself: the exp() of the
-parameter that CLIP and SigLIP store.
+computed in float32 at least, also under autocast and where TF32 is allowed: at a logit_scale of
+100 TF32 would change logits by about 0.005 between random features, and by 0.1 at worst; float32
+changes them by 0.00003. (Under torch.compile TF32 is used where the caller allows it.)
+`logit_scale` is the multiplier itself: the exp() of the parameter that CLIP and SigLIP store.
 
 The methods with hard negatives take K negatives of each caption, gathered like the captions:
 negative_features (B, K, D) and a mask (B, K) of bool. Where the mask is false there is no negative.
@@ -183,7 +183,7 @@ def gather_together(tensors, counts):
 
 def _global_sum(x):
     """Sum over processes, the same number on each, without a gradient."""
-    x = x.detach().contiguous()
+    x = x.detach().clone(memory_format=torch.contiguous_format)     # all_reduce works in place
     if _distributed():
         dist.all_reduce(x)
     return x
@@ -206,11 +206,11 @@ def _column_logsumexp(logits):
 # operations would have to wait for it.
 def _first_occurrences(ids):
     """Mark each id where it occurs for the first time: (M,) -> (M,) bool."""
-    strings, string = ids.unique(return_inverse=True)  # (S,), (M,)
+    unique_ids, inverse = ids.unique(return_inverse=True)  # (S,), (M,)
     places = torch.arange(len(ids))
-    first = torch.full_like(strings, len(ids))
-    first.scatter_reduce_(0, string, places, "amin")  # (S,)
-    return first[string] == places
+    first = torch.full_like(unique_ids, len(ids))
+    first.scatter_reduce_(0, inverse, places, "amin")  # (S,)
+    return first[inverse] == places
 
 
 def _real_pairs(pairs, concept_ids):
@@ -248,16 +248,16 @@ def _divide(tokens_of_all, ids_of_all, pad_id):
     return tokens.tensor_split(processes), ids.tensor_split(processes)
 
 
-def _string_labels(held, image, column_ids, batch_size):
+def _id_labels(held_ids, image, column_ids, batch_size):
     """Tell whether image m holds the string of column n.
 
-    held (P,) and image (P,): a string and the image that holds it. column_ids (N,): the string of
-    each column. Returns (b, N) bool.
+    held_ids (P,) and image (P,): the id of a string and the image that holds it. column_ids (N,):
+    the id of each column's string. Returns (b, N) bool.
     """
-    strings, string = column_ids.unique(return_inverse=True)  # (S,), (N,)
-    holds = torch.zeros(batch_size, len(strings), dtype=torch.bool)
-    holds[image, torch.searchsorted(strings, held)] = True  # (b, S)
-    return holds[:, string]
+    unique_ids, inverse = column_ids.unique(return_inverse=True)  # (S,), (N,)
+    holds = torch.zeros(batch_size, len(unique_ids), dtype=torch.bool)
+    holds[image, torch.searchsorted(unique_ids, held_ids)] = True  # (b, S)
+    return holds[:, inverse]
 
 
 def _pair_labels(image, counts, batch_size):
@@ -280,7 +280,7 @@ def _plan_columns(concept_ids, pairs, batch_size, pair_counts, ids_of_all, dedup
         return concept, pair_counts, _pair_labels(image, pair_counts, batch_size)
     chosen = _chosen(ids_of_all, first_only=merge)
     column_ids = torch.cat([ids[index] for ids, index in zip(ids_of_all, chosen)])  # (N,)
-    labels = _string_labels(concept_ids[concept], image, column_ids, batch_size)
+    labels = _id_labels(concept_ids[concept], image, column_ids, batch_size)
     return chosen[_rank()], [len(index) for index in chosen], labels
 
 
@@ -333,15 +333,17 @@ def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=Tru
         A row for each different string of this process (without merge, for each occurrence of a
         string), or for each string of feature_ids.
     concept_ids : Tensor (U,) int64
-        A hash of each string, at least 0 and equal for equal strings on all processes. A negative
-        id marks padding. The ids and pairs may be on the CPU, and best are.
+        A hash of each string, at least 0 and equal for equal strings on all processes. (Those of
+        concepts.index_phrases are equal for spellings in other case, too: the first one's feature
+        stands for all.) A negative id marks padding. The ids and pairs may be on the CPU, and best
+        are.
     pairs : Tensor (P, 2) int64
         (image, row of concept_ids) of each concept of each of this process's images. A negative
         image marks padding, and so does a concept that is padding.
     batch_size : int
         b, the number of this process's images.
     feature_ids : Tensor (U',) int64, optional
-        The strings of concept_features, where share_concepts chose them.
+        The strings of concept_features, where share_concepts chose them. Needs dedupe and merge.
 
     Returns
     -------
@@ -353,6 +355,8 @@ def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=Tru
     concept_ids, pairs = concept_ids.cpu(), pairs.cpu()
     if feature_ids is None:
         feature_ids = concept_ids
+    elif not (dedupe and merge):
+        raise ValueError("feature_ids come from share_concepts, which needs dedupe and merge")
     image, _ = _real_pairs(pairs, concept_ids)
     pair_counts, ids_of_all = zip(*_exchange(torch.tensor([len(image)]), feature_ids))
     given, counts, labels = _plan_columns(
@@ -393,7 +397,7 @@ class Plan:
         return sum(self.rows[:_rank()])
 
     def to(self, device):
-        """Send the tensors but the mask to a device, without waiting for it."""
+        """Send the tensors but the masks to a device, without waiting for it."""
         def send(x):
             if x is None:
                 return None
@@ -544,8 +548,9 @@ def _rows_share(logits, labels, rows):
 
 
 def _columns_share(logits, labels, in_column):
-    """The same of the columns that have positive rows, over the rows of all processes.
+    """The same of columns: the mean over those with positive rows of the mean over these rows.
 
+    The softmax of a column runs over the rows of all processes.
     in_column (N,): how many positive rows a column has, on all processes.
     """
     columns = (in_column > 0).sum()
@@ -870,7 +875,7 @@ def awc_loss(parameters, anchors, weights):
 
     Three lists of tensors of the same shapes: the parameters, what they were before, and
     fisher_weights of the gradient that cd and ita have in this step. The paper weighs it 1. It is
-    no share: it is the same on all processes.
+    no share but the whole, equal on all processes: it is not multiplied by the world size.
     """
     total = 0.0
     for parameter, anchor, weight in zip(parameters, anchors, weights):
@@ -893,8 +898,8 @@ def negclip_loss(image_features, text_features, negative_features, mask, logit_s
     Yuksekgonul et al. 2023, When and why vision-language models behave like bags-of-words:
         1/2 [CE(s I [T; T-]^T) + CE(s T I^T)]
     CE is the mean over rows of the cross-entropy with the row's own column. With logit_bias it is
-    siglip_loss with the negatives as columns that have no image, still divided by B. NegCLIP's hard
-    images with their own texts make this a loss of 2B rows.
+    siglip_loss with the negatives as columns that have no image, still divided by B. NegCLIP also
+    draws a similar image for each, with its caption and negatives: give those as further rows.
 
     Parameters
     ----------
@@ -989,9 +994,9 @@ def degla_loss(image_features, text_features, negative_features, mask, teacher, 
     distill
         squared distances of all I, T and valid T- from the teacher's, summed over the whole batch
 
-    Both means are over all B, and 0 for a caption without a valid negative. The released code
-    differs: its TGC takes other captions' masks. Without a teacher (None) tgc and distill are left
-    out.
+    Both means are over all B. A caption without a valid negative counts as 0 in the softmax, and in
+    the sigmoid form by its positive alone. The released code differs: its TGC takes other captions'
+    masks. Without a teacher (None) tgc and distill are left out.
     """
     own = slice(offset, offset + len(image_features))
     texts, negatives = text_features[own], negative_features[own]  # (b, D), (b, K, D)
@@ -1018,7 +1023,7 @@ def fsc_clip_loss(image_features, text_features, negative_features, mask, word_s
     pooling.token_similarity's result, word_similarity (b, 1 + K, L), of the tokens of this
     process's captions and of their K negatives; word_mask (b, 1 + K, L) bool is true for the tokens
     that count. Returns a dict of shares, which the paper weighs 0.5 and 0.2 beside CLIP's loss
-    (0.2 for B/32, else 0.5):
+    (the 0.2 is that of ViT-B/32, other towers have 0.5):
 
     ghn
         With p the softmax over [s I_i.T_i | s I_i.T-_ik for the n valid k], the mean over the rows
@@ -1151,7 +1156,7 @@ def clic_loss(image_features, text_features, caption_features, mask, logit_scale
         the mean over the true captions k of clip_loss(I, T_k), or with a bias of siglip_loss
     sneg
         the mean over k of mean_i CE([s I_i.T_ki | s I_i.T-_i], the first), or with a bias of the
-        sigmoid loss of the same. An i without T- counts as 0.
+        sigmoid loss of the same. An i without T- counts as 0; with a bias its true pair counts.
     uni
         mean_i |T_1i - T_2i|^2, of the same sentences in the other order
 
@@ -1270,8 +1275,9 @@ class Features:
     negative_mask: torch.Tensor | None = None                   # (B, K) bool, false where none is
     negative_image_features: torch.Tensor | None = None         # (b, D)
     negative_image_mask: torch.Tensor | None = None             # (b,) bool
-    # From averaged weights, without gradient: image_features (b, D) of this process, text_features
-    # (B, D) and, where there are negatives, negative_features (B, K, D) of all processes.
+    # From the teacher (averaged weights, or the initial ones where none are averaged), without
+    # gradient: image_features (b, D) of this process, text_features (B, D) and, where there are
+    # negatives, negative_features (B, K, D) of all processes.
     teacher: dict | None = None
     thresholds: torch.Tensor | None = None                      # (K,) of ce_clip's last step
     caption_labels: torch.Tensor | None = None                  # (b, B) bool, see Method
@@ -1478,13 +1484,13 @@ class Method:
     same_captions: bool = False
     # Rows bring a row with a similar image.
     neighbours: bool = False
-    # The averaged weights encode the batch as well.
+    # A teacher encodes the batch as well: averaged weights, or the initial ones.
     teacher: bool = False
     # Defaults of other flags of train.py.
     defaults: dict = field(default_factory=dict)
 
 
-# C2LIP and what it argues against, with their published weights.
+# All methods, with the published weights of their terms.
 METHODS = {
     "c2lip": Method(c2lip, {"npc": 1.0, "xac": 0.01}),
     "siglip": Method(siglip, defaults={"loss": "siglip"}),
@@ -1513,7 +1519,7 @@ TERMS = {
     "paraphrase": "A second caption of the image finds the first among all (READ, there 0.5).",
     "cmr": "Cross-modal ranking: an image prefers its caption to negatives by a margin (CE-CLIP).",
     "imc": "Intra-modal contrast: a caption is far from all negative captions (CE-CLIP).",
-    "tgc": "Text-grounded contrast: a caption prefers its teacher to its own negatives (DeGLA).",
+    "tgc": "Text-grounded contrast: a caption is nearer to its teacher than to negatives (DeGLA).",
     "igc": "Image-grounded contrast: an image prefers its caption to that one's negatives (DeGLA).",
     "cd": "Contrastive distillation: replayed pairs score as in the model before (GIFT).",
     "ita": "Image-text alignment: replayed images and their captions find each other (GIFT).",
@@ -1524,5 +1530,5 @@ TERMS = {
     "ghn": "Focal loss of an image over its caption and that one's negatives (FSC-CLIP).",
     "lhn": "The same, with an image as each word of a text sees it (FSC-CLIP).",
     "units": "An image finds a part of its caption among all, and not its false version (CS-CLIP).",
-    "distill": "Squared distance of all features from those of the averaged weights (DeGLA).",
+    "distill": "Squared distance of all features from those of the teacher (DeGLA).",
 }

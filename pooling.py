@@ -2,8 +2,8 @@
 
 A concept p of unit length attends over an image's value tokens V at temperature 1 and pools them:
     s = V p,   a = softmax_t(s),   c = sum_t a_t V_t,   similarity = c.p / |c|
-The similarity is the cosine of c and p. concept_pool is this definition. concept_similarity is the
-same number, fast and in little memory, for training.
+The similarity is the cosine of c and p. concept_pool returns c. concept_similarity returns the
+similarity, fast and in little memory, for training.
 """
 from contextlib import contextmanager
 
@@ -44,7 +44,8 @@ def concept_similarity(patch_tokens, concepts, mask=None, memory_budget=None):
     budget cannot keep. It can be differentiated once.
 
     With bfloat16 inputs, or under autocast, the products with V and P are in that dtype, but G, the
-    softmax and all sums are float32. Float32 is true float32, also where TF32 is allowed.
+    softmax and the sums of the forward are float32; the gradient of V is summed over chunks of
+    concepts in that dtype. Float32 is true float32, also where TF32 is allowed.
 
     Parameters
     ----------

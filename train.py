@@ -74,7 +74,7 @@ parser = argparse.ArgumentParser(
 
 group = parser.add_argument_group("what to train")
 group.add_argument("--method", choices=read_table("losses.py", "METHODS"), default="c2lip",
-                   help="The losses, with the weights that their paper gives. Default: c2lip.")
+                   help="The losses; their terms are weighted as published. Default: c2lip.")
 group.add_argument("--preset", choices=PRESETS,
                    help="Where the defaults of steps, batch size, rates and so on come from: nano "
                         "is for small models on the built-in scenes, c2lip is the paper's recipe "
@@ -242,7 +242,8 @@ group.add_argument("--device", metavar="NAME",
                    help="cpu, cuda or cuda:1. Default: cuda, if there is one.")
 group.add_argument("--timeout", type=float, default=5, metavar="MINUTES",
                    help="How long a process waits for the others in a step. Then one of them hangs "
-                        "or has died: process 0 saves, and all end. Default: 5.")
+                        "or has died: process 0 saves if it can (under NCCL it may not), and all "
+                        "end. Default: 5.")
 group.add_argument("--dtype", choices=("float32", "bfloat16", "float64", "pure-bfloat16"),
                    help="What the towers compute in; the weights stay float32 under bfloat16. "
                         "With pure-bfloat16 they are bfloat16 too, as in C2LIP's released code: "

@@ -61,6 +61,9 @@ class Forked:
             sys.argv = [script, *args]
             sys.path[0] = ROOT
             os.chdir(cwd)
+            # torch makes its pool of threads anew after a fork, at the first call of this; threads of a backward pass
+            # that call it all at once can meet no pool
+            torch.set_num_threads(torch.get_num_threads())
             if self.prepare:
                 self.prepare()
             runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
