@@ -2183,8 +2183,9 @@ class Seeded(Dataset):
     An item (turn, index, "partner") brings another row, any of the data, as its partner.
     """
 
-    def __init__(self, dataset, seed, neighbours=True, paraphrases=False):
+    def __init__(self, dataset, seed, neighbours=True, paraphrases=False, sources=None):
         self.dataset = dataset
+        self.sources = sources or [(len(dataset), 1)]       # of Epochs, by which partners are drawn
         self.seed = seed
         self.neighbours = neighbours
         self.paraphrases = paraphrases
@@ -2201,21 +2202,33 @@ class Seeded(Dataset):
             without = Seeded(self.dataset, self.seed, False, self.paraphrases)  # brings none itself
             row["neighbour"] = without[turn, chosen]
         if wanted and "error" not in row:
-            row["partner"] = self.draw_partner(row, turn, rng)
+            row["partner"] = self.draw_partner(row, index, turn, rng)
         if self.paraphrases and "captions" in row:
             others = [text for text in row["captions"] if text != row["caption"]]
             if others:
                 row["paraphrase"] = rng.choice(others)
         return row
 
-    def draw_partner(self, row, turn, rng):
+    def draw_partner(self, row, index, turn, rng):
         """A row whose image is wide or not, as this one's is; any after MAX_DRAWS vain draws."""
         without = Seeded(self.dataset, self.seed, neighbours=False)
         for _ in range(MAX_DRAWS):
-            partner = without[turn, rng.randrange(len(self.dataset))]
+            other = self.draw_index(rng)
+            partner = without[turn, other]
+            if other == index:
+                continue
             if "error" in partner or is_wide(partner["image"]) == is_wide(row["image"]):
                 break
         return partner
+
+    def draw_index(self, rng):
+        """Of any row, those of a source as often as an epoch shows them."""
+        number = 0
+        if len(self.sources) > 1:
+            shown = [shown for _, shown in self.sources]
+            [number] = rng.choices(range(len(shown)), shown)
+        first = sum(size for size, _ in self.sources[:number])
+        return first + rng.randrange(self.sources[number][0])
 
 
 # ---- how many workers ------------------------------------------------------

@@ -478,7 +478,7 @@ class CLIP(nn.Module):
             out["concept_features"] = self.encode_text(concept_tokens, True)
         if negative_tokens is not None and not return_words:
             negatives = self.encode_text(negative_tokens.flatten(0, 1), True)  # (B K, D)
-            out["negative_features"] = negatives.view(*negative_tokens.shape[:2], -1)
+            out["negative_features"] = negatives.unflatten(0, negative_tokens.shape[:2])
         if negative_images is not None:
             out["negative_image_features"] = self.encode_image(negative_images, True)
         if paraphrase_tokens is not None:

@@ -115,8 +115,8 @@ group.add_argument("--captions", metavar="TABLE",
                         "url.")
 group.add_argument("--replay", metavar="FILES",
                    help="For gift: pairs of what the model knows and is to keep, in the formats of "
-                        "--data, whose other flags hold for them, too. Default: scenes of another "
-                        "seed, where scenes are the data.")
+                        "--data, whose other flags but --captions hold for them, too. Default: "
+                        "scenes of another seed, where scenes are the data.")
 group.add_argument("--index-dir", metavar="DIR",
                    help="The folder of the indices of --data, which are made once. Default: beside "
                         "each file, or your cache folder where that cannot be written.")
@@ -326,6 +326,9 @@ for term in TERMS:
     if getattr(args, f"{term}_weight") is None:
         setattr(args, f"{term}_weight", weights[term])
     weights[term] = getattr(args, f"{term}_weight")
+    if not 0 <= weights[term] < math.inf:
+        parser.error(f"--{term.replace('_', '-')}-weight {weights[term]:g}: expected a number of "
+                     "at least 0")
     takes = {*method.weights, *EXTRA_TERMS}
     if weights[term] and term not in takes:
         parser.error(f"--{term.replace('_', '-')}-weight {weights[term]:g}: --method {args.method} "
@@ -516,15 +519,21 @@ def summed(x):
 
 
 # ---- data ------------------------------------------------------------------
+def check_lost(dataset):
+    """Stops where a file has too many rows that are of no use."""
+    lost = getattr(dataset, "lost_rows", 0)
+    row_count = len(dataset) + lost
+    if lost > args.max_bad * row_count:
+        name, why = dataset.skipped[0]
+        stop(f"{lost:,} of {row_count:,} rows could not be read, more than --max-bad "
+             f"{args.max_bad:g}; the first is {name}: {why}. Mend the file, or raise --max-bad")
+
+
 if args.data:
     dataset = guard(CaptionFile, args.data, args.image_root, args.image_key, args.caption_key,
                     args.captions, max_pixels=args.max_pixels,
                     fast_decode=not args.exact_decode, index_dir=args.index_dir)
-    row_count = len(dataset) + dataset.lost_rows
-    if dataset.lost_rows > args.max_bad * row_count:
-        name, why = dataset.skipped[0]
-        stop(f"{dataset.lost_rows:,} of {row_count:,} rows could not be read, more than --max-bad "
-             f"{args.max_bad:g}; the first is {name}: {why}. Mend the file, or raise --max-bad")
+    check_lost(dataset)
 else:
     scenes = args.steps * args.batch_size if args.steps else 100_000
     dataset = Scenes(scenes, "train", args.seed, relations=args.relations,
@@ -554,6 +563,8 @@ def open_replay():
 
 
 replay = guard(open_replay)
+if replay is not None:
+    check_lost(replay)
 if replay is not None and len(replay) < world_size * args.accum:
     stop(f"--replay {args.replay} has {len(replay)} rows, fewer than {world_size} processes x "
          f"--accum {args.accum}", 2)
@@ -676,7 +687,9 @@ def compare_arguments(saved_args):
     """Stops where an argument is not the checkpoint's. Returns those that may differ, and do."""
     allowed = []
     for name, value in vars(args).items():
-        was = saved_args.get(name, value)       # an older checkpoint knows fewer
+        # An older checkpoint knows fewer, and was trained without what it does not know.
+        without = 0.0 if name.endswith("_weight") else parser.get_default(name)
+        was = saved_args.get(name, without)
         if was == value or name in SILENT:
             continue
         flag = "--" + name.replace("_", "-")
@@ -780,6 +793,8 @@ initial_scale = model.logit_scale.item()
 teacher = None      # an average of the weights
 if args.ema is not None:
     teacher = copy.deepcopy(model).requires_grad_(False).eval()
+    if averages and args.dtype == "pure-bfloat16":
+        teacher.float()     # in bfloat16 nearly all of its steps would be lost
 
 model.visual.set_grad_checkpointing(args.grad_checkpointing)
 model.text.grad_checkpointing = args.grad_checkpointing
@@ -872,14 +887,14 @@ loading = {
     "multiprocessing_context": "fork" if args.workers else None,
     "worker_init_fn": ignore_signals}
 loader = DataLoader(
-    Seeded(dataset, args.seed, method.neighbours, with_paraphrases),
+    Seeded(dataset, args.seed, method.neighbours, with_paraphrases, weighed),
     batch_sampler=EveryOther(sampler) if with_pairs else sampler,
     collate_fn=collate,
     **loading)
 replay_loader = None
 if replay is not None:
     replay_loader = DataLoader(
-        Seeded(replay, args.seed),
+        Seeded(replay, args.seed, neighbours=False),
         batch_sampler=Epochs(len(replay), min(args.batch_size, len(replay)), args.seed, rank,
                              world_size, first_step, args.steps),
         collate_fn=Collate(collate.transform, model.tokenize, with_concepts=False),
@@ -994,7 +1009,7 @@ def forward(network, inputs):
     for name in ("images", "negative_images"):      # which come as bytes
         if name in inputs:
             pixels = normalize_images(inputs[name], model.config)
-            inputs[name] = pixels.to(model.logit_scale.dtype)       # that of the weights
+            inputs[name] = pixels.to(next(network.parameters()).dtype)      # that of the weights
     with precision():
         return network(**inputs, return_tokens=with_patches, return_words=with_words)
 
@@ -1096,13 +1111,16 @@ def loss_terms(out, rows, plan, taught):
     thresholds = terms.pop("thresholds", thresholds)
     added = {name: weight for name, weight in weights.items() if name not in terms}
     terms = {**terms, **extra_terms(features, added)}
-    return weigh(terms)
+    return weigh(terms, out)
 
 
-def weigh(terms):
+def weigh(terms, out):
     """The terms that have a weight, and "loss", their weighted sum."""
     terms = {name: term for name, term in terms.items() if weights[name]}
     terms["loss"] = sum(weights[name] * term for name, term in terms.items())
+    for name in SCALARS:    # each gets a gradient, of 0 if need be, which DDP and --accum ask for
+        if out[name] is not None:
+            terms["loss"] = terms["loss"] + 0 * out[name]
     return terms
 
 
@@ -1117,7 +1135,7 @@ def replay_terms(out, rows, plan, taught):
         teacher=gather_taught(taught, plan),
         caption_labels=rows["caption_labels"],                      # (b, B)
         replayed=True))
-    return weigh(terms)
+    return weigh(terms, out)
 
 
 def add_similarities(features, out):
@@ -1647,7 +1665,11 @@ if args.dry_run:
     loss = summed(step_function(rows, inputs, plan)["loss"].detach()).item()
     seconds = time.time() - began
     images = args.steps * sampler.length // sampler.steps_per_epoch
-    print0(f"dry run: {len(rows['keys'])} rows read, {len(rows['bad'])} bad; loss {loss:.3f}; "
+    read, unread = len(rows["keys"]), len(rows["bad"])
+    if "replay" in rows:
+        read += len(rows["replay"][0]["keys"])
+        unread += len(rows["replay"][0]["bad"])
+    print0(f"dry run: {read} rows read, {unread} bad; loss {loss:.3f}; "
            f"{images:,} images, {images / sampler.length:.2f} epochs; {seconds:.2f} s a step, "
            f"{args.steps * seconds / 3600:.2f} hours and the time to read data; peak memory "
            f"{peak_mib():.0f} MiB. Nothing was trained")
@@ -1727,7 +1749,8 @@ def after_step():
     highest = math.log(100 if model.logit_bias is None else 1000)   # CLIP's own limit is 100
     model.logit_scale.clamp_(0, max(highest, initial_scale))        # SigLIP's weights come with 117
     if averages:
-        torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - args.ema)
+        own = [p.to(t.dtype) for p, t in zip(model.parameters(), teacher.parameters())]
+        torch._foreach_lerp_(list(teacher.parameters()), own, 1 - args.ema)
 
 
 results = {}    # of the last evaluation
@@ -1826,7 +1849,7 @@ def baseline_command():
     command = [*launcher, "train.py", "--method", "siglip" if args.loss != "clip" else "clip"]
     of_terms = [f"--{term.replace('_', '-')}-weight" for term in TERMS]
     command += own_arguments(without=(
-        "--method", "--out-dir", "--resume", "--overwrite", *of_terms))
+        "--method", "--out-dir", "--resume", "--overwrite", "--replay", *of_terms))
     if "--out-dir" in " ".join(sys.argv):
         command += ["--out-dir", f"{args.out_dir}-plain"]
     return shlex.join(command)
@@ -1862,7 +1885,7 @@ if not was_interrupted:
     minutes = (time.time() - started) / 60
     print0(f"\n{args.steps - first_step:,} steps in {minutes:.1f} minutes; wrote {last_path} and "
            "log.jsonl")
-    bad += getattr(dataset, "lost_rows", 0)
+    bad += getattr(dataset, "lost_rows", 0) + getattr(replay, "lost_rows", 0)
     if bad:
         print0(f"{bad} rows were skipped")
     if fallback:

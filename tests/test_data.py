@@ -1560,7 +1560,11 @@ def test_every_other_batch_asks_for_partners_of_the_same_shape(folder):
         assert row["image"].size == row["partner"]["image"].size
         assert row["partner"]["key"] == seeded[item]["partner"]["key"] and "partner" not in row["partner"]
     assert "partner" not in seeded[(0, 0)]
-    assert len({seeded[(epoch, 0, "partner")]["partner"]["key"] for epoch in range(30)}) == 6
+    others = {seeded[(epoch, 0, "partner")]["partner"]["key"] for epoch in range(40)}
+    assert len(others) == 5 and seeded[0, 0]["key"] not in others
+    weighed = Seeded(data, 0, sources=[(10, 0), (2, 4)])       # an epoch shows the last two rows alone
+    drawn = {weighed[(epoch, 0, "partner")]["partner"]["key"] for epoch in range(20)}
+    assert drawn <= {data[10]["key"], data[11]["key"]}
 
 
 def test_noise_and_pixels_of_an_attack():

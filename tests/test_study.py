@@ -58,7 +58,7 @@ def test_photographs(tmp_path):
         path = tmp_path / "coco" / "sugarcrepe" / f"{subset}.json"
         path.write_text(json.dumps({"0": item}))
     table = study("photos.py", "--data", tmp_path / "data", "--coco", tmp_path / "coco",
-                  "--output", tmp_path / "out", "--arms", "plain", "c2lip", "c2lip, on", "--seeds", 1,
+                  "--output", tmp_path / "out", "--arms", "plain", "c2lip, on", "--seeds", 1,
                   "--steps", 2, "--tune-steps", 2, "--batch-size", 16)
     assert "c2lip, on - plain" in table
     for row in ("t2i r10", "sugarcrepe swap", "pointing", "swap noun", "swap noun, another", "substitute attribute", "negate"):

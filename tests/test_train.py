@@ -361,6 +361,24 @@ def test_methods_beside_compositionality_on_pairs(tmp_path, method, terms):
     assert moved >= {"visual", "text"} - {frozen} and frozen not in moved
 
 
+@pytest.mark.parametrize("processes, accum", [(1, 2), (2, 1)])
+def test_a_loss_that_does_not_see_the_scale_or_the_bias(tmp_path, processes, accum):
+    """GIFT's distillation alone has no bias: its gradient is 0, not missing, in parts and over processes."""
+    run("train.py", *SMALL, "--steps", 2, "--method", "gift", "--ita-weight", 0, "--accum", accum, "--out-dir", tmp_path,
+        processes=processes)
+    assert len(curve(tmp_path)) == 2
+
+
+def test_lost_rows_of_replay_count_against_max_bad(tmp_path):
+    Image.new("RGB", (40, 36)).save(tmp_path / "a.png")
+    (tmp_path / "a.csv").write_text("image,caption\n" + "a.png,a red dog\n" * 40)
+    (tmp_path / "b.csv").write_text("image,caption\n" + "a.png,a red dog\n" * 20 + ",a cat\n" * 20)
+    done = run("train.py", *SMALL, "--method", "gift", "--data", tmp_path / "a.csv", "--replay", tmp_path / "b.csv",
+               "--image-root", tmp_path, "--preset", "nano", "--out-dir", tmp_path / "out", check=False)
+    assert done.returncode == 1
+    assert "20 of 40 rows could not be read, more than --max-bad 0.01" in done.stderr
+
+
 def test_method_weights_are_the_published_ones(exact):
     def arguments(*extra):
         return json.loads(open(exact("--method", *extra) / "log.jsonl").readline())["args"]
@@ -1219,6 +1237,7 @@ def test_exact_decoding_differs_by_a_little(tmp_path):
     ("train.py", ["--steps", "40", "--lr", "1e12", "--warmup", "1"], 1, "last good checkpoint"),
     ("train.py", ["--replay", "x.csv"], 2, "--method c2lip has no use for it"),
     ("train.py", ["--method", "gift", "--cd-weight", "0", "--ita-weight", "0"], 2, "give one of them a weight above 0"),
+    ("train.py", ["--xac-weight", "-1"], 2, "--xac-weight -1: expected a number of at least 0"),
     ("train.py", ["--cmr-weight", "0.2"], 2, "--cmr-weight 0.2: --method c2lip has no such term. It takes caption_xac,"),
     ("train.py", ["--attack-steps", "0"], 2, "--attack-steps 0: expected a number above 0"),
     ("evaluate.py", [], 1, "give what to evaluate"),
