@@ -40,16 +40,27 @@ METHODS = {     # arm: flags of train.py
     "DeGLA": ["--method", "degla"],
     "CoN-CLIP": ["--method", "con_clip"],
     "TripletCLIP": ["--method", "triplet_clip"],
+    "FSC-CLIP": ["--method", "fsc_clip"],
+    "CS-CLIP": ["--method", "cs_clip"],
+    "CLIC": ["--method", "clic"],
 }
-SCRATCH = METHODS | {
-    "CoN-CLIP": ["--method", "con_clip", "--freeze", "none"],      # there is nothing yet to freeze
+ABLATIONS = {
     "NPC alone": ["--xac-weight", "0"],
     "XAC 0.01 alone": ["--npc-weight", "0"],
     "C2LIP, XAC 0.1": ["--xac-weight", "0.1"],
     "C2LIP, XAC 1": ["--xac-weight", "1"],
+    "C2LIP, caption XAC 1": ["--caption-xac-weight", "1"],
     "C2LIP, all concepts counted": ["--concept-count", "all"],
     "C2LIP, --no-dedupe": ["--no-dedupe"],
     "C2LIP, span features": ["--concept-features", "span"],
+}
+SCRATCH = METHODS | ABLATIONS | {   # there is nothing yet to freeze
+    "CoN-CLIP": ["--method", "con_clip", "--freeze", "none"],
+    "CLIC": ["--method", "clic", "--freeze", "none"],
+}
+TUNED = METHODS | {     # these two need a model before
+    "TeCoA": ["--method", "tecoa"],
+    "GIFT": ["--method", "gift"],
 }
 LARGE = {
     "SigLIP, plain": ["--method", "siglip"],
@@ -163,7 +174,7 @@ def tuned_runs():
         settled = Run("settled", "before", seed, args.base_steps,
                       [*plain, "--lr", str(args.tune_lr)], base)
         runs["before"].append(settled)
-        for arm, flags in chosen(METHODS).items():
+        for arm, flags in chosen(TUNED).items():
             run = Run("tuned", arm, seed, args.tune_steps, [*TUNING, *flags], settled)
             runs.setdefault(arm, []).append(run)
     return runs
