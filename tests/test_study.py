@@ -30,7 +30,7 @@ def test_scenes_over_seeds(tmp_path):
     table = study("scenes.py", *flags, "C2LIP")
     assert kept.stat().st_mtime_ns == before
     assert "| SigLIP, plain | " in table and "| C2LIP | " in table
-    assert "Differences from SigLIP, plain" in table and "(p " in table
+    assert "Differences from SigLIP, plain, in points:\n\n| | np binding" in table and "(p " in table
 
 
 @pytest.mark.slow

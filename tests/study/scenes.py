@@ -8,9 +8,9 @@ Parts:
              order, the same optimizer, the same steps
     large    the main arms from nothing on the large world, in which a bag of words tells the scenes
              of a batch apart, as it does natural captions
-    tuned    fine-tuning, which should add binding and lose nothing. What is tuned ("before") is a
-             plain SigLIP that retrieves and binds nothing: trained with batches of 32, which hold
-             few scenes that differ in their binding alone, then with 128 at a lower rate
+    tuned    fine-tuning, which should add binding and lose nothing. What is tuned ("before") is
+             the arm "CLIP, plain" of scratch with the same seed: it retrieves, and does not bind
+             phrases
 
 The unit is the seed. table.md in the output folder has the mean over seeds with half of Student's
 95 % interval, each seed's value, and the differences from the first arm, seed by seed, with an
@@ -33,8 +33,8 @@ from tqdm import tqdm
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 METHODS = {     # arm: flags of train.py
     "SigLIP, plain": ["--method", "siglip"],
-    "C2LIP": [],
     "CLIP, plain": ["--method", "clip"],
+    "C2LIP": [],
     "NegCLIP": ["--method", "negclip"],
     "CE-CLIP": ["--method", "ce_clip"],
     "DeGLA": ["--method", "degla"],
@@ -62,6 +62,7 @@ TUNED = METHODS | {     # these two need a model before
     "TeCoA": ["--method", "tecoa"],
     "GIFT": ["--method", "gift"],
 }
+TUNED.pop("SigLIP, plain")      # what is tuned has a softmax
 LARGE = {
     "SigLIP, plain": ["--method", "siglip"],
     "CLIP, plain": ["--method", "clip"],
@@ -85,11 +86,9 @@ parser.add_argument("--steps", type=int, default=600,
                     help="Of the part scratch, in batches of 128. Default: 600.")
 parser.add_argument("--large-steps", type=int, default=1200,
                     help="Of the part large, in batches of 128. Default: 1200.")
-parser.add_argument("--base-steps", type=int, default=2400,
-                    help="Of 'before', first in batches of 32, then of 128. Default: 2400.")
-parser.add_argument("--tune-steps", type=int, default=1800, help="Of fine-tuning. Default: 1800.")
-parser.add_argument("--tune-lr", type=float, default=1e-3,
-                    help="Of fine-tuning, and of 'before' in batches of 128. Default: 1e-3.")
+parser.add_argument("--tune-steps", type=int, default=600,
+                    help="Of fine-tuning, in batches of 128. Default: 600.")
+parser.add_argument("--tune-lr", type=float, default=1e-3, help="Of fine-tuning. Default: 1e-3.")
 parser.add_argument("--device", help="As in train.py. Default: a GPU if there is one.")
 parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1,
                     help="Runs at once, of one thread each. Default: the number of cores.")
@@ -97,7 +96,7 @@ parser.add_argument("--quick", action="store_true",
                     help="Four steps of everything: whether it runs.")
 args = parser.parse_args()
 if args.quick:
-    args.steps = args.large_steps = args.base_steps = args.tune_steps = 4
+    args.steps = args.large_steps = args.tune_steps = 4
 
 SMALL_WORLD = ["--lr", "3e-3", "--relations", "0.1"]
 LARGE_WORLD = ["--world", "large", "--lr", "2e-3"]
@@ -166,54 +165,37 @@ def part_runs(part, arms, steps, flags):
 
 def tuned_runs():
     """The same for fine-tuning; "before" is among the arms, and each run knows what it tunes."""
-    plain = ["--method", "siglip", "--relations", "0.1"]
     runs = {"before": []}
     for seed in range(args.seeds):
-        base = Run("base", "before", seed, args.base_steps,
-                   [*plain, "--batch-size", "32", "--lr", "2e-3"])
-        settled = Run("settled", "before", seed, args.base_steps,
-                      [*plain, "--lr", str(args.tune_lr)], base)
-        runs["before"].append(settled)
+        before = Run("scratch", "CLIP, plain", seed, args.steps,
+                     [*SMALL_WORLD, *SCRATCH["CLIP, plain"]])
+        runs["before"].append(before)
         for arm, flags in chosen(TUNED).items():
-            run = Run("tuned", arm, seed, args.tune_steps, [*TUNING, *flags], settled)
+            run = Run("tuned", arm, seed, args.tune_steps, [*TUNING, *flags], before)
             runs.setdefault(arm, []).append(run)
     return runs
 
 
-def train_with_starts(run):
-    """Train a run after what it starts from. Runs of one seed wait for each other."""
-    if run.start:
-        train_with_starts(run.start)
-    run.train()
-
-
 def train_all(parts):
-    """All runs, as many at once as --jobs says. What fine-tuning starts from comes first."""
-    before = parts.get("tuned", {}).get("before", [])
-    rest = []
-    tuned = []
-    for part, runs in parts.items():
-        for arm, of_arm in runs.items():
-            if arm == "before":
-                continue
-            (tuned if part == "tuned" else rest).extend(of_arm)
-    bar = tqdm(total=len(before) + len(rest) + len(tuned), unit="run")
+    """All runs, as many at once as --jobs says; what fine-tuning starts from before it."""
+    runs = {}       # by their folders, since a run may belong to two parts
+    for arms in parts.values():
+        for of_arm in arms.values():
+            runs.update({run.folder: run for run in of_arm})
+    bar = tqdm(total=len(runs), unit="run")
 
     def train(run):
-        train_with_starts(run)
+        run.train()
         bar.set_postfix_str(run.name)
         bar.update()
 
-    def train_tuned(run, start):
-        start.result()
-        train(run)
-
+    starts = [run for run in runs.values() if run.start is None]
+    tuned = [run for run in runs.values() if run.start is not None]
     with ThreadPoolExecutor(args.jobs) as pool:
-        starts = {run: pool.submit(train, run) for run in before}
-        futures = [pool.submit(train, run) for run in rest]
-        futures += [pool.submit(train_tuned, run, starts[run.start]) for run in tuned]
-        for future in [*starts.values(), *futures]:
-            future.result()
+        for stage in (starts, tuned):
+            futures = [pool.submit(train, run) for run in stage]
+            for future in futures:
+                future.result()
     bar.close()
 
 
@@ -238,12 +220,17 @@ def changes(found, before):
     return rows
 
 
+def header(subsets):
+    """The first two lines of a table in markdown."""
+    names = [name.replace("_", " ") for name in subsets]
+    return ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+
+
 def table(runs, write):
     """Markdown: arms in rows, subsets in columns, cells as write(values over seeds, sign)."""
     found = {arm: [run.figures() for run in of_arm] for arm, of_arm in runs.items()}
     subsets = list(next(iter(found.values()))[0])
-    lines = ["| | " + " | ".join(name.replace("_", " ") for name in subsets) + " |",
-             "|---" * (len(subsets) + 1) + "|"]
+    lines = header(subsets)
     for arm, of_arm in found.items():
         sign = ""
         if "before" in found and arm != "before":
@@ -267,7 +254,7 @@ def difference_table(runs):
     """Markdown: what each arm has over the first, in points: mean, interval, p."""
     first, *others = runs
     reference = [run.figures() for run in runs[first]]
-    lines = []
+    lines = header(reference[0])
     for arm in others:
         gained = changes([run.figures() for run in runs[arm]], reference)
         cells = []
@@ -297,15 +284,17 @@ train_all(parts)
 TITLES = {
     "scratch": f"From scratch, small world, {args.steps} steps of 128",
     "large": f"From scratch, large world, {args.large_steps} steps of 128",
-    "tuned": f"A plain SigLIP ('before'), and what {args.tune_steps} steps of 128 at a rate of "
+    "tuned": f"A plain CLIP ('before'), and what {args.tune_steps} steps of 128 at a rate of "
              f"{args.tune_lr:g} change in it, in points",
 }
 sections = [f"Commit {commit()}: `python tests/study/scenes.py {shlex.join(sys.argv[1:])}`"]
 for part, runs in parts.items():
     sections += [f"## {TITLES[part]}", table(runs, mean_and_interval),
                  f"Each seed, 0 to {args.seeds - 1}:", table(runs, each_seed)]
-    if len(runs) > 1 and args.seeds > 1:
-        sections += [f"Differences from {next(iter(runs))}, in points:", difference_table(runs)]
+    compared = [arm for arm in runs if arm != "before"]
+    if len(compared) > 1 and args.seeds > 1:
+        sections += [f"Differences from {compared[0]}, in points:",
+                     difference_table({arm: runs[arm] for arm in compared})]
 path = os.path.join(args.output, "table.md")
 with open(path, "w", encoding="utf-8") as f:
     f.write("\n\n".join(sections) + "\n")
