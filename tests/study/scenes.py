@@ -58,7 +58,8 @@ SCRATCH = METHODS | ABLATIONS | {   # there is nothing yet to freeze
     "CoN-CLIP": ["--method", "con_clip", "--freeze", "none"],
     "CLIC": ["--method", "clic", "--freeze", "none"],
 }
-TUNED = METHODS | {     # these two need a model before
+TUNED = METHODS | {     # the last two need a model before
+    "C2LIP, XAC 1": ["--xac-weight", "1"],
     "TeCoA": ["--method", "tecoa"],
     "GIFT": ["--method", "gift"],
 }
@@ -86,8 +87,8 @@ parser.add_argument("--steps", type=int, default=600,
                     help="Of the part scratch, in batches of 128. Default: 600.")
 parser.add_argument("--large-steps", type=int, default=1200,
                     help="Of the part large, in batches of 128. Default: 1200.")
-parser.add_argument("--tune-steps", type=int, default=600,
-                    help="Of fine-tuning, in batches of 128. Default: 600.")
+parser.add_argument("--tune-steps", type=int, default=900,
+                    help="Of fine-tuning, in batches of 128. Default: 900.")
 parser.add_argument("--tune-lr", type=float, default=1e-3, help="Of fine-tuning. Default: 1e-3.")
 parser.add_argument("--device", help="As in train.py. Default: a GPU if there is one.")
 parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1,
