@@ -8,7 +8,7 @@ A row is a dict with
     negatives       optional list of str, false captions ("" in place of one that there is not)
     negative_image  optional PIL image that the caption does not describe
     neighbour       optional row, a hard negative for this one
-    partner         optional row, with which this one becomes a pair, see join_pair
+    partner         optional row that can be read, with which this becomes a pair, see join_pair
     units           optional list of (part of the caption, false version of it), both str
     paraphrase      optional str, a second true caption (of rows of files: one of their others)
 A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
@@ -292,7 +292,7 @@ MAX_REPORTS = 1000
 # The longest name that a tar may give to a member, in bytes.
 MAX_NAME = 2**20
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-# So many rows are drawn at most, until one has an image as wide, or as high, as its partner's.
+# So many rows are drawn at most, until one can be the partner of another, see Seeded.
 MAX_DRAWS = 10
 
 
@@ -1715,13 +1715,13 @@ class Collate:
         self.units = units
 
     def __call__(self, rows):
-        everything = rows + brought(rows, "neighbour")
-        partners = brought(rows, "partner")
+        everything = rows + [row["neighbour"] for row in rows if "neighbour" in row]
         rows = [row for row in everything if "error" not in row]
-        if partners:
-            rows = join_pairs(rows, self.pair_size)
+        paired = any("partner" in row for row in rows)
+        if paired:
+            rows = [join_pair(row, self.pair_size) for row in rows]
         batch = {
-            "bad": errors_of(everything + partners),
+            "bad": [(row["key"], row["error"]) for row in everything if "error" in row],
             "keys": [row["key"] for row in rows],
             "captions": [row["caption"] for row in rows],
             "fallback": 0,
@@ -1736,7 +1736,7 @@ class Collate:
             batch["noise"] = noise_of(seeds, images[0].shape)                   # (B, 3, S, S)
         if self.negative_images:
             self.add_negative_images(batch, rows)
-        if self.negatives and (self.negatives != "pairs" or partners):
+        if self.negatives and (self.negatives != "pairs" or paired):
             self.add_negatives(batch, rows)
         if self.paraphrases:
             self.add_paraphrases(batch, rows)
@@ -1867,21 +1867,6 @@ class Collate:
         batch["pairs"] = torch.tensor(pairs).view(-1, 2)                                # (P, 2)
 
 
-def brought(rows, name):
-    """The rows that some rows bring under a name."""
-    return [row[name] for row in rows if name in row]
-
-
-def errors_of(rows):
-    """[(key, error)] of the rows that could not be read."""
-    return [(row["key"], row["error"]) for row in rows if "error" in row]
-
-
-def join_pairs(rows, size):
-    """Rows, each with its partner as one; a row whose partner cannot be read is left out."""
-    return [join_pair(row, size) for row in rows if "error" not in row["partner"]]
-
-
 def join_pair(row, size):
     """A row and its partner as one row: two images as one, and captions of both (CLIC).
 
@@ -1890,8 +1875,9 @@ def join_pair(row, size):
     negatives  three more true captions: "B. A.", and two of other sentences, from the rest of the
                captions or the rows' other captions, each again A or B for want of others; and
                "A. B." or "B. A." with two words exchanged, "" if there are none
+    paraphrase the first sentences of both paraphrases, if there are both
 
-    All as in CLIC's released code, by the row's own seed; there the exchange also takes adverbs,
+    All but the last as in CLIC's released code, by the row's own seed; there the exchange also takes adverbs,
     prepositions, numbers and pronouns, by spaCy's tags, or any two words.
     """
     partner = row["partner"]
@@ -1911,14 +1897,22 @@ def join_pair(row, size):
     }
     if row.get("concepts") and partner.get("concepts"):
         pair["concepts"] = row["concepts"] + partner["concepts"]
+    if row.get("paraphrase") and partner.get("paraphrase"):
+        first, *_ = split_sentences(row["paraphrase"])
+        second, *_ = split_sentences(partner["paraphrase"])
+        pair["paraphrase"] = join_texts(first, second)
     return pair
 
 
 def split_caption(row):
     """The caption's first sentence, and a list of what else is true of the image, never empty."""
-    first, *rest = SENTENCE_END.split(row["caption"].strip())
+    first, *rest = split_sentences(row["caption"])
     others = [text for text in row.get("captions", []) if text != row["caption"]]
     return first, rest + others or [first]
+
+
+def split_sentences(text):
+    return SENTENCE_END.split(text.strip())
 
 
 def draw_two(texts, rng):
@@ -2201,23 +2195,29 @@ class Seeded(Dataset):
             chosen = rng.choice(row["neighbours"])
             without = Seeded(self.dataset, self.seed, False, self.paraphrases)  # brings none itself
             row["neighbour"] = without[turn, chosen]
-        if wanted and "error" not in row:
-            row["partner"] = self.draw_partner(row, index, turn, rng)
         if self.paraphrases and "captions" in row:
             others = [text for text in row["captions"] if text != row["caption"]]
             if others:
                 row["paraphrase"] = rng.choice(others)
+        if wanted and "error" not in row:
+            row["partner"] = self.draw_partner(row, index, turn, rng)
         return row
 
     def draw_partner(self, row, index, turn, rng):
-        """A row whose image is wide or not, as this one's is; any after MAX_DRAWS vain draws."""
-        without = Seeded(self.dataset, self.seed, neighbours=False)
+        """Another row that can be read, its image wide if this one's is, and else not.
+
+        If MAX_DRAWS draws bring none, the last that can be read, or else this row itself: none is
+        lost for want of a partner. Those that cannot be read are reported when it is their turn.
+        """
+        without = Seeded(self.dataset, self.seed, False, self.paraphrases)
+        partner = {**row}
         for _ in range(MAX_DRAWS):
             other = self.draw_index(rng)
-            partner = without[turn, other]
-            if other == index:
+            drawn = without[turn, other]
+            if other == index or "error" in drawn:
                 continue
-            if "error" in partner or is_wide(partner["image"]) == is_wide(row["image"]):
+            partner = drawn
+            if is_wide(partner["image"]) == is_wide(row["image"]):
                 break
         return partner
 

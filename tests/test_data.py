@@ -1536,9 +1536,26 @@ def test_a_pair_is_two_images_as_one_with_captions_of_both(folder):
     assert torch.equal(batch["negative_tokens"].flatten(0, 1), tokenizer(sum((p["negatives"] for p in pairs), []), trim=True))
     plain = Collate(transform, tokenizer, negatives="pairs", pair_size=32)([{**row, **{"seed": 0}} for row in plain_rows()])
     assert "negative_tokens" not in plain and len(plain["images"]) == 3
-    broken = [{**rows[0], "partner": {"key": "b", "error": "gone"}}, rows[2]]
+    broken = [{"key": "b", "error": "gone"}, rows[2]]
     batch = Collate(transform, tokenizer, negatives="pairs", pair_size=32)(broken)
     assert batch["bad"] == [("b", "gone")] and batch["captions"] == [pairs[2]["caption"]]
+
+
+def test_a_pair_has_a_paraphrase_if_both_rows_have_one(folder):
+    data = CaptionFile(coloured_rows(folder, [(40, 30)] * 9), str(folder))
+    collate = Collate(train_transform(nano()), Tokenizer(nano()), negatives="pairs", pair_size=32, paraphrases=True)
+    rows = [Seeded(data, 0, paraphrases=True)[0, i, "partner"] for i in range(9)]
+    batch = collate(rows)
+    assert batch["paraphrase_mask"].all() and len(batch["paraphrase_mask"]) == 9
+    paraphrases = []
+    for row in rows:
+        texts = [row["paraphrase"], row["partner"]["paraphrase"]]
+        assert texts[0] in set(row["captions"]) - {row["caption"]} and texts[1] in row["partner"]["captions"]
+        paraphrases.append(" ".join(text.split(". ")[0] + "." for text in texts))
+    assert any("animal" in text for text in paraphrases) and any("dog" in text for text in paraphrases)
+    assert torch.equal(batch["paraphrase_tokens"], Tokenizer(nano())(paraphrases, trim=True))
+    del rows[0]["paraphrase"], rows[1]["partner"]["paraphrase"]
+    assert collate(rows)["paraphrase_mask"].tolist() == [False] * 2 + [True] * 7
 
 
 def test_a_pair_without_words_to_exchange_has_no_negative():
@@ -1565,6 +1582,46 @@ def test_every_other_batch_asks_for_partners_of_the_same_shape(folder):
     weighed = Seeded(data, 0, sources=[(10, 0), (2, 4)])       # an epoch shows the last two rows alone
     drawn = {weighed[(epoch, 0, "partner")]["partner"]["key"] for epoch in range(20)}
     assert drawn <= {data[10]["key"], data[11]["key"]}
+
+
+def paired_rows(data, world):
+    """All rows with their partners, {key: the rest}, of all processes together, and what was skipped."""
+    rows, bad = {}, []
+    collate = Collate(train_transform(nano()), Tokenizer(nano()), False, negatives="pairs", pair_size=32, paraphrases=True)
+    for rank in range(world):
+        seeded = Seeded(data, 0, paraphrases=True)
+        [items] = EveryOther(Epochs(len(data), len(data), 3, rank, world))
+        batch = collate([seeded[item] for item in items])
+        bad += batch["bad"]
+        for key, *rest in zip(batch["keys"], batch["captions"], batch["images"].tolist()):
+            rows[key] = rest
+    return rows, sorted(bad)
+
+
+def test_no_row_is_lost_by_a_partner_that_cannot_be_read(folder):
+    """The next one that can be read is taken, the same at any world size; without one, a row is its own."""
+    data = CaptionFile(coloured_rows(folder, [(40, 30), (30, 40)] * 12), str(folder))
+    rows, bad = paired_rows(data, 1)
+    assert len(rows) == 24 and bad == []
+    gone = [data.sample(i)["key"] for i in (3, 4, 8, 9, 15)]
+    for i in (3, 4, 8, 9, 15):
+        os.remove(folder / f"{i}.png")
+    fewer, bad = paired_rows(data, 1)
+    assert [key for key, _ in bad] == sorted(gone) and len(fewer) == 19
+    assert not any(name in key for key in fewer for name in gone)
+    shown = {key.split(" with ")[0] for key in rows} - set(gone)
+    assert {key.split(" with ")[0] for key in fewer} == shown
+    same = [key for key in rows if key in fewer]
+    assert 5 < len(same) < len(shown) and all(rows[key] == fewer[key] for key in same)
+    for world in (2, 4):
+        assert paired_rows(data, world) == (fewer, bad)
+    for i in range(1, 24):
+        if os.path.exists(folder / f"{i}.png"):
+            os.remove(folder / f"{i}.png")
+    alone = Seeded(data, 0, paraphrases=True)[0, 0, "partner"]
+    pair = join_pair(alone, 32)
+    assert alone["partner"]["key"] == alone["key"] and pair["caption"].split(". ")[0] + "." == pair["caption"].split(". ")[1]
+    assert pair["negatives"][-1] == "" and pair["paraphrase"]
 
 
 def test_noise_and_pixels_of_an_attack():
