@@ -166,8 +166,8 @@ class Scenes(Dataset):
             "key": f"scene {self.split} {index}",
         }
         if self.negative_images:
-            same_places = self.objects(index)[2]        # the generator anew: places and sizes stay
-            row["negative_image"] = self.render(wrong[0], cells, same_places)
+            _, _, rng = self.objects(index)         # anew: places and sizes stay
+            row["negative_image"] = self.render(wrong[0], cells, rng)
         return row
 
     def render(self, objects, cells, rng):
@@ -270,6 +270,9 @@ def draw_shape(draw, shape, x, y, r, fill):
 # ---- tables and tars: pairs on disk ----------------------------------------
 
 IMAGE_KEYS = ("image", "image_path", "filepath", "file_name", "filename", "path")
+# What else a row may have; with joined captions the first come from their table.
+BESIDE_CAPTIONS = ("concepts", "negatives", "units")
+BESIDE_IMAGES = ("negative_image", "neighbours")
 JOIN_KEYS = ("url", "image_url", "key", "__key__", "Image Path", *IMAGE_KEYS)
 # What the members of a tar are, by their ending; others are passed over.
 MEMBERS = {
@@ -333,7 +336,6 @@ class CaptionFile(Dataset):
         self.root = image_root
         self.max_pixels = max_pixels
         self.load = load_fast if fast_decode else load_image
-        self.parts = []             # the rows of each file
         self.skipped = []
         self.remarks = []
         columns = set()
@@ -349,7 +351,7 @@ class CaptionFile(Dataset):
             paths += expand(source)
             last_parts.append(len(paths))
         options = Options(image_key, caption_keys, joined, index_dir)
-        self.parts = open_parts(paths, options)
+        self.parts = open_parts(paths, options)         # the rows of each file
         for part in self.parts:
             self.skipped += part.skipped
             self.remarks += part.remarks
@@ -409,7 +411,7 @@ class CaptionFile(Dataset):
             row = part.read(number)
             part.check_unchanged()
             self._open_images(row)
-            self._read_lists(row, index)
+            self._read_lists(row, part, index - number)
         except Exception as error:      # pillow's decoders raise nearly anything
             message = " ".join(to_text(error).split())
             return {"key": row["key"], "error": message or type(error).__name__}
@@ -424,7 +426,8 @@ class CaptionFile(Dataset):
             if place is not None:
                 row[name] = self.load(place, self.max_pixels)
 
-    def _read_lists(self, row, index):
+    def _read_lists(self, row, part, first):
+        """The texts of a row become lists; first is the index of its file's first row."""
         if "concepts" in row:
             row["concepts"] = parse_list(row["concepts"])
         if "negatives" in row:
@@ -432,8 +435,6 @@ class CaptionFile(Dataset):
         if "units" in row:
             row["units"] = parse_pairs(row["units"])
         if "neighbours" in row:
-            part, number = self._find(index)
-            first = index - number
             places = part.places(parse_list(row["neighbours"]))
             row["neighbours"] = [first + place for place in places]
 
@@ -473,10 +474,12 @@ def index_new(paths, options, bar):
     rank = int(os.environ.get("LOCAL_RANK", 0))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     new = []
+    size = 0
     for path in paths[rank::ranks]:
-        if keeps_index(file_and_split(path)[0]) and not has_index(path, options):
+        file, split = file_and_split(path)
+        if keeps_index(file) and not has_index(file, options.identity(split), options.index_dir):
             new.append(path)
-    size = sum(os.path.getsize(file_and_split(path)[0]) for path in new)
+            size += os.path.getsize(file)
     if len(paths) == 1 or size < PARALLEL_FROM:
         return
     # Forked, as the loader's workers are: they import nothing anew.
@@ -491,13 +494,6 @@ def index_new(paths, options, bar):
         except concurrent.futures.BrokenExecutor:
             raise OSError("a process that reads --data was killed, most often for want of memory: "
                           "start again, it goes on with the next file") from None
-
-
-def has_index(path, options):
-    file, split = file_and_split(path)
-    identity = options.identity(split)
-    folders = index_folders(file, options.index_dir)
-    return any(os.path.exists(index_path(file, identity, folder)) for folder in folders)
 
 
 def count_rows(path, options):
@@ -683,7 +679,7 @@ def write_captions(path, caption_keys, writer):
     Returns what is to be remembered of the table, see JoinedCaptions."""
     notes = Notes()
     name_column = ""
-    wanted = {*(caption_keys or CAPTION_KEYS), "concepts", "negatives", "units"}
+    wanted = {*(caption_keys or CAPTION_KEYS), *BESIDE_CAPTIONS}
     hashes = array("q")
     for row in name_errors(path, read_rows(path)):
         if isinstance(row, Report):
@@ -741,17 +737,12 @@ def make_sample(path, number, row, options, writer):
         return Report(name, "no image", 1)
     if not captions:
         return Report(name, "no caption", 1)
-    sample = {
-        "key": key,
-        "image": image,
-        "captions": captions,
-        "concepts": sources[0].get("concepts"),
-        "negatives": sources[0].get("negatives"),
-        "units": sources[0].get("units"),
-        "negative_image": row.get("negative_image"),
-        "neighbours": row.get("neighbours"),
-    }
-    return {name: value for name, value in sample.items() if value}
+    sample = {"key": key, "image": image, "captions": captions}
+    for source, columns in ((sources[0], BESIDE_CAPTIONS), (row, BESIDE_IMAGES)):
+        for column in columns:
+            if source.get(column):
+                sample[column] = source[column]
+    return sample
 
 
 def name_and_image(path, number, row, image_key):
@@ -775,8 +766,7 @@ def captions_of(rows, caption_keys):
     CAPTION_KEYS that is not empty."""
     texts = []
     for row in rows:
-        keys = caption_keys or first_filled(CAPTION_KEYS, row)
-        for key in keys:
+        for key in caption_keys or first_filled(CAPTION_KEYS, row):
             texts += parse_list(row.get(key), separator=None)
     return texts
 
@@ -800,6 +790,7 @@ def first_present(keys, row):
 # ---- an index of a file ----------------------------------------------------
 
 INDEX_FORMAT = 1
+TEXT_ENCODER = json.JSONEncoder(check_circular=False)       # a fifth faster: no value holds itself
 INDEX_MARK = b"c2lip-1\n"           # the last bytes of an index that is whole
 INDEX_FOLDER = ".c2lip-index"       # beside the file
 INDEX_FROM = 2**22                  # bytes of a table that has one, see keeps_index
@@ -826,10 +817,9 @@ class Index:
         if content[-8:].tobytes() != INDEX_MARK:
             raise ValueError("no mark at the end")
         length = int(content[-16:-8].view(np.int64)[0])
-        text = content[len(content) - 16 - length:len(content) - 16].tobytes()
-        self.about = json.loads(text)
-        self.size = len(content) - 16 - length          # of texts and columns
-        if self.about["digest"] != sampled_digest(content[:self.size]):
+        size = len(content) - 16 - length               # of texts and columns
+        self.about = json.loads(content[size:-16].tobytes())
+        if self.about["digest"] != sampled_digest(content[:size]):
             raise ValueError("another digest")
         self.ends = self.column("ends")
 
@@ -877,18 +867,17 @@ class IndexWriter:
 
     def __init__(self, path=None):
         self.path = path
+        self.file = io.BytesIO()
         self.columns = {}           # name -> file
         self.size = 0               # of the texts
-        if path is None:
-            self.file = io.BytesIO()
-        else:
+        if path:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             self.partial = f"{path}.{os.urandom(8).hex()}.partial"
             self.file = open(self.partial, "w+b")
 
     def text(self, value):
         """Write the next text."""
-        content = json.dumps(value).encode()
+        content = TEXT_ENCODER.encode(value).encode()
         self.file.write(content)
         self.size += len(content)
         self.number("ends", self.size)
@@ -905,9 +894,8 @@ class IndexWriter:
         self.columns[column].write(values.tobytes())
 
     def _add(self, column):
-        if self.path is None:
-            self.columns[column] = io.BytesIO()
-        else:
+        self.columns[column] = io.BytesIO()
+        if self.path:
             self.columns[column] = tempfile.TemporaryFile(dir=os.path.dirname(self.path))
 
     def clear(self):
@@ -921,25 +909,32 @@ class IndexWriter:
 
     def finish(self, about):
         """Write the columns and what is known about the file; returns the Index."""
-        places = {}
-        position = self.size + -self.size % 8
-        self.file.write(bytes(position - self.size))
-        for name, column in self.columns.items():
-            count = column.tell() // 8
-            places[name] = (position, count)
-            column.seek(0)
-            shutil.copyfileobj(column, self.file, 2**20)
-            position += 8 * count
+        places = self._copy_columns()
         digest = sampled_digest(self._content())
-        text = json.dumps({**about, "places": places, "digest": digest}).encode()
-        text += b" " * (-len(text) % 8)         # numbers stay at multiples of 8 bytes
-        self.file.write(text + len(text).to_bytes(8, "little") + INDEX_MARK)
+        self._write_about({**about, "places": places, "digest": digest})
         if self.path is None:
             return Index(self._content())
         self.file.flush()
         os.fsync(self.file.fileno())
         os.replace(self.partial, self.path)     # others see a whole index or none
         return Index.map(self.path)
+
+    def _copy_columns(self):
+        """Write the columns behind the texts; returns {name: (position, how many numbers)}."""
+        self.file.write(bytes(-self.size % 8))
+        places = {}
+        for name, column in self.columns.items():
+            places[name] = (self.file.tell(), column.tell() // 8)
+            column.seek(0)
+            shutil.copyfileobj(column, self.file, 2**20)
+        return places
+
+    def _write_about(self, about):
+        """Write the end of the file, see Index."""
+        text = json.dumps(about).encode()
+        text += b" " * (-len(text) % 8)         # its length, too, is at a multiple of 8 bytes
+        length = len(text).to_bytes(8, "little")
+        self.file.write(text + length + INDEX_MARK)
 
     def _content(self):
         """All bytes so far, as an array."""
@@ -1002,6 +997,12 @@ def keeps_index(path):
     """Whether the index of a file is kept on disk. A small table is read into memory each time: it
     takes a moment, and no file is left behind."""
     return path.endswith(".tar") or os.path.getsize(path) >= INDEX_FROM
+
+
+def has_index(path, identity, index_dir):
+    """Whether the index of a file, see open_index, is on disk."""
+    folders = index_folders(path, index_dir)
+    return any(os.path.exists(index_path(path, identity, folder)) for folder in folders)
 
 
 def find_or_write(path, target, write):
@@ -1361,6 +1362,13 @@ TAR_LONG_NAME = b"L"
 TAR_PAX_HEADER = b"x"
 TAR_IGNORED = (b"K", b"g")      # the target of a link, a header for all members
 TAR_BLOCK = 512
+# Where the fields of a header are.
+TAR_NAME = slice(0, 100)
+TAR_SIZE = slice(124, 136)
+TAR_CHECKSUM = slice(148, 156)
+TAR_KIND = slice(156, 157)
+TAR_MAGIC = slice(257, 263)
+TAR_PREFIX = slice(345, 500)
 
 
 def tar_members(f, size):
@@ -1429,21 +1437,25 @@ def read_member(f, position, size):
 
 
 def parse_tar_header(block):
-    """Name, size and kind from the 512 bytes of a tar header. Raises ValueError."""
-    without_checksum = block[:148] + b" " * 8 + block[156:]
-    checksum = parse_tar_number(block[148:156])
-    if checksum != sum(without_checksum):
-        signed = sum(np.frombuffer(without_checksum, np.int8).tolist())
-        if checksum != signed:          # some old tars have it so
-            raise ValueError("a damaged header")
-    length = parse_tar_number(block[124:136])
+    """Name, size and kind of a member from the 512 bytes of its header. Raises ValueError."""
+    check_tar_header(block)
+    length = parse_tar_number(block[TAR_SIZE])
     if length < 0:
         raise ValueError("a header with a negative size")
-    name = block[:100].partition(b"\0")[0]
-    prefix = block[345:500].partition(b"\0")[0]
-    if prefix and block[257:263] == b"ustar\0":
+    name, *_ = block[TAR_NAME].split(b"\0")
+    prefix, *_ = block[TAR_PREFIX].split(b"\0")
+    if prefix and block[TAR_MAGIC] == b"ustar\0":
         name = prefix + b"/" + name
-    return name.decode("utf-8", "replace"), length, block[156:157]
+    return name.decode("utf-8", "replace"), length, block[TAR_KIND]
+
+
+def check_tar_header(block):
+    """Raise ValueError unless the checksum is the sum of all bytes, its own taken as blanks."""
+    checksum = parse_tar_number(block[TAR_CHECKSUM])
+    content = block[:TAR_CHECKSUM.start] + b" " * 8 + block[TAR_CHECKSUM.stop:]
+    # Some old tars have the sum of signed bytes.
+    if checksum != sum(content) and checksum != np.frombuffer(content, np.int8).sum():
+        raise ValueError("a damaged header")
 
 
 def parse_tar_number(field):
@@ -1560,10 +1572,8 @@ def load_fast(file, max_pixels=None):
     What torchvision cannot decode (CMYK, other formats, damage) is left to pillow.
     """
     if isinstance(file, str):
-        with open(file, "rb") as f:
-            content = f.read()
-    else:
-        content = open_bytes(file).read()
+        file = [file, 0, os.path.getsize(file)]
+    content = open_bytes(file).read()
     with open_image(io.BytesIO(content), max_pixels) as image:
         plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
     if plain:
