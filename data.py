@@ -295,8 +295,6 @@ MAX_REPORTS = 1000
 # The longest name that a tar may give to a member, in bytes.
 MAX_NAME = 2**20
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-# So many rows are drawn at most, until one can be the partner of another, see Seeded.
-MAX_DRAWS = 10
 
 
 class CaptionFile(Dataset):
@@ -486,7 +484,7 @@ def index_new(paths, options, bar):
     pool = concurrent.futures.ProcessPoolExecutor(
         min(default_workers(), len(new)), multiprocessing.get_context("fork"), start_worker)
     with pool:
-        counts = pool.map(functools.partial(count_rows, options=options), new)
+        counts = pool.map(functools.partial(index_one, options=options), new)
         try:
             for number, rows in enumerate(counts, 1):
                 bar.set_description(f"read {number:,} of {len(new):,} files", refresh=False)
@@ -496,7 +494,7 @@ def index_new(paths, options, bar):
                           "start again, it goes on with the next file") from None
 
 
-def count_rows(path, options):
+def index_one(path, options):
     """Open the rows of a file, so that it has an index; returns their number. What is wrong with
     it is said when it is opened again."""
     try:
@@ -1010,28 +1008,26 @@ def find_or_write(path, target, write):
 
     Raises CannotWrite if it is not there, and cannot be.
     """
-    index, _ = find_index(target)
+    index, remarks = find_index(path, target)
     if index is not None:
-        return index, []
+        return index, remarks
     with locked(target):
-        index, problem = find_index(target)         # another process may have written it
-        if index is not None:
-            return index, []
-        remarks = []
-        if problem:
-            remarks.append((path, f"its index was damaged ({problem}) and is made anew"))
-        remove_old(target)
-        return write_index(path, target, write), remarks
+        index, remarks = find_index(path, target)       # another process may have written it
+        if index is None:
+            remove_old(target)
+            index = write_index(path, target, write)
+        return index, remarks
 
 
-def find_index(target):
-    """Return the Index of a file name, or None; and, if there is one that is damaged, why."""
+def find_index(path, target):
+    """Return the Index of a file at its place, or None, and a remark if it is damaged."""
     try:
-        return Index.map(target), ""
+        return Index.map(target), []
     except FileNotFoundError:
-        return None, ""
+        return None, []
     except Exception as error:      # damage raises nearly anything
-        return None, str(error) or type(error).__name__
+        problem = str(error) or type(error).__name__
+        return None, [(path, f"its index was damaged ({problem}) and is made anew")]
 
 
 def write_index(path, target, write):
@@ -1132,7 +1128,7 @@ def expand(source):
         numbers = range(int(first), int(last) + 1)
         words = [str(number).zfill(len(first)) for number in numbers]
     paths = []
-    for word in words or [inside]:
+    for word in words or [inside]:      # a range of none: the error says that no file has its name
         paths += expand(source.replace(braces[0], word, 1))
     return paths
 
@@ -1203,10 +1199,9 @@ def read_rows(path):
         raise ValueError(f"{path}: expected a .csv, .tsv or .jsonl file, or .tar, or a .json as "
                          f"COCO's, got {kind or 'no ending'!r}")
     number = 0
-    odd_lines = Tally()
-    odd_rows = {}           # what is odd about them -> Tally
+    odd = {}        # see tally
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
-        lines = odd_lines.watch(f, "\ufffd")
+        lines = watch_bytes(f, odd)
         rows = read_json_lines(lines) if kind == ".jsonl" else read_table(lines, DELIMITERS[kind])
         for number, (row, problem) in enumerate(rows, 1):
             if row and problem and runs_over(row, problem):
@@ -1216,15 +1211,12 @@ def read_rows(path):
                 yield Report(path, f"row {number:,}: {problem}", 1)
                 continue
             if problem:
-                odd_rows.setdefault(problem, Tally()).add(number)
+                tally(odd, "row", problem, number)
             yield row
     if number == 0:
         raise ValueError(f"{path}: no rows")
-    for problem, tally in odd_rows.items():
-        yield Report(path, f"{tally.count:,} rows, the first is row {tally.first:,}: {problem}")
-    if odd_lines.count:
-        yield Report(path, f"{odd_lines.count:,} lines, the first is line {odd_lines.first:,}: "
-                           "bytes that are no UTF-8, read as \ufffd. Save the file as UTF-8")
+    for (what, problem), (count, first) in odd.items():
+        yield Report(path, f"{count:,} {what}s, the first is {what} {first:,}: {problem}")
 
 
 def runs_over(row, problem):
@@ -1234,24 +1226,19 @@ def runs_over(row, problem):
     return problem.startswith("a quote") and bool(cells) and cells[-1].endswith(("\n", "\r"))
 
 
-class Tally:
-    """Counts something that would fill pages if each instance were reported."""
+def tally(odd, what, problem, number):
+    """Count in odd, {(what, problem): [count, number of the first]}, what would fill pages if each
+    instance were reported."""
+    odd.setdefault((what, problem), [0, number])[0] += 1
 
-    def __init__(self):
-        self.count = 0
-        self.first = None
 
-    def add(self, where):
-        self.count += 1
-        if self.first is None:
-            self.first = where
-
-    def watch(self, lines, mark):
-        """Yield the lines, and count those that hold a mark."""
-        for number, line in enumerate(lines, 1):
-            if mark in line:
-                self.add(number)
-            yield line
+def watch_bytes(lines, odd):
+    """Yield the lines, and count those with bytes that were no UTF-8."""
+    for number, line in enumerate(lines, 1):
+        if "\ufffd" in line:
+            problem = "bytes that are no UTF-8, read as \ufffd. Save the file as UTF-8"
+            tally(odd, "line", problem, number)
+        yield line
 
 
 def read_json_lines(lines):
@@ -1597,9 +1584,8 @@ def open_bytes(file):
 
 def open_image(file, max_pixels=None):
     """Open an image without decoding it, see load_image."""
-    if max_pixels and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels     # pillow itself refuses twice as many
     limit = max_pixels or Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max(limit, Image.MAX_IMAGE_PIXELS)     # pillow refuses twice as many
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
@@ -2018,6 +2004,8 @@ ORDER = 2
 FEISTEL_ROUNDS = 6
 # The largest weight of a source.
 MAX_WEIGHT = 1_000_000
+# So many rows are drawn at most, until one can be the partner of another, see Seeded.
+MAX_DRAWS = 10
 
 
 class Epochs(Sampler):
