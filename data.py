@@ -1011,10 +1011,10 @@ def find_or_write(path, target, write):
     index, remarks = find_index(path, target)
     if index is not None:
         return index, remarks
-    with locked(target):
+    with locked(target) as alone:
         index, remarks = find_index(path, target)       # another process may have written it
         if index is None:
-            remove_old(target)
+            remove_old(target, alone)
             index = write_index(path, target, write)
         return index, remarks
 
@@ -1074,12 +1074,13 @@ def index_path(path, identity, folder):
     return os.path.join(folder, f"{name[:100]}.{hashed}.{size}.{time}.index")
 
 
-def remove_old(target):
-    """Remove the indices of former states of a file, and what a kill has left of one. A process
-    that still uses one keeps its pages."""
+def remove_old(target, alone):
+    """Remove the indices of former states of a file and, if no other process can be writing one,
+    what a kill has left of one. A process that still uses one keeps its pages."""
+    endings = (".index", ".partial", ".lock") if alone else ".index"
     name = target.rsplit(".", 3)[0]         # without size, time and ending
     for old in glob.glob(glob.escape(name) + ".*"):
-        if old.endswith((".index", ".partial", ".lock")) and old != f"{target}.lock":
+        if old.endswith(endings) and old not in (target, f"{target}.lock"):
             with contextlib.suppress(OSError):
                 os.remove(old)
 
@@ -1087,18 +1088,20 @@ def remove_old(target):
 @contextlib.contextmanager
 def locked(target):
     """Let one process at a time write an index; the others wait, however long it takes. A kill
-    ends the lock. Raises CannotWrite where no file can be made."""
+    ends the lock. Gives whether it is the only one: a file system may have no locks, then all
+    write, and the last one is kept. Raises CannotWrite where no file can be made."""
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         file = open(f"{target}.lock", "w")
     except OSError as error:
         raise CannotWrite(error.errno, error.strerror) from error
     with file:
-        # A file system may have no locks: then all write, and the last one is kept.
+        alone = False
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
+            alone = True
         try:
-            yield
+            yield alone
         finally:
             # Whoever waits for this file, or makes another of its name, looks for the index first.
             with contextlib.suppress(OSError):

@@ -718,13 +718,16 @@ def test_what_a_kill_leaves_of_an_index_is_removed(folder, large):
     assert len(CaptionFile(path, str(folder))) == 50 and index_of(folder) == place
 
 
-def killed(path, root, rows):
-    """Index a table, and be killed after some rows."""
+def killed(path, root, rows, began=None):
+    """Index a table, and be killed after some rows; where there is an event, a second after it is set."""
     data_module.INDEX_FROM = 0
     number = data_module.IndexWriter.number
 
     def kill(self, column, value):
         if column == "numbers" and value == rows:
+            if began:
+                began.set()
+                time.sleep(1)
             os.kill(os.getpid(), 9)
         number(self, column, value)
     data_module.IndexWriter.number = kill
@@ -738,6 +741,28 @@ def test_killed_while_indexing(folder, large):
     process.join()
     assert process.exitcode == -9 and len(os.listdir(folder / ".c2lip-index")) == 2     # partial and lock
     assert len(CaptionFile(path, str(folder))) == 50 and index_of(folder).name.endswith(".index")
+
+
+def count_as(path, caption_key, results):
+    data = CaptionFile(path, caption_key=caption_key)
+    results.put((len(data), data.sample(len(data) - 1)["captions"], data.remarks))
+
+
+def test_killed_while_others_wait_for_the_index(folder, large):
+    """One of them begins anew, and the rest find what it wrote; another caption key waits for nobody."""
+    path = table_of(folder, 3000)
+    context = multiprocessing.get_context("fork")
+    began, results = context.Event(), context.Queue()
+    first = context.Process(target=killed, args=(path, str(folder), 1500, began))
+    first.start()
+    assert began.wait(60)
+    others = [context.Process(target=count_as, args=(path, key, results)) for key in (None, None, None, "caption")]
+    [process.start() for process in others]
+    assert [results.get(timeout=60) for _ in others] == [(3000, ["caption 2999"], [])] * 4
+    [process.join() for process in [first, *others]]
+    assert first.exitcode == -9
+    names = os.listdir(folder / ".c2lip-index")
+    assert len(names) == 2 and all(name.endswith(".index") for name in names)
 
 
 def test_a_full_disk_while_indexing(folder, large, monkeypatch, tmp_path_factory):
@@ -869,6 +894,23 @@ def test_two_runs_index_the_same_table_at_once(folder, large):
     assert [results.get(timeout=60) for _ in processes] == [3000] * 4
     [p.join() for p in processes]
     assert index_of(folder).name.endswith(".index")
+
+
+def test_without_locks_all_write_and_nobody_removes_what_others_write(folder, large, monkeypatch):
+    def refuse(*args):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr(data_module.fcntl, "flock", refuse)
+    monkeypatch.setattr(data_module.warnings, "warn", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    for count_of_rows in (3000, 3100):      # the second time there is an index of a former state
+        path = table_of(folder, count_of_rows)
+        context = multiprocessing.get_context("fork")
+        results = context.Queue()
+        processes = [context.Process(target=count, args=(path, results)) for _ in range(4)]
+        [p.start() for p in processes]
+        assert [results.get(timeout=60) for _ in processes] == [count_of_rows] * 4
+        [p.join() for p in processes]
+        assert index_of(folder).name.endswith(".index") and not os.path.exists(folder / "cache")
 
 
 def test_a_source_that_cannot_be_read_on(folder, large, monkeypatch):
