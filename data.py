@@ -36,6 +36,7 @@ import warnings
 import zlib
 from array import array
 from bisect import bisect_right
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -316,7 +317,9 @@ class CaptionFile(Dataset):
                  JOIN_KEYS that it has to the images' key, url or path
     max_pixels   largest image that is decoded, see load_image
     fast_decode  images are what load_fast gives, not load_image
-    index_dir    folder for the indices of the files, see open_index; by default beside each file
+    index_dir    folder for the indices of the files, see open_index; by default beside each file.
+                 Each set of keys and captions has its own, up to 1.4 times as large as a table;
+                 they may be deleted when nothing reads the files
 
     Opening takes the same memory for any number of rows. Raises ValueError for files that cannot
     be used. Nothing else is lost without a trace:
@@ -764,17 +767,12 @@ def captions_of(rows, caption_keys):
     CAPTION_KEYS that is not empty."""
     texts = []
     for row in rows:
-        for key in caption_keys or first_filled(CAPTION_KEYS, row):
-            texts += parse_list(row.get(key), separator=None)
+        for key in caption_keys or CAPTION_KEYS:
+            if row.get(key):
+                texts += parse_list(row[key], separator=None)
+                if not caption_keys:
+                    break
     return texts
-
-
-def first_filled(keys, row):
-    """A list of the first of the keys that is not empty in the row, [] without one."""
-    for key in keys:
-        if row.get(key):
-            return [key]
-    return []
 
 
 def first_present(keys, row):
@@ -866,12 +864,14 @@ class IndexWriter:
     def __init__(self, path=None):
         self.path = path
         self.file = io.BytesIO()
-        self.columns = {}           # name -> file
         self.size = 0               # of the texts
+        make_file = io.BytesIO
         if path:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             self.partial = f"{path}.{os.urandom(8).hex()}.partial"
             self.file = open(self.partial, "w+b")
+            make_file = functools.partial(tempfile.TemporaryFile, dir=os.path.dirname(path))
+        self.columns = defaultdict(make_file)       # name -> file
 
     def text(self, value):
         """Write the next text."""
@@ -882,19 +882,11 @@ class IndexWriter:
 
     def number(self, column, value):
         """Write the next number of a column."""
-        if column not in self.columns:
-            self._add(column)
         self.columns[column].write(value.to_bytes(8, "little"))
 
     def numbers(self, column, values):
         """Write a whole column, int64."""
-        self._add(column)
         self.columns[column].write(values.tobytes())
-
-    def _add(self, column):
-        self.columns[column] = io.BytesIO()
-        if self.path:
-            self.columns[column] = tempfile.TemporaryFile(dir=os.path.dirname(self.path))
 
     def clear(self):
         """Begin anew."""
@@ -1131,7 +1123,7 @@ def expand(source):
         numbers = range(int(first), int(last) + 1)
         words = [str(number).zfill(len(first)) for number in numbers]
     paths = []
-    for word in words or [inside]:      # a range of none: the error says that no file has its name
+    for word in words or [inside]:      # a range of none: then no file has this name
         paths += expand(source.replace(braces[0], word, 1))
     return paths
 
@@ -1274,7 +1266,7 @@ def read_shard(path, scattered=False):
     with open(path, "rb") as f:
         for sample in join(useful_members(f, size, damages)):
             about = parse_json(sample.pop("json", ""))
-            yield {"image": None, **about, **sample}
+            yield {**about, **sample}
             count += 1
     if not damages and not count:
         damages.append(DamagedTar("no image and no caption is in it", 0))
@@ -1714,13 +1706,12 @@ class Collate:
         self.units = units
 
     def __call__(self, rows):
-        everything = rows + [row["neighbour"] for row in rows if "neighbour" in row]
-        rows = [row for row in everything if "error" not in row]
-        paired = any("partner" in row for row in rows)
+        rows, errors = with_neighbours(rows)
+        paired = bool(rows) and "partner" in rows[0]        # all rows of a batch, or none
         if paired:
             rows = [join_pair(row, self.pair_size) for row in rows]
         batch = {
-            "bad": [(row["key"], row["error"]) for row in everything if "error" in row],
+            "bad": errors,
             "keys": [row["key"] for row in rows],
             "captions": [row["caption"] for row in rows],
             "fallback": 0,
@@ -1866,6 +1857,14 @@ class Collate:
         batch["pairs"] = torch.tensor(pairs).view(-1, 2)                                # (P, 2)
 
 
+def with_neighbours(rows):
+    """Return rows and, behind them, their neighbours; and [(key, error)] of those of both that
+    could not be read."""
+    everything = rows + [row["neighbour"] for row in rows if "neighbour" in row]
+    errors = [(row["key"], row["error"]) for row in everything if "error" in row]
+    return [row for row in everything if "error" not in row], errors
+
+
 def join_pair(row, size):
     """A row and its partner as one row: two images as one, and captions of both (CLIC).
 
@@ -1876,8 +1875,8 @@ def join_pair(row, size):
                "A. B." or "B. A." with two words exchanged, "" if there are none
     paraphrase the first sentences of both paraphrases, if there are both
 
-    All but the last as in CLIC's released code, by the row's own seed; there the exchange also takes adverbs,
-    prepositions, numbers and pronouns, by spaCy's tags, or any two words.
+    All but the last as in CLIC's released code, by the row's own seed; there the exchange also
+    takes adverbs, prepositions, numbers and pronouns, by spaCy's tags, or any two words.
     """
     partner = row["partner"]
     rng = random.Random(row["seed"])
