@@ -701,8 +701,8 @@ def write_captions(path, caption_keys, writer):
 @dataclass
 class Report:
     """What a reader gives in place of rows that are lost, or as a remark."""
-    name: str           # for the user: which row or file,
-    why: str            # and what is the matter
+    name: str           # of the row or file, for the user
+    why: str            # what is the matter with it
     rows: int = 0       # so many are lost
     torn: bool = False  # the file itself is damaged, and rows an estimate
 
@@ -1424,8 +1424,8 @@ def parse_tar_header(block):
     length = parse_tar_number(block[TAR_SIZE])
     if length < 0:
         raise ValueError("a header with a negative size")
-    name, *_ = block[TAR_NAME].split(b"\0")
-    prefix, *_ = block[TAR_PREFIX].split(b"\0")
+    name = block[TAR_NAME].partition(b"\0")[0]
+    prefix = block[TAR_PREFIX].partition(b"\0")[0]
     if prefix and block[TAR_MAGIC] == b"ustar\0":
         name = prefix + b"/" + name
     return name.decode("utf-8", "replace"), length, block[TAR_KIND]
