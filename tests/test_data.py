@@ -1791,7 +1791,7 @@ def epochs_of(stream, count):
     return [sum(steps[i * stream.steps_per_epoch:(i + 1) * stream.steps_per_epoch], []) for i in range(count)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any), batch=st.integers(1, 30),
        weights=st.lists(st.sampled_from([0.07, 0.3, 0.5, 1, 1.5, 2, 3]), min_size=4, max_size=4), seed=st.integers(0, 9))
 def test_weights_show_rows_as_often_as_they_say(sizes, batch, weights, seed):
