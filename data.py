@@ -318,7 +318,7 @@ class CaptionFile(Dataset):
     max_pixels   largest image that is decoded, see load_image
     fast_decode  images are what load_fast gives, not load_image
     index_dir    folder for the indices of the files, see open_index; by default beside each file.
-                 Each set of keys and captions has its own, up to 1.4 times as large as a table;
+                 Each set of keys and captions has its own, about 1.4 times as large as a table;
                  they may be deleted when nothing reads the files
 
     Opening takes the same memory for any number of rows. Raises ValueError for files that cannot
