@@ -8,7 +8,7 @@ A row is a dict with
     negatives       optional list of str, false captions ("" in place of one that there is not)
     negative_image  optional PIL image that the caption does not describe
     neighbour       optional row, a hard negative for this one
-    partner         optional row, with which this one becomes a pair, see join_pair
+    partner         optional row that can be read, with which this becomes a pair, see join_pair
     units           optional list of (part of the caption, false version of it), both str
     paraphrase      optional str, a second true caption (of rows of files: one of their others)
 A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
@@ -36,6 +36,7 @@ import warnings
 import zlib
 from array import array
 from bisect import bisect_right
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -166,8 +167,8 @@ class Scenes(Dataset):
             "key": f"scene {self.split} {index}",
         }
         if self.negative_images:
-            same_places = self.objects(index)[2]        # the generator anew: places and sizes stay
-            row["negative_image"] = self.render(wrong[0], cells, same_places)
+            _, _, rng = self.objects(index)         # anew: places and sizes stay
+            row["negative_image"] = self.render(wrong[0], cells, rng)
         return row
 
     def render(self, objects, cells, rng):
@@ -270,6 +271,9 @@ def draw_shape(draw, shape, x, y, r, fill):
 # ---- tables and tars: pairs on disk ----------------------------------------
 
 IMAGE_KEYS = ("image", "image_path", "filepath", "file_name", "filename", "path")
+# What else a row may have; with joined captions the first come from their table.
+BESIDE_CAPTIONS = ("concepts", "negatives", "units")
+BESIDE_IMAGES = ("negative_image", "neighbours")
 JOIN_KEYS = ("url", "image_url", "key", "__key__", "Image Path", *IMAGE_KEYS)
 # What the members of a tar are, by their ending; others are passed over.
 MEMBERS = {
@@ -292,8 +296,6 @@ MAX_REPORTS = 1000
 # The longest name that a tar may give to a member, in bytes.
 MAX_NAME = 2**20
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-# So many rows are drawn at most, until one has an image as wide, or as high, as its partner's.
-MAX_DRAWS = 10
 
 
 class CaptionFile(Dataset):
@@ -315,7 +317,9 @@ class CaptionFile(Dataset):
                  JOIN_KEYS that it has to the images' key, url or path
     max_pixels   largest image that is decoded, see load_image
     fast_decode  images are what load_fast gives, not load_image
-    index_dir    folder for the indices of the files, see open_index; by default beside each file
+    index_dir    folder for the indices of the files, see open_index; by default beside each file.
+                 Each set of keys and captions has its own, about 1.4 times as large as a table;
+                 they may be deleted when nothing reads the files
 
     Opening takes the same memory for any number of rows. Raises ValueError for files that cannot
     be used. Nothing else is lost without a trace:
@@ -333,7 +337,6 @@ class CaptionFile(Dataset):
         self.root = image_root
         self.max_pixels = max_pixels
         self.load = load_fast if fast_decode else load_image
-        self.parts = []             # the rows of each file
         self.skipped = []
         self.remarks = []
         columns = set()
@@ -349,7 +352,7 @@ class CaptionFile(Dataset):
             paths += expand(source)
             last_parts.append(len(paths))
         options = Options(image_key, caption_keys, joined, index_dir)
-        self.parts = open_parts(paths, options)
+        self.parts = open_parts(paths, options)         # the rows of each file
         for part in self.parts:
             self.skipped += part.skipped
             self.remarks += part.remarks
@@ -409,7 +412,7 @@ class CaptionFile(Dataset):
             row = part.read(number)
             part.check_unchanged()
             self._open_images(row)
-            self._read_lists(row, index)
+            self._read_lists(row, part, index - number)
         except Exception as error:      # pillow's decoders raise nearly anything
             message = " ".join(to_text(error).split())
             return {"key": row["key"], "error": message or type(error).__name__}
@@ -424,7 +427,8 @@ class CaptionFile(Dataset):
             if place is not None:
                 row[name] = self.load(place, self.max_pixels)
 
-    def _read_lists(self, row, index):
+    def _read_lists(self, row, part, first):
+        """The texts of a row become lists; first is the index of its file's first row."""
         if "concepts" in row:
             row["concepts"] = parse_list(row["concepts"])
         if "negatives" in row:
@@ -432,8 +436,6 @@ class CaptionFile(Dataset):
         if "units" in row:
             row["units"] = parse_pairs(row["units"])
         if "neighbours" in row:
-            part, number = self._find(index)
-            first = index - number
             places = part.places(parse_list(row["neighbours"]))
             row["neighbours"] = [first + place for place in places]
 
@@ -473,17 +475,19 @@ def index_new(paths, options, bar):
     rank = int(os.environ.get("LOCAL_RANK", 0))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     new = []
+    size = 0
     for path in paths[rank::ranks]:
-        if keeps_index(file_and_split(path)[0]) and not has_index(path, options):
+        file, split = file_and_split(path)
+        if keeps_index(file) and not has_index(file, options.identity(split), options.index_dir):
             new.append(path)
-    size = sum(os.path.getsize(file_and_split(path)[0]) for path in new)
+            size += os.path.getsize(file)
     if len(paths) == 1 or size < PARALLEL_FROM:
         return
     # Forked, as the loader's workers are: they import nothing anew.
     pool = concurrent.futures.ProcessPoolExecutor(
         min(default_workers(), len(new)), multiprocessing.get_context("fork"), start_worker)
     with pool:
-        counts = pool.map(functools.partial(count_rows, options=options), new)
+        counts = pool.map(functools.partial(index_one, options=options), new)
         try:
             for number, rows in enumerate(counts, 1):
                 bar.set_description(f"read {number:,} of {len(new):,} files", refresh=False)
@@ -493,14 +497,7 @@ def index_new(paths, options, bar):
                           "start again, it goes on with the next file") from None
 
 
-def has_index(path, options):
-    file, split = file_and_split(path)
-    identity = options.identity(split)
-    folders = index_folders(file, options.index_dir)
-    return any(os.path.exists(index_path(file, identity, folder)) for folder in folders)
-
-
-def count_rows(path, options):
+def index_one(path, options):
     """Open the rows of a file, so that it has an index; returns their number. What is wrong with
     it is said when it is opened again."""
     try:
@@ -683,7 +680,7 @@ def write_captions(path, caption_keys, writer):
     Returns what is to be remembered of the table, see JoinedCaptions."""
     notes = Notes()
     name_column = ""
-    wanted = {*(caption_keys or CAPTION_KEYS), "concepts", "negatives", "units"}
+    wanted = {*(caption_keys or CAPTION_KEYS), *BESIDE_CAPTIONS}
     hashes = array("q")
     for row in name_errors(path, read_rows(path)):
         if isinstance(row, Report):
@@ -704,8 +701,8 @@ def write_captions(path, caption_keys, writer):
 @dataclass
 class Report:
     """What a reader gives in place of rows that are lost, or as a remark."""
-    name: str           # for the user: which row or file,
-    why: str            # and what is the matter
+    name: str           # of the row or file, for the user
+    why: str            # what is the matter with it
     rows: int = 0       # so many are lost
     torn: bool = False  # the file itself is damaged, and rows an estimate
 
@@ -741,17 +738,12 @@ def make_sample(path, number, row, options, writer):
         return Report(name, "no image", 1)
     if not captions:
         return Report(name, "no caption", 1)
-    sample = {
-        "key": key,
-        "image": image,
-        "captions": captions,
-        "concepts": sources[0].get("concepts"),
-        "negatives": sources[0].get("negatives"),
-        "units": sources[0].get("units"),
-        "negative_image": row.get("negative_image"),
-        "neighbours": row.get("neighbours"),
-    }
-    return {name: value for name, value in sample.items() if value}
+    sample = {"key": key, "image": image, "captions": captions}
+    for source, columns in ((sources[0], BESIDE_CAPTIONS), (row, BESIDE_IMAGES)):
+        for column in columns:
+            if source.get(column):
+                sample[column] = source[column]
+    return sample
 
 
 def name_and_image(path, number, row, image_key):
@@ -775,18 +767,12 @@ def captions_of(rows, caption_keys):
     CAPTION_KEYS that is not empty."""
     texts = []
     for row in rows:
-        keys = caption_keys or first_filled(CAPTION_KEYS, row)
-        for key in keys:
-            texts += parse_list(row.get(key), separator=None)
+        for key in caption_keys or CAPTION_KEYS:
+            if row.get(key):
+                texts += parse_list(row[key], separator=None)
+                if not caption_keys:
+                    break
     return texts
-
-
-def first_filled(keys, row):
-    """A list of the first of the keys that is not empty in the row, [] without one."""
-    for key in keys:
-        if row.get(key):
-            return [key]
-    return []
 
 
 def first_present(keys, row):
@@ -800,6 +786,7 @@ def first_present(keys, row):
 # ---- an index of a file ----------------------------------------------------
 
 INDEX_FORMAT = 1
+TEXT_ENCODER = json.JSONEncoder(check_circular=False)       # a fifth faster: no value holds itself
 INDEX_MARK = b"c2lip-1\n"           # the last bytes of an index that is whole
 INDEX_FOLDER = ".c2lip-index"       # beside the file
 INDEX_FROM = 2**22                  # bytes of a table that has one, see keeps_index
@@ -826,10 +813,9 @@ class Index:
         if content[-8:].tobytes() != INDEX_MARK:
             raise ValueError("no mark at the end")
         length = int(content[-16:-8].view(np.int64)[0])
-        text = content[len(content) - 16 - length:len(content) - 16].tobytes()
-        self.about = json.loads(text)
-        self.size = len(content) - 16 - length          # of texts and columns
-        if self.about["digest"] != sampled_digest(content[:self.size]):
+        size = len(content) - 16 - length               # of texts and columns
+        self.about = json.loads(content[size:-16].tobytes())
+        if self.about["digest"] != sampled_digest(content[:size]):
             raise ValueError("another digest")
         self.ends = self.column("ends")
 
@@ -877,38 +863,30 @@ class IndexWriter:
 
     def __init__(self, path=None):
         self.path = path
-        self.columns = {}           # name -> file
+        self.file = io.BytesIO()
         self.size = 0               # of the texts
-        if path is None:
-            self.file = io.BytesIO()
-        else:
+        make_file = io.BytesIO
+        if path:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             self.partial = f"{path}.{os.urandom(8).hex()}.partial"
             self.file = open(self.partial, "w+b")
+            make_file = functools.partial(tempfile.TemporaryFile, dir=os.path.dirname(path))
+        self.columns = defaultdict(make_file)       # name -> file
 
     def text(self, value):
         """Write the next text."""
-        content = json.dumps(value).encode()
+        content = TEXT_ENCODER.encode(value).encode()
         self.file.write(content)
         self.size += len(content)
         self.number("ends", self.size)
 
     def number(self, column, value):
         """Write the next number of a column."""
-        if column not in self.columns:
-            self._add(column)
         self.columns[column].write(value.to_bytes(8, "little"))
 
     def numbers(self, column, values):
         """Write a whole column, int64."""
-        self._add(column)
         self.columns[column].write(values.tobytes())
-
-    def _add(self, column):
-        if self.path is None:
-            self.columns[column] = io.BytesIO()
-        else:
-            self.columns[column] = tempfile.TemporaryFile(dir=os.path.dirname(self.path))
 
     def clear(self):
         """Begin anew."""
@@ -921,25 +899,32 @@ class IndexWriter:
 
     def finish(self, about):
         """Write the columns and what is known about the file; returns the Index."""
-        places = {}
-        position = self.size + -self.size % 8
-        self.file.write(bytes(position - self.size))
-        for name, column in self.columns.items():
-            count = column.tell() // 8
-            places[name] = (position, count)
-            column.seek(0)
-            shutil.copyfileobj(column, self.file, 2**20)
-            position += 8 * count
+        places = self._copy_columns()
         digest = sampled_digest(self._content())
-        text = json.dumps({**about, "places": places, "digest": digest}).encode()
-        text += b" " * (-len(text) % 8)         # numbers stay at multiples of 8 bytes
-        self.file.write(text + len(text).to_bytes(8, "little") + INDEX_MARK)
+        self._write_about({**about, "places": places, "digest": digest})
         if self.path is None:
             return Index(self._content())
         self.file.flush()
         os.fsync(self.file.fileno())
         os.replace(self.partial, self.path)     # others see a whole index or none
         return Index.map(self.path)
+
+    def _copy_columns(self):
+        """Write the columns behind the texts; returns {name: (position, how many numbers)}."""
+        self.file.write(bytes(-self.size % 8))
+        places = {}
+        for name, column in self.columns.items():
+            places[name] = (self.file.tell(), column.tell() // 8)
+            column.seek(0)
+            shutil.copyfileobj(column, self.file, 2**20)
+        return places
+
+    def _write_about(self, about):
+        """Write the end of the file, see Index."""
+        text = json.dumps(about).encode()
+        text += b" " * (-len(text) % 8)         # its length, too, is at a multiple of 8 bytes
+        length = len(text).to_bytes(8, "little")
+        self.file.write(text + length + INDEX_MARK)
 
     def _content(self):
         """All bytes so far, as an array."""
@@ -1004,33 +989,37 @@ def keeps_index(path):
     return path.endswith(".tar") or os.path.getsize(path) >= INDEX_FROM
 
 
+def has_index(path, identity, index_dir):
+    """Whether the index of a file, see open_index, is on disk."""
+    folders = index_folders(path, index_dir)
+    return any(os.path.exists(index_path(path, identity, folder)) for folder in folders)
+
+
 def find_or_write(path, target, write):
     """Open the index of a file at its place, or write it there; see open_index.
 
     Raises CannotWrite if it is not there, and cannot be.
     """
-    index, _ = find_index(target)
+    index, remarks = find_index(path, target)
     if index is not None:
-        return index, []
-    with locked(target):
-        index, problem = find_index(target)         # another process may have written it
-        if index is not None:
-            return index, []
-        remarks = []
-        if problem:
-            remarks.append((path, f"its index was damaged ({problem}) and is made anew"))
-        remove_old(target)
-        return write_index(path, target, write), remarks
+        return index, remarks
+    with locked(target) as alone:
+        index, remarks = find_index(path, target)       # another process may have written it
+        if index is None:
+            remove_old(target, alone)
+            index = write_index(path, target, write)
+        return index, remarks
 
 
-def find_index(target):
-    """Return the Index of a file name, or None; and, if there is one that is damaged, why."""
+def find_index(path, target):
+    """Return the Index of a file at its place, or None, and a remark if it is damaged."""
     try:
-        return Index.map(target), ""
+        return Index.map(target), []
     except FileNotFoundError:
-        return None, ""
+        return None, []
     except Exception as error:      # damage raises nearly anything
-        return None, str(error) or type(error).__name__
+        problem = str(error) or type(error).__name__
+        return None, [(path, f"its index was damaged ({problem}) and is made anew")]
 
 
 def write_index(path, target, write):
@@ -1077,12 +1066,13 @@ def index_path(path, identity, folder):
     return os.path.join(folder, f"{name[:100]}.{hashed}.{size}.{time}.index")
 
 
-def remove_old(target):
-    """Remove the indices of former states of a file, and what a kill has left of one. A process
-    that still uses one keeps its pages."""
+def remove_old(target, alone):
+    """Remove the indices of former states of a file and, if no other process can be writing one,
+    what a kill has left of one. A process that still uses one keeps its pages."""
+    endings = (".index", ".partial", ".lock") if alone else ".index"
     name = target.rsplit(".", 3)[0]         # without size, time and ending
     for old in glob.glob(glob.escape(name) + ".*"):
-        if old.endswith((".index", ".partial", ".lock")) and old != f"{target}.lock":
+        if old.endswith(endings) and old not in (target, f"{target}.lock"):
             with contextlib.suppress(OSError):
                 os.remove(old)
 
@@ -1090,18 +1080,20 @@ def remove_old(target):
 @contextlib.contextmanager
 def locked(target):
     """Let one process at a time write an index; the others wait, however long it takes. A kill
-    ends the lock. Raises CannotWrite where no file can be made."""
+    ends the lock. Gives whether it is the only one: a file system may have no locks, then all
+    write, and the last one is kept. Raises CannotWrite where no file can be made."""
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         file = open(f"{target}.lock", "w")
     except OSError as error:
         raise CannotWrite(error.errno, error.strerror) from error
     with file:
-        # A file system may have no locks: then all write, and the last one is kept.
+        alone = False
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
+            alone = True
         try:
-            yield
+            yield alone
         finally:
             # Whoever waits for this file, or makes another of its name, looks for the index first.
             with contextlib.suppress(OSError):
@@ -1131,7 +1123,7 @@ def expand(source):
         numbers = range(int(first), int(last) + 1)
         words = [str(number).zfill(len(first)) for number in numbers]
     paths = []
-    for word in words or [inside]:
+    for word in words or [inside]:      # a range of none: then no file has this name
         paths += expand(source.replace(braces[0], word, 1))
     return paths
 
@@ -1202,10 +1194,9 @@ def read_rows(path):
         raise ValueError(f"{path}: expected a .csv, .tsv or .jsonl file, or .tar, or a .json as "
                          f"COCO's, got {kind or 'no ending'!r}")
     number = 0
-    odd_lines = Tally()
-    odd_rows = {}           # what is odd about them -> Tally
+    odd = {}        # see tally
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
-        lines = odd_lines.watch(f, "\ufffd")
+        lines = watch_bytes(f, odd)
         rows = read_json_lines(lines) if kind == ".jsonl" else read_table(lines, DELIMITERS[kind])
         for number, (row, problem) in enumerate(rows, 1):
             if row and problem and runs_over(row, problem):
@@ -1215,15 +1206,12 @@ def read_rows(path):
                 yield Report(path, f"row {number:,}: {problem}", 1)
                 continue
             if problem:
-                odd_rows.setdefault(problem, Tally()).add(number)
+                tally(odd, "row", problem, number)
             yield row
     if number == 0:
         raise ValueError(f"{path}: no rows")
-    for problem, tally in odd_rows.items():
-        yield Report(path, f"{tally.count:,} rows, the first is row {tally.first:,}: {problem}")
-    if odd_lines.count:
-        yield Report(path, f"{odd_lines.count:,} lines, the first is line {odd_lines.first:,}: "
-                           "bytes that are no UTF-8, read as \ufffd. Save the file as UTF-8")
+    for (what, problem), (count, first) in odd.items():
+        yield Report(path, f"{count:,} {what}s, the first is {what} {first:,}: {problem}")
 
 
 def runs_over(row, problem):
@@ -1233,24 +1221,19 @@ def runs_over(row, problem):
     return problem.startswith("a quote") and bool(cells) and cells[-1].endswith(("\n", "\r"))
 
 
-class Tally:
-    """Counts something that would fill pages if each instance were reported."""
+def tally(odd, what, problem, number):
+    """Count in odd, {(what, problem): [count, number of the first]}, what would fill pages if each
+    instance were reported."""
+    odd.setdefault((what, problem), [0, number])[0] += 1
 
-    def __init__(self):
-        self.count = 0
-        self.first = None
 
-    def add(self, where):
-        self.count += 1
-        if self.first is None:
-            self.first = where
-
-    def watch(self, lines, mark):
-        """Yield the lines, and count those that hold a mark."""
-        for number, line in enumerate(lines, 1):
-            if mark in line:
-                self.add(number)
-            yield line
+def watch_bytes(lines, odd):
+    """Yield the lines, and count those with bytes that were no UTF-8."""
+    for number, line in enumerate(lines, 1):
+        if "\ufffd" in line:
+            problem = "bytes that are no UTF-8, read as \ufffd. Save the file as UTF-8"
+            tally(odd, "line", problem, number)
+        yield line
 
 
 def read_json_lines(lines):
@@ -1283,7 +1266,7 @@ def read_shard(path, scattered=False):
     with open(path, "rb") as f:
         for sample in join(useful_members(f, size, damages)):
             about = parse_json(sample.pop("json", ""))
-            yield {"image": None, **about, **sample}
+            yield {**about, **sample}
             count += 1
     if not damages and not count:
         damages.append(DamagedTar("no image and no caption is in it", 0))
@@ -1361,6 +1344,13 @@ TAR_LONG_NAME = b"L"
 TAR_PAX_HEADER = b"x"
 TAR_IGNORED = (b"K", b"g")      # the target of a link, a header for all members
 TAR_BLOCK = 512
+# Where the fields of a header are.
+TAR_NAME = slice(0, 100)
+TAR_SIZE = slice(124, 136)
+TAR_CHECKSUM = slice(148, 156)
+TAR_KIND = slice(156, 157)
+TAR_MAGIC = slice(257, 263)
+TAR_PREFIX = slice(345, 500)
 
 
 def tar_members(f, size):
@@ -1429,21 +1419,25 @@ def read_member(f, position, size):
 
 
 def parse_tar_header(block):
-    """Name, size and kind from the 512 bytes of a tar header. Raises ValueError."""
-    without_checksum = block[:148] + b" " * 8 + block[156:]
-    checksum = parse_tar_number(block[148:156])
-    if checksum != sum(without_checksum):
-        signed = sum(np.frombuffer(without_checksum, np.int8).tolist())
-        if checksum != signed:          # some old tars have it so
-            raise ValueError("a damaged header")
-    length = parse_tar_number(block[124:136])
+    """Name, size and kind of a member from the 512 bytes of its header. Raises ValueError."""
+    check_tar_header(block)
+    length = parse_tar_number(block[TAR_SIZE])
     if length < 0:
         raise ValueError("a header with a negative size")
-    name = block[:100].partition(b"\0")[0]
-    prefix = block[345:500].partition(b"\0")[0]
-    if prefix and block[257:263] == b"ustar\0":
+    name = block[TAR_NAME].partition(b"\0")[0]
+    prefix = block[TAR_PREFIX].partition(b"\0")[0]
+    if prefix and block[TAR_MAGIC] == b"ustar\0":
         name = prefix + b"/" + name
-    return name.decode("utf-8", "replace"), length, block[156:157]
+    return name.decode("utf-8", "replace"), length, block[TAR_KIND]
+
+
+def check_tar_header(block):
+    """Raise ValueError unless the checksum is the sum of all bytes, its own taken as blanks."""
+    checksum = parse_tar_number(block[TAR_CHECKSUM])
+    content = block[:TAR_CHECKSUM.start] + b" " * 8 + block[TAR_CHECKSUM.stop:]
+    # Some old tars have the sum of signed bytes.
+    if checksum != sum(content) and checksum != np.frombuffer(content, np.int8).sum():
+        raise ValueError("a damaged header")
 
 
 def parse_tar_number(field):
@@ -1560,10 +1554,8 @@ def load_fast(file, max_pixels=None):
     What torchvision cannot decode (CMYK, other formats, damage) is left to pillow.
     """
     if isinstance(file, str):
-        with open(file, "rb") as f:
-            content = f.read()
-    else:
-        content = open_bytes(file).read()
+        file = [file, 0, os.path.getsize(file)]
+    content = open_bytes(file).read()
     with open_image(io.BytesIO(content), max_pixels) as image:
         plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
     if plain:
@@ -1587,9 +1579,8 @@ def open_bytes(file):
 
 def open_image(file, max_pixels=None):
     """Open an image without decoding it, see load_image."""
-    if max_pixels and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels     # pillow itself refuses twice as many
     limit = max_pixels or Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max(limit, Image.MAX_IMAGE_PIXELS)     # pillow refuses twice as many
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
@@ -1715,13 +1706,12 @@ class Collate:
         self.units = units
 
     def __call__(self, rows):
-        everything = rows + brought(rows, "neighbour")
-        partners = brought(rows, "partner")
-        rows = [row for row in everything if "error" not in row]
-        if partners:
-            rows = join_pairs(rows, self.pair_size)
+        rows, errors = with_neighbours(rows)
+        paired = bool(rows) and "partner" in rows[0]        # all rows of a batch, or none
+        if paired:
+            rows = [join_pair(row, self.pair_size) for row in rows]
         batch = {
-            "bad": errors_of(everything + partners),
+            "bad": errors,
             "keys": [row["key"] for row in rows],
             "captions": [row["caption"] for row in rows],
             "fallback": 0,
@@ -1736,7 +1726,7 @@ class Collate:
             batch["noise"] = noise_of(seeds, images[0].shape)                   # (B, 3, S, S)
         if self.negative_images:
             self.add_negative_images(batch, rows)
-        if self.negatives and (self.negatives != "pairs" or partners):
+        if self.negatives and (self.negatives != "pairs" or paired):
             self.add_negatives(batch, rows)
         if self.paraphrases:
             self.add_paraphrases(batch, rows)
@@ -1867,19 +1857,12 @@ class Collate:
         batch["pairs"] = torch.tensor(pairs).view(-1, 2)                                # (P, 2)
 
 
-def brought(rows, name):
-    """The rows that some rows bring under a name."""
-    return [row[name] for row in rows if name in row]
-
-
-def errors_of(rows):
-    """[(key, error)] of the rows that could not be read."""
-    return [(row["key"], row["error"]) for row in rows if "error" in row]
-
-
-def join_pairs(rows, size):
-    """Rows, each with its partner as one; a row whose partner cannot be read is left out."""
-    return [join_pair(row, size) for row in rows if "error" not in row["partner"]]
+def with_neighbours(rows):
+    """Return rows and, behind them, their neighbours; and [(key, error)] of those of both that
+    could not be read."""
+    everything = rows + [row["neighbour"] for row in rows if "neighbour" in row]
+    errors = [(row["key"], row["error"]) for row in everything if "error" in row]
+    return [row for row in everything if "error" not in row], errors
 
 
 def join_pair(row, size):
@@ -1890,9 +1873,10 @@ def join_pair(row, size):
     negatives  three more true captions: "B. A.", and two of other sentences, from the rest of the
                captions or the rows' other captions, each again A or B for want of others; and
                "A. B." or "B. A." with two words exchanged, "" if there are none
+    paraphrase the first sentences of both paraphrases, if there are both
 
-    All as in CLIC's released code, by the row's own seed; there the exchange also takes adverbs,
-    prepositions, numbers and pronouns, by spaCy's tags, or any two words.
+    All but the last as in CLIC's released code, by the row's own seed; there the exchange also
+    takes adverbs, prepositions, numbers and pronouns, by spaCy's tags, or any two words.
     """
     partner = row["partner"]
     rng = random.Random(row["seed"])
@@ -1911,14 +1895,22 @@ def join_pair(row, size):
     }
     if row.get("concepts") and partner.get("concepts"):
         pair["concepts"] = row["concepts"] + partner["concepts"]
+    if row.get("paraphrase") and partner.get("paraphrase"):
+        first, *_ = split_sentences(row["paraphrase"])
+        second, *_ = split_sentences(partner["paraphrase"])
+        pair["paraphrase"] = join_texts(first, second)
     return pair
 
 
 def split_caption(row):
     """The caption's first sentence, and a list of what else is true of the image, never empty."""
-    first, *rest = SENTENCE_END.split(row["caption"].strip())
+    first, *rest = split_sentences(row["caption"])
     others = [text for text in row.get("captions", []) if text != row["caption"]]
     return first, rest + others or [first]
+
+
+def split_sentences(text):
+    return SENTENCE_END.split(text.strip())
 
 
 def draw_two(texts, rng):
@@ -2014,6 +2006,8 @@ ORDER = 2
 FEISTEL_ROUNDS = 6
 # The largest weight of a source.
 MAX_WEIGHT = 1_000_000
+# So many rows are drawn at most, until one can be the partner of another, see Seeded.
+MAX_DRAWS = 10
 
 
 class Epochs(Sampler):
@@ -2201,23 +2195,29 @@ class Seeded(Dataset):
             chosen = rng.choice(row["neighbours"])
             without = Seeded(self.dataset, self.seed, False, self.paraphrases)  # brings none itself
             row["neighbour"] = without[turn, chosen]
-        if wanted and "error" not in row:
-            row["partner"] = self.draw_partner(row, index, turn, rng)
         if self.paraphrases and "captions" in row:
             others = [text for text in row["captions"] if text != row["caption"]]
             if others:
                 row["paraphrase"] = rng.choice(others)
+        if wanted and "error" not in row:
+            row["partner"] = self.draw_partner(row, index, turn, rng)
         return row
 
     def draw_partner(self, row, index, turn, rng):
-        """A row whose image is wide or not, as this one's is; any after MAX_DRAWS vain draws."""
-        without = Seeded(self.dataset, self.seed, neighbours=False)
+        """Another row that can be read, its image wide if this one's is, and else not.
+
+        If MAX_DRAWS draws bring none, the last that can be read, or else this row itself: none is
+        lost for want of a partner. Those that cannot be read are reported when it is their turn.
+        """
+        without = Seeded(self.dataset, self.seed, False, self.paraphrases)
+        partner = {**row}
         for _ in range(MAX_DRAWS):
             other = self.draw_index(rng)
-            partner = without[turn, other]
-            if other == index:
+            drawn = without[turn, other]
+            if other == index or "error" in drawn:
                 continue
-            if "error" in partner or is_wide(partner["image"]) == is_wide(row["image"]):
+            partner = drawn
+            if is_wide(partner["image"]) == is_wide(row["image"]):
                 break
         return partner
 
