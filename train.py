@@ -958,7 +958,7 @@ def next_batch(iterator, step):
     plan = agree(rows).to(args.device)
     if method.same_captions or args.attack_steps:
         rows["caption_labels"] = same_captions(rows, plan)
-    inputs = {name: rows[name] for name in INPUTS if name in rows}
+    inputs = pick(rows, INPUTS)
     if plan.tokens is not None:
         inputs["concept_tokens"] = plan.tokens      # of phrases that it encodes for all
     for name, value in inputs.items():
@@ -1011,7 +1011,7 @@ def forward(network, inputs):
             pixels = normalize_images(inputs[name], model.config)
             inputs[name] = pixels.to(next(network.parameters()).dtype)      # that of the weights
     with precision():
-        return network(**inputs, return_tokens=with_patches, return_words=with_words)
+        return network(**inputs, return_patches=with_patches, return_words=with_words)
 
 
 def precision():
@@ -1056,7 +1056,7 @@ def teach(parts, rows):
     is_asked = weights["distill"] > 0 or method.replay == ("replayed" in rows)
     if not with_teacher or not is_asked:
         return None
-    outs = [forward(teacher, part) for part in parts]
+    outs = [forward(teacher, pick(part, ("images", "tokens", "negative_tokens"))) for part in parts]
     taught = {}
     for name in ("image_features", "text_features", "negative_features"):
         if name in outs[0]:
@@ -1071,51 +1071,12 @@ def loss_terms(out, rows, plan, taught):
     processes, the shares are the loss of the whole batch.
     """
     global thresholds
-    if "replayed" in rows:
-        return replay_terms(out, rows, plan, taught)
-    gathered = gather_texts(out, plan)
-    features = Features(
-        image_features=out["image_features"],                       # (b, D), of this process
-        text_features=gathered["text_features"],                    # (B, D), of all
-        concept_features=gathered.get("concept_features"),          # (N, D)
-        concept_labels=plan.labels,                                 # (b, N)
-        negative_features=gathered.get("negative_features"),        # (B, K, D)
-        negative_mask=plan.negative_mask,                           # (B, K)
-        offset=plan.offset,
-        logit_scale=out["logit_scale"],
-        logit_bias=out["logit_bias"],
-        thresholds=thresholds,
-        caption_labels=rows.get("caption_labels"))                  # (b, B)
-    if method.negative_images:
-        features.negative_image_features = out["negative_image_features"]       # (b, D)
-        features.negative_image_mask = rows["negative_image_mask"]              # (b,)
-    if taught is not None:
-        features.teacher = gather_taught(taught, plan)
-    if with_paraphrases:
-        features.paraphrase_features = out["paraphrase_features"]               # (b, D)
-        features.paraphrase_mask = rows["paraphrase_mask"]                      # (b,)
-    if with_units:
-        features.unit_features = gathered["unit_features"]                      # (B, K, D)
-        features.foil_features = out["unit_features"][:, :, 1]                  # (b, K, D)
-        features.unit_mask = plan.unit_mask                                     # (B, K)
-    if with_words:
-        words = out["word_features"]                                            # (b, 1 + K, L, D)
-        similarity = token_similarity(out["patch_tokens"], words.flatten(1, 2))
-        features.word_similarity = similarity.view(words.shape[:3])             # (b, 1 + K, L)
-        features.word_mask = rows["word_mask"]
-    add_similarities(features, out)
-    if args.concept_count == "all":
-        features.concept_count = plan.pairs
-
+    features = features_of(out, rows, plan, taught)
     terms = method.loss(features)
     thresholds = terms.pop("thresholds", thresholds)
-    added = {name: weight for name, weight in weights.items() if name not in terms}
-    terms = {**terms, **extra_terms(features, added)}
-    return weigh(terms, out)
-
-
-def weigh(terms, out):
-    """The terms that have a weight, and "loss", their weighted sum."""
+    if not features.replayed:
+        added = {name: weight for name, weight in weights.items() if name not in terms}
+        terms = {**terms, **extra_terms(features, added)}
     terms = {name: term for name, term in terms.items() if weights[name]}
     terms["loss"] = sum(weights[name] * term for name, term in terms.items())
     for name in SCALARS:    # each gets a gradient, of 0 if need be, which DDP and --accum ask for
@@ -1124,22 +1085,45 @@ def weigh(terms, out):
     return terms
 
 
-def replay_terms(out, rows, plan, taught):
-    """This process's share of each term of a batch of replay, and of their weighted sum."""
-    terms = method.loss(Features(
-        image_features=out["image_features"],                       # (b, D)
-        text_features=gather_features(out["text_features"], plan.rows),     # (B, D)
+SCALARS = ("logit_scale", "logit_bias")     # of the outputs: the same in every part of a batch
+OUTPUTS = (*SCALARS, "image_features", "negative_image_features", "paraphrase_features")
+NOTES = ("caption_labels", "negative_image_mask", "paraphrase_mask", "word_mask", "replayed")
+
+
+def features_of(out, rows, plan, taught):
+    """All that this batch has for the losses: what the method does not want is in no batch."""
+    features = Features(
+        **pick(out, OUTPUTS),
+        **pick(rows, NOTES),
+        **gather_texts(out, plan),
         offset=plan.offset,
-        logit_scale=out["logit_scale"],
-        logit_bias=out["logit_bias"],
-        teacher=gather_taught(taught, plan),
-        caption_labels=rows["caption_labels"],                      # (b, B)
-        replayed=True))
-    return weigh(terms, out)
+        concept_labels=plan.labels,
+        negative_mask=plan.negative_mask,
+        unit_mask=plan.unit_mask,
+        thresholds=thresholds)
+    if args.concept_count == "all":
+        features.concept_count = plan.pairs
+    if "unit_features" in out:
+        features.foil_features = out["unit_features"][:, :, 1]                  # (b, K, D)
+    if taught is not None:
+        features.teacher = gather_taught(taught, plan)
+    if not features.replayed:
+        add_similarities(features, out)
+    return features
+
+
+def pick(table, names):
+    """The entries of a table that have one of these names."""
+    return {name: table[name] for name in names if name in table}
 
 
 def add_similarities(features, out):
-    """This process's images, pooled by concepts and by captions in one pass, against these."""
+    """This process's images, as the words of their own texts see them, and pooled by concepts and
+    by captions in one pass, against these."""
+    if with_words:
+        words = out["word_features"]                                            # (b, 1 + K, L, D)
+        similarity = token_similarity(out["patch_tokens"], words.flatten(1, 2))
+        features.word_similarity = similarity.view(words.shape[:3])             # (b, 1 + K, L)
     queries = {}
     if weights["xac"]:
         queries["concept_similarity"] = features.concept_features               # (N, D)
@@ -1157,13 +1141,13 @@ def gather_texts(out, plan):
     """Captions, concepts and negatives of all processes, in one exchange: {name: features}."""
     texts = {"text_features": out["text_features"]}
     counts = [plan.rows]
-    if with_concepts:
+    if "concept_features" in out:
         texts["concept_features"] = out["concept_features"].index_select(0, plan.given)
         counts.append(plan.given_counts)
     if "negative_features" in out:
         texts["negative_features"] = out["negative_features"]
         counts.append(plan.rows)
-    if with_units:
+    if "unit_features" in out:
         texts["unit_features"] = out["unit_features"][:, :, 0]
         counts.append(plan.rows)
     return dict(zip(texts, gather_together(list(texts.values()), counts)))
@@ -1185,9 +1169,6 @@ def backward(loss):
 
 
 # ---- one training step in parts, to save memory: --accum above 1 ------------
-SCALARS = ("logit_scale", "logit_bias")     # of the outputs: the same in every part
-
-
 def train_step_in_parts(rows, inputs, plan):
     """As train_step, but with the activations of one part of the batch at a time.
 
