@@ -48,7 +48,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from concepts import (CAPTION_KEYS, DELIMITERS, SWAP_TAGS, different_words, exchange,
+from concepts import (CAPTION_KEYS, DELIMITERS, SWAP_TAGS, WORD, different_words, exchange,
                       extract_batch, index_phrases, negate, read_table, shuffle_bigrams,
                       start_worker, string_id, substitute_negatives, swap_negatives, swappable,
                       unit_pairs)
@@ -291,7 +291,6 @@ PARALLEL_FROM = 2**26
 MAX_REPORTS = 1000
 # The longest name that a tar may give to a member, in bytes.
 MAX_NAME = 2**20
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 # So many rows are drawn at most, until one has an image as wide, or as high, as its partner's.
 MAX_DRAWS = 10
 
@@ -1674,6 +1673,8 @@ class Collate:
     spans            a concept is a span of the caption's tokens, not a text of its own
     paraphrases      add the rows' paraphrase
     words            captions and negatives get the same L, and a word_mask
+    sentences        of each caption of several sentences, so many as texts of their own, drawn by
+                     the row's seed
     units            so many parts of each caption, each with a false version of it: drawn from the
                      row's own units, or else made by concepts.unit_pairs
     pair_size        side of the image that a row and its partner become
@@ -1695,12 +1696,15 @@ class Collate:
     noise                (B, 3, S, S) uint8, uniform, a function of the row's own seed
     paraphrase_tokens    (B, L'), and paraphrase_mask (B,) bool, false where there is none
     unit_tokens          (B, units, 2, L'), and unit_mask (B, units) bool, false where there is none
+    sentence_tokens      (U', L'), each different string once
+    sentence_ids         (U,) int64, of these and then of all other sentences of the batch
+    sentence_pairs       (P, 2) int64, (image, any sentence of its caption, also the only one)
     word_mask            (B, 1 + K, L) bool, of captions and negatives: Tokenizer.word_mask
     """
 
     def __init__(self, transform, tokenize, with_concepts=True, pad_concepts=1, negatives=None,
                  negative_images=False, spans=False, paraphrases=False, words=False, units=0,
-                 noise=False, pair_size=None):
+                 noise=False, pair_size=None, sentences=0):
         self.transform = transform
         self.tokenize = tokenize
         self.with_concepts = with_concepts
@@ -1713,6 +1717,7 @@ class Collate:
         self.paraphrases = paraphrases
         self.words = words
         self.units = units
+        self.sentences = sentences
 
     def __call__(self, rows):
         everything = rows + brought(rows, "neighbour")
@@ -1742,6 +1747,8 @@ class Collate:
             self.add_paraphrases(batch, rows)
         if self.units:
             self.add_units(batch, rows)
+        if self.sentences:
+            self.add_sentences(batch, rows)
         if self.with_concepts:
             concepts, batch["fallback"] = concepts_of(rows)
             if self.spans:
@@ -1847,6 +1854,20 @@ class Collate:
         batch["concept_ids"] = torch.cat([ids, torch.full((padding,), -1)])             # (U,)
         batch["pairs"] = pairs                                                          # (P, 2)
 
+    def add_sentences(self, batch, rows):
+        held = [split_sentences(row["caption"]) for row in rows]
+        drawn = []
+        for row, sentences in zip(rows, held):
+            if len(sentences) > 1:
+                rng = random.Random(row["seed"])
+                drawn += rng.sample(sentences, min(self.sentences, len(sentences)))
+        # As if they were of a row before the first, so that those drawn are numbered first.
+        strings, ids, pairs = index_phrases([drawn, *held])
+        number = len(set(drawn))
+        batch["sentence_tokens"] = self.tokenize(strings[:number], trim=True)           # (U', L')
+        batch["sentence_ids"] = ids                                                     # (U,)
+        batch["sentence_pairs"] = pairs[number:] - torch.tensor([1, 0])                 # (P, 2)
+
     def add_spans(self, batch, concepts):
         """Concepts as places in their caption's tokens, each row padded to M concepts."""
         concepts = [list(dict.fromkeys(phrases)) for phrases in concepts]
@@ -1916,9 +1937,23 @@ def join_pair(row, size):
 
 def split_caption(row):
     """The caption's first sentence, and a list of what else is true of the image, never empty."""
-    first, *rest = SENTENCE_END.split(row["caption"].strip())
+    first, *rest = split_sentences(row["caption"])
     others = [text for text in row.get("captions", []) if text != row["caption"]]
     return first, rest + others or [first]
+
+
+def split_sentences(text):
+    """Its sentences, cut behind ".", "!" and "?" where space follows, but not behind the point of a
+    word that has one, such as "Dr. Smith"."""
+    text = text.strip()
+    sentences = []
+    start = 0
+    for word in WORD.finditer(text):
+        end = word.end()
+        if word[0] in ".!?" and text[end:end + 1].isspace():
+            sentences.append(text[start:end].strip())
+            start = end
+    return [*sentences, text[start:].strip()]
 
 
 def draw_two(texts, rng):
