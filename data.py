@@ -49,7 +49,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from concepts import (CAPTION_KEYS, DELIMITERS, SWAP_TAGS, different_words, exchange,
+from concepts import (CAPTION_KEYS, DELIMITERS, SWAP_TAGS, WORD, different_words, exchange,
                       extract_batch, index_phrases, negate, read_table, shuffle_bigrams,
                       start_worker, string_id, substitute_negatives, swap_negatives, swappable,
                       unit_pairs)
@@ -295,7 +295,6 @@ PARALLEL_FROM = 2**26
 MAX_REPORTS = 1000
 # The longest name that a tar may give to a member, in bytes.
 MAX_NAME = 2**20
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 class CaptionFile(Dataset):
@@ -1665,6 +1664,8 @@ class Collate:
     spans            a concept is a span of the caption's tokens, not a text of its own
     paraphrases      add the rows' paraphrase
     words            captions and negatives get the same L, and a word_mask
+    sentences        of each caption of several sentences, so many as texts of their own, drawn by
+                     the row's seed
     units            so many parts of each caption, each with a false version of it: drawn from the
                      row's own units, or else made by concepts.unit_pairs
     pair_size        side of the image that a row and its partner become
@@ -1686,12 +1687,15 @@ class Collate:
     noise                (B, 3, S, S) uint8, uniform, a function of the row's own seed
     paraphrase_tokens    (B, L'), and paraphrase_mask (B,) bool, false where there is none
     unit_tokens          (B, units, 2, L'), and unit_mask (B, units) bool, false where there is none
+    sentence_tokens      (U', L'), each different string once
+    sentence_ids         (U,) int64, of these and then of all other sentences of the batch
+    sentence_pairs       (P, 2) int64, (image, any sentence of its caption, also the only one)
     word_mask            (B, 1 + K, L) bool, of captions and negatives: Tokenizer.word_mask
     """
 
     def __init__(self, transform, tokenize, with_concepts=True, pad_concepts=1, negatives=None,
                  negative_images=False, spans=False, paraphrases=False, words=False, units=0,
-                 noise=False, pair_size=None):
+                 noise=False, pair_size=None, sentences=0):
         self.transform = transform
         self.tokenize = tokenize
         self.with_concepts = with_concepts
@@ -1704,6 +1708,7 @@ class Collate:
         self.paraphrases = paraphrases
         self.words = words
         self.units = units
+        self.sentences = sentences
 
     def __call__(self, rows):
         rows, errors = with_neighbours(rows)
@@ -1732,6 +1737,8 @@ class Collate:
             self.add_paraphrases(batch, rows)
         if self.units:
             self.add_units(batch, rows)
+        if self.sentences:
+            self.add_sentences(batch, rows)
         if self.with_concepts:
             concepts, batch["fallback"] = concepts_of(rows)
             if self.spans:
@@ -1837,6 +1844,20 @@ class Collate:
         batch["concept_ids"] = torch.cat([ids, torch.full((padding,), -1)])             # (U,)
         batch["pairs"] = pairs                                                          # (P, 2)
 
+    def add_sentences(self, batch, rows):
+        held = [split_sentences(row["caption"]) for row in rows]
+        drawn = []
+        for row, sentences in zip(rows, held):
+            if len(sentences) > 1:
+                rng = random.Random(row["seed"])
+                drawn += rng.sample(sentences, min(self.sentences, len(sentences)))
+        # As if they were of a row before the first, so that those drawn are numbered first.
+        strings, ids, pairs = index_phrases([drawn, *held])
+        number = len(set(drawn))
+        batch["sentence_tokens"] = self.tokenize(strings[:number], trim=True)           # (U', L')
+        batch["sentence_ids"] = ids                                                     # (U,)
+        batch["sentence_pairs"] = pairs[number:] - torch.tensor([1, 0])                 # (P, 2)
+
     def add_spans(self, batch, concepts):
         """Concepts as places in their caption's tokens, each row padded to M concepts."""
         concepts = [list(dict.fromkeys(phrases)) for phrases in concepts]
@@ -1910,7 +1931,17 @@ def split_caption(row):
 
 
 def split_sentences(text):
-    return SENTENCE_END.split(text.strip())
+    """Its sentences, cut behind ".", "!" and "?" where space follows, but not behind the point of a
+    word that has one, such as "Dr. Smith"."""
+    text = text.strip()
+    sentences = []
+    start = 0
+    for word in WORD.finditer(text):
+        end = word.end()
+        if word[0] in ".!?" and text[end:end + 1].isspace():
+            sentences.append(text[start:end].strip())
+            start = end
+    return [*sentences, text[start:].strip()]
 
 
 def draw_two(texts, rng):

@@ -251,9 +251,11 @@ def _divide(tokens_of_all, ids_of_all, pad_id):
 def _id_labels(held_ids, image, column_ids, batch_size):
     """Tell whether image m holds the string of column n.
 
-    held_ids (P,) and image (P,): the id of a string and the image that holds it. column_ids (N,):
-    the id of each column's string. Returns (b, N) bool.
+    held_ids (P,) and image (P,): the id of a string, which may be no column, and the image that
+    holds it. column_ids (N,): the id of each column's string. Returns (b, N) bool.
     """
+    is_column = torch.isin(held_ids, column_ids)
+    held_ids, image = held_ids[is_column], image[is_column]
     unique_ids, inverse = column_ids.unique(return_inverse=True)  # (S,), (N,)
     holds = torch.zeros(batch_size, len(unique_ids), dtype=torch.bool)
     holds[image, torch.searchsorted(unique_ids, held_ids)] = True  # (b, S)
@@ -419,9 +421,11 @@ def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, de
         b, the number of this process's images.
     concept_ids, pairs : Tensor (U,), (P, 2) int64, optional
         As in concept_columns. None for a loss without concepts.
-    concept_tokens : Tensor (U, L) int64, optional
+    concept_tokens : Tensor (U', L) int64, optional
         Where they are given, the processes divide the different concepts as in share_concepts,
-        which needs dedupe and merge. Where not, each process encodes its own.
+        which needs dedupe and merge. Where not, each process encodes its own. They may be only the
+        first U' of the U concepts: the others are no columns, but where one is a column of another
+        process or row, their pairs are positive there.
     dedupe, merge : bool
         As in concept_columns.
     negative_mask : Tensor (b, K) bool, optional
@@ -441,8 +445,10 @@ def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, de
     if concept_tokens is not None and not (dedupe and merge):
         raise ValueError("concept_tokens are given, but only equal concepts of one feature can be "
                          "shared: give dedupe=True and merge=True, or no concept_tokens")
+    sizes, ids = _sizes_and_ids(batch_size, concept_ids, pairs)
     everyone = _exchange(
-        *_sizes_and_ids(batch_size, concept_ids, pairs),
+        sizes,
+        ids if concept_tokens is None else ids[:len(concept_tokens)],
         torch.zeros(0, 0) if concept_tokens is None else concept_tokens,
         torch.zeros(0, 0) if negative_mask is None else negative_mask,
         torch.zeros(0, 0) if unit_mask is None else unit_mask)
@@ -694,15 +700,39 @@ def xac_loss(similarity, labels, logit_scale, logit_bias=None, count=None):
     return _contrast_share(logits, labels, logit_bias, count)
 
 
-def caption_xac_loss(similarity, logit_scale, logit_bias=None, offset=0):
-    """xac_loss with whole captions in the place of concepts, each positive for its own image.
+def caption_xac_loss(similarity, logit_scale, logit_bias=None, offset=0, sentence_labels=None):
+    """xac_loss with whole captions in the place of concepts, and sentences of them.
 
     FLAIR (Xiao et al. 2025, Fine-grained language-informed image representations) has this as its
     text-conditioned sigmoid loss, with an attention that is trained. Here it is C2LIP's, which has
-    no parameters. similarity (b, B) comes from pooling.concept_similarity with the captions of all
-    processes as queries; in the same call as the concepts it is nearly free.
+    no parameters.
+
+    As in xac_loss, the sigmoid form is divided by the number of queries, B + S. So captions and
+    sentences weigh the same, and the term stays of the size that it has without sentences. FLAIR's
+    released code divides likewise, by the queries of an image: K texts of its own, each of one to
+    three sentences, and one text of each other image. Here an image meets all texts of the others,
+    and a sentence is positive for every image whose caption holds it; there for its own alone.
+
+    Parameters
+    ----------
+    similarity : Tensor (b, B + S)
+        From pooling.concept_similarity with the captions of all processes as queries, and behind
+        them S sentences. In the same call as the concepts it is nearly free.
+    logit_scale, logit_bias, offset
+        As in siglip_loss. A caption is positive for its own image.
+    sentence_labels : Tensor (b, S) bool, optional
+        Whether the image's caption holds the sentence, as in npc_loss.
+
+    Returns
+    -------
+    Tensor ()
+        This process's share.
     """
-    return xac_loss(similarity, _diagonal(similarity, offset), logit_scale, logit_bias)
+    if sentence_labels is None:
+        return xac_loss(similarity, _diagonal(similarity, offset), logit_scale, logit_bias)
+    captions = similarity[:, :similarity.shape[1] - sentence_labels.shape[1]]
+    labels = torch.cat([_diagonal(captions, offset), sentence_labels], dim=1)
+    return xac_loss(similarity, labels, logit_scale, logit_bias)
 
 
 # ---- captions and their paraphrases -----------------------------------------------------------
@@ -1282,7 +1312,9 @@ class Features:
     thresholds: torch.Tensor | None = None                      # (K,) of ce_clip's last step
     caption_labels: torch.Tensor | None = None                  # (b, B) bool, see Method
     replayed: bool = False                                      # a batch of replay, see Method
-    caption_similarity: torch.Tensor | None = None              # (b, B), see caption_xac_loss
+    caption_similarity: torch.Tensor | None = None              # (b, B + S), see caption_xac_loss
+    sentence_features: torch.Tensor | None = None               # (S, D)
+    sentence_labels: torch.Tensor | None = None                 # (b, S) bool
     paraphrase_features: torch.Tensor | None = None             # (b, D), of second captions
     paraphrase_mask: torch.Tensor | None = None                 # (b,) bool
     word_similarity: torch.Tensor | None = None                 # (b, 1 + K, L), see fsc_clip_loss
@@ -1414,8 +1446,9 @@ def extra_terms(features, weights):
     if weights.get("xac") and features.concept_similarity is not None:
         terms["xac"] = _xac_share(features)
     if weights.get("caption_xac") and features.caption_similarity is not None:
-        terms["caption_xac"] = caption_xac_loss(features.caption_similarity, features.logit_scale,
-                                                features.logit_bias, features.offset)
+        terms["caption_xac"] = caption_xac_loss(
+            features.caption_similarity, features.logit_scale, features.logit_bias,
+            features.offset, features.sentence_labels)
     if weights.get("paraphrase") and features.paraphrase_features is not None:
         terms["paraphrase"] = paraphrase_loss(
             features.paraphrase_features, features.text_features, features.paraphrase_mask,

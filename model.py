@@ -432,60 +432,47 @@ class CLIP(nn.Module):
             features = unit(features)
         return (features, outputs) if return_tokens else features
 
-    def forward(self, images, tokens, concept_tokens=None, spans=None, negative_tokens=None,
-                negative_images=None, return_tokens=False, paraphrase_tokens=None,
-                return_words=False, unit_tokens=None):
+    def forward(self, images, tokens, spans=None, negative_images=None, return_patches=False,
+                return_words=False, **more_tokens):
         """One pass through both towers: DistributedDataParallel must see all parameters in one.
 
-        images (B, 3, S, S), tokens (B, L), and where a method wants them
-            concept_tokens   (U, L') int64: the phrases of all captions, each once
-            spans            (B, M, 2) int64: instead, phrases as tokens [first, end) of their
-                             caption; (0, 0) is padding, whose features mean nothing
-            negative_tokens  (B, K, L') int64: K wrong captions of each image
-            negative_images  (B, 3, S, S)
-            paraphrase_tokens (B, L') int64: a second caption of each image
-            unit_tokens      (B, K', 2, L') int64: parts of each caption, each with a false version
+        images, negative_images (B, 3, S, S), tokens (B, L) int64: the captions
+        spans           (B, M, 2) int64: phrases as tokens [first, end) of their caption, which give
+                        concept_features (B M, D); (0, 0) is padding, whose features mean nothing
+        return_patches  patch_tokens (B, T, D) as well
+        return_words    word_features (B, 1 + K, L, D) as well: the outputs of all tokens of a
+                        caption and of its negative_tokens (B, K, L), which have the same L
+        more_tokens     any NAME_tokens (..., L') int64, which give NAME_features (..., D)
         Returns a dict; all features are unit vectors.
             logit_scale (a factor, no logarithm), logit_bias (or None)
-            image_features (B, D), text_features (B, D)
-            patch_tokens (B, T, D), with return_tokens
-            word_features (B, 1 + K, L, D), with return_words: the outputs of the tokens of a
-                caption and of its negatives, which have the same L
-            concept_features (U, D), or (B M, D) of spans
-            negative_features (B, K, D), negative_image_features (B, D)
-            paraphrase_features (B, D), unit_features (B, K', 2, D)
+            image_features (B, D), negative_image_features (B, D), text_features (B, D)
+            and what is named above
         """
         out = {"logit_scale": self.logit_scale.exp(), "logit_bias": self.logit_bias}
-        if return_tokens:
+        if return_patches:
             features = self.encode_image(images, True, return_tokens=True)
             out["image_features"], out["patch_tokens"] = features
         else:
             out["image_features"] = self.encode_image(images, True)
-        if return_words:
-            texts = torch.cat([tokens[:, None], negative_tokens], dim=1)  # (B, 1 + K, L)
-            features, words = self.encode_text(texts.flatten(0, 1), True, return_tokens=True)
-            features, words = (x.unflatten(0, texts.shape[:2]) for x in (features, words))
-            out["text_features"], out["negative_features"] = features[:, 0], features[:, 1:]
-            out["word_features"] = unit(words)
-            outputs = words[:, 0]
-        elif spans is None:
-            out["text_features"] = self.encode_text(tokens, True)
-        else:
-            out["text_features"], outputs = self.encode_text(tokens, True, return_tokens=True)
-        if spans is not None:
-            out["concept_features"] = span_features(outputs, spans)
-        if concept_tokens is not None and spans is None:
-            out["concept_features"] = self.encode_text(concept_tokens, True)
-        if negative_tokens is not None and not return_words:
-            negatives = self.encode_text(negative_tokens.flatten(0, 1), True)  # (B K, D)
-            out["negative_features"] = negatives.unflatten(0, negative_tokens.shape[:2])
         if negative_images is not None:
             out["negative_image_features"] = self.encode_image(negative_images, True)
-        if paraphrase_tokens is not None:
-            out["paraphrase_features"] = self.encode_text(paraphrase_tokens, True)
-        if unit_tokens is not None:
-            units = self.encode_text(unit_tokens.flatten(0, 2), True)  # (B K' 2, D)
-            out["unit_features"] = units.unflatten(0, unit_tokens.shape[:3])
+        if return_words:
+            negatives = more_tokens.pop("negative_tokens")
+            texts = torch.cat([tokens[:, None], negatives], dim=1)  # (B, 1 + K, L)
+            encoded = self.encode_text(texts.flatten(0, 1), True, return_tokens=True)
+            features, words = (x.unflatten(0, texts.shape[:2]) for x in encoded)
+            out["text_features"], out["negative_features"] = features[:, 0], features[:, 1:]
+            out["word_features"] = unit(words)
+            outputs = words[:, 0]  # (B, L, D)
+        elif spans is not None:
+            out["text_features"], outputs = self.encode_text(tokens, True, return_tokens=True)
+        else:
+            out["text_features"] = self.encode_text(tokens, True)
+        if spans is not None:
+            out["concept_features"] = span_features(outputs, spans)
+        for name, texts in more_tokens.items():
+            features = self.encode_text(texts.flatten(0, -2), True)
+            out[name.replace("_tokens", "_features")] = features.unflatten(0, texts.shape[:-1])
         return out
 
     def checkpoint(self):

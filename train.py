@@ -146,6 +146,10 @@ group.add_argument("--loss", choices=("siglip", "clip"),
 for term, text in TERMS.items():
     group.add_argument(f"--{term.replace('_', '-')}-weight", type=float, metavar="W",
                        help=f"{text} Default: what --method gives it, and 0 for other methods.")
+group.add_argument("--caption-xac-sentences", type=int, default=0, metavar="N",
+                   help="For --caption-xac-weight: a caption of several sentences also gives so "
+                        "many of them, drawn anew in each epoch, each as a text of its own, which "
+                        "is a positive for all images whose captions hold it. Default: 0.")
 group.add_argument("--no-dedupe", dest="dedupe", action="store_false",
                    help="A phrase is a positive only for the caption it was found in, and a "
                         "negative for others that hold the same phrase, as in the code that the "
@@ -333,6 +337,12 @@ for term in TERMS:
     if weights[term] and term not in takes:
         parser.error(f"--{term.replace('_', '-')}-weight {weights[term]:g}: --method {args.method} "
                      f"has no such term. It takes {', '.join(sorted(takes))}")
+if args.caption_xac_sentences < 0:
+    parser.error(f"--caption-xac-sentences {args.caption_xac_sentences}: expected a number of at "
+                 "least 0")
+if args.caption_xac_sentences and not weights["caption_xac"]:
+    parser.error(f"--caption-xac-sentences {args.caption_xac_sentences}: sentences are for the "
+                 "term that --caption-xac-weight adds: give it a weight above 0")
 args.negatives = method.negatives       # for the log
 
 with_concepts = weights["npc"] > 0 or weights["xac"] > 0
@@ -879,7 +889,8 @@ collate = Collate(
     words=with_words,
     units=method.units if with_units else 0,
     noise=args.attack_steps is not None,
-    pair_size=model.config.image_size)
+    pair_size=model.config.image_size,
+    sentences=args.caption_xac_sentences)
 loading = {
     "num_workers": args.workers,
     "persistent_workers": args.workers > 0,
@@ -955,32 +966,36 @@ def next_batch(iterator, step):
         raise
     if not rows["keys"]:
         check_rows(rows, step)      # which ends training
-    plan = agree(rows).to(args.device)
+    plan = agree(
+        len(rows["tokens"]),
+        rows.get("concept_ids"),
+        rows.get("pairs"),
+        rows.get("concept_tokens") if args.dedupe else None,
+        dedupe=args.dedupe,
+        merge=args.concept_features == "phrase",
+        negative_mask=rows.get("negative_mask"),
+        unit_mask=rows.get("unit_mask"))
     if method.same_captions or args.attack_steps:
         rows["caption_labels"] = same_captions(rows, plan)
-    inputs = {name: rows[name] for name in INPUTS if name in rows}
+    inputs = pick(rows, INPUTS)
     if plan.tokens is not None:
         inputs["concept_tokens"] = plan.tokens      # of phrases that it encodes for all
+    if "sentence_ids" in rows:
+        rows["sentence_plan"] = agree(len(rows["tokens"]), rows["sentence_ids"],
+                                      rows["sentence_pairs"], rows["sentence_tokens"])
+        inputs["sentence_tokens"] = rows["sentence_plan"].tokens
     for name, value in inputs.items():
         # Always a copy: a view of another tensor would be compiled apart.
         inputs[name] = value.to(args.device, non_blocking=True, copy=True)
     return rows, inputs, plan
 
 
-def agree(rows):
-    """The plan of a batch, after an exchange with the other processes."""
+def agree(*arguments, **keywords):
+    """The plan of a batch, or of its sentences, after an exchange with the other processes."""
     try:
-        return plan_batch(
-            len(rows["tokens"]),
-            rows.get("concept_ids"),
-            rows.get("pairs"),
-            rows.get("concept_tokens") if args.dedupe else None,
-            dedupe=args.dedupe,
-            merge=args.concept_features == "phrase",
-            negative_mask=rows.get("negative_mask"),
-            pad_id=model.config.pad_id,
-            multiple=rows_multiple,
-            unit_mask=rows.get("unit_mask"))
+        plan = plan_batch(*arguments, pad_id=model.config.pad_id, multiple=rows_multiple,
+                          **keywords)
+        return plan.to(args.device)
     except RuntimeError as error:
         end_with_a_line(error)
         raise
@@ -1011,7 +1026,7 @@ def forward(network, inputs):
             pixels = normalize_images(inputs[name], model.config)
             inputs[name] = pixels.to(next(network.parameters()).dtype)      # that of the weights
     with precision():
-        return network(**inputs, return_tokens=with_patches, return_words=with_words)
+        return network(**inputs, return_patches=with_patches, return_words=with_words)
 
 
 def precision():
@@ -1056,7 +1071,7 @@ def teach(parts, rows):
     is_asked = weights["distill"] > 0 or method.replay == ("replayed" in rows)
     if not with_teacher or not is_asked:
         return None
-    outs = [forward(teacher, part) for part in parts]
+    outs = [forward(teacher, pick(part, ("images", "tokens", "negative_tokens"))) for part in parts]
     taught = {}
     for name in ("image_features", "text_features", "negative_features"):
         if name in outs[0]:
@@ -1071,51 +1086,12 @@ def loss_terms(out, rows, plan, taught):
     processes, the shares are the loss of the whole batch.
     """
     global thresholds
-    if "replayed" in rows:
-        return replay_terms(out, rows, plan, taught)
-    gathered = gather_texts(out, plan)
-    features = Features(
-        image_features=out["image_features"],                       # (b, D), of this process
-        text_features=gathered["text_features"],                    # (B, D), of all
-        concept_features=gathered.get("concept_features"),          # (N, D)
-        concept_labels=plan.labels,                                 # (b, N)
-        negative_features=gathered.get("negative_features"),        # (B, K, D)
-        negative_mask=plan.negative_mask,                           # (B, K)
-        offset=plan.offset,
-        logit_scale=out["logit_scale"],
-        logit_bias=out["logit_bias"],
-        thresholds=thresholds,
-        caption_labels=rows.get("caption_labels"))                  # (b, B)
-    if method.negative_images:
-        features.negative_image_features = out["negative_image_features"]       # (b, D)
-        features.negative_image_mask = rows["negative_image_mask"]              # (b,)
-    if taught is not None:
-        features.teacher = gather_taught(taught, plan)
-    if with_paraphrases:
-        features.paraphrase_features = out["paraphrase_features"]               # (b, D)
-        features.paraphrase_mask = rows["paraphrase_mask"]                      # (b,)
-    if with_units:
-        features.unit_features = gathered["unit_features"]                      # (B, K, D)
-        features.foil_features = out["unit_features"][:, :, 1]                  # (b, K, D)
-        features.unit_mask = plan.unit_mask                                     # (B, K)
-    if with_words:
-        words = out["word_features"]                                            # (b, 1 + K, L, D)
-        similarity = token_similarity(out["patch_tokens"], words.flatten(1, 2))
-        features.word_similarity = similarity.view(words.shape[:3])             # (b, 1 + K, L)
-        features.word_mask = rows["word_mask"]
-    add_similarities(features, out)
-    if args.concept_count == "all":
-        features.concept_count = plan.pairs
-
+    features = features_of(out, rows, plan, taught)
     terms = method.loss(features)
     thresholds = terms.pop("thresholds", thresholds)
-    added = {name: weight for name, weight in weights.items() if name not in terms}
-    terms = {**terms, **extra_terms(features, added)}
-    return weigh(terms, out)
-
-
-def weigh(terms, out):
-    """The terms that have a weight, and "loss", their weighted sum."""
+    if not features.replayed:
+        added = {name: weight for name, weight in weights.items() if name not in terms}
+        terms = {**terms, **extra_terms(features, added)}
     terms = {name: term for name, term in terms.items() if weights[name]}
     terms["loss"] = sum(weights[name] * term for name, term in terms.items())
     for name in SCALARS:    # each gets a gradient, of 0 if need be, which DDP and --accum ask for
@@ -1124,48 +1100,81 @@ def weigh(terms, out):
     return terms
 
 
-def replay_terms(out, rows, plan, taught):
-    """This process's share of each term of a batch of replay, and of their weighted sum."""
-    terms = method.loss(Features(
-        image_features=out["image_features"],                       # (b, D)
-        text_features=gather_features(out["text_features"], plan.rows),     # (B, D)
+SCALARS = ("logit_scale", "logit_bias")     # of the outputs: the same in every part of a batch
+# The fields of Features that this process has under their own names, in outputs and in rows.
+OWN_OUTPUTS = (*SCALARS, "image_features", "negative_image_features", "paraphrase_features")
+OWN_ROWS = ("caption_labels", "negative_image_mask", "paraphrase_mask", "word_mask", "replayed")
+
+
+def features_of(out, rows, plan, taught):
+    """What the losses read. Outputs and rows hold only what the method wants, so they decide."""
+    features = Features(
+        **pick(out, OWN_OUTPUTS),
+        **pick(rows, OWN_ROWS),
+        **gather_texts(out, rows, plan),
         offset=plan.offset,
-        logit_scale=out["logit_scale"],
-        logit_bias=out["logit_bias"],
-        teacher=gather_taught(taught, plan),
-        caption_labels=rows["caption_labels"],                      # (b, B)
-        replayed=True))
-    return weigh(terms, out)
+        concept_labels=plan.labels,
+        negative_mask=plan.negative_mask,
+        unit_mask=plan.unit_mask,
+        thresholds=thresholds)
+    if args.concept_count == "all":
+        features.concept_count = plan.pairs
+    if "unit_features" in out:
+        features.foil_features = out["unit_features"][:, :, 1]                  # (b, K, D)
+    if taught is not None:
+        features.teacher = gather_taught(taught, plan)
+    if "sentence_plan" in rows:
+        features.sentence_labels = rows["sentence_plan"].labels                 # (b, S)
+    if not features.replayed:
+        add_similarities(features, out)
+    return features
+
+
+def pick(table, names):
+    """The entries of a table that have one of these names."""
+    return {name: table[name] for name in names if name in table}
 
 
 def add_similarities(features, out):
-    """This process's images, pooled by concepts and by captions in one pass, against these."""
+    """This process's images, pooled by the words of their own texts; and by concepts, captions and
+    sentences of all, in one pass; against these."""
+    if with_words:
+        words = out["word_features"]                                            # (b, 1 + K, L, D)
+        similarity = token_similarity(out["patch_tokens"], words.flatten(1, 2))
+        features.word_similarity = similarity.view(words.shape[:3])             # (b, 1 + K, L)
     queries = {}
     if weights["xac"]:
         queries["concept_similarity"] = features.concept_features               # (N, D)
     if weights["caption_xac"]:
         queries["caption_similarity"] = features.text_features                  # (B, D)
+    if features.sentence_features is not None:
+        texts = torch.cat([features.text_features, features.sentence_features])
+        queries["caption_similarity"] = texts                                   # (B + S, D)
     if not queries:
         return
     similarity = concept_similarity(out["patch_tokens"], torch.cat(list(queries.values())))
     parts = similarity.split([len(query) for query in queries.values()], dim=1)
     for name, part in zip(queries, parts):
-        setattr(features, name, part)                                           # (b, N), (b, B)
+        setattr(features, name, part)                                           # (b, N), (b, B + S)
 
 
-def gather_texts(out, plan):
-    """Captions, concepts and negatives of all processes, in one exchange: {name: features}."""
+def gather_texts(out, rows, plan):
+    """Texts of all processes, of each kind that there is, in one exchange: {name: features}."""
     texts = {"text_features": out["text_features"]}
     counts = [plan.rows]
-    if with_concepts:
+    if "concept_features" in out:
         texts["concept_features"] = out["concept_features"].index_select(0, plan.given)
         counts.append(plan.given_counts)
     if "negative_features" in out:
         texts["negative_features"] = out["negative_features"]
         counts.append(plan.rows)
-    if with_units:
+    if "unit_features" in out:
         texts["unit_features"] = out["unit_features"][:, :, 0]
         counts.append(plan.rows)
+    if "sentence_features" in out:
+        given = rows["sentence_plan"].given
+        texts["sentence_features"] = out["sentence_features"].index_select(0, given)
+        counts.append(rows["sentence_plan"].given_counts)
     return dict(zip(texts, gather_together(list(texts.values()), counts)))
 
 
@@ -1185,9 +1194,6 @@ def backward(loss):
 
 
 # ---- one training step in parts, to save memory: --accum above 1 ------------
-SCALARS = ("logit_scale", "logit_bias")     # of the outputs: the same in every part
-
-
 def train_step_in_parts(rows, inputs, plan):
     """As train_step, but with the activations of one part of the batch at a time.
 
@@ -1849,7 +1855,8 @@ def baseline_command():
     command = [*launcher, "train.py", "--method", "siglip" if args.loss != "clip" else "clip"]
     of_terms = [f"--{term.replace('_', '-')}-weight" for term in TERMS]
     command += own_arguments(without=(
-        "--method", "--out-dir", "--resume", "--overwrite", "--replay", *of_terms))
+        "--method", "--out-dir", "--resume", "--overwrite", "--replay", "--caption-xac-sentences",
+        *of_terms))
     if "--out-dir" in " ".join(sys.argv):
         command += ["--out-dir", f"{args.out_dir}-plain"]
     return shlex.join(command)

@@ -31,7 +31,8 @@ import data as data_module
 from concepts import negate, swap_negatives
 from data import (COLOURS, SHAPES, WORLDS, CaptionFile, Collate, Epochs, EveryOther, Scenes, Seeded, default_workers,
                   exchange_between, join_pair, load_fast, load_image, normalize_images, normalize_pixels, permute, string_id,
-                  train_tokenizer, train_transform, unnormalize_images, weigh_sources)
+                  split_sentences, train_tokenizer, train_transform, unnormalize_images, weigh_sources)
+from losses import plan_batch
 from model import MODELS, Tokenizer, image_transform
 
 
@@ -1700,6 +1701,35 @@ def test_collate_encodes_each_concept_once():
     padded = Collate(image_transform(config), tokenizer, pad_concepts=3)(rows)
     assert padded["concept_ids"].tolist()[4:] == [-1, -1] and len(padded["concept_tokens"]) == 6
     assert string_id("A Dog") == string_id("a dog") != string_id("a cat") and string_id("x") >= 0
+
+
+def test_sentences_are_cut_behind_their_ends_alone():
+    for text, sentences in ((" A dog. It runs! ", ["A dog.", "It runs!"]), ("a dog", ["a dog"]), ("", [""]),
+                            ("Dr. Smith holds a 3.5 m pole?  Yes", ["Dr. Smith holds a 3.5 m pole?", "Yes"]),
+                            ("the U.S. Navy. a ship...\nwaves", ["the U.S. Navy.", "a ship...", "waves"])):
+        assert split_sentences(text) == sentences
+
+
+def test_collate_draws_sentences_and_knows_who_holds_them():
+    """An undrawn sentence, and a caption that is one, belong to the image where another row draws them."""
+    tokenizer = Tokenizer(nano())
+    captions = ["A dog. A cat. A red cow.", "a dog.", "A dog. A ring."]
+    collate = Collate(image_transform(nano()), tokenizer, with_concepts=False, sentences=2)
+    drawn = set()
+    for seed in range(20):
+        rows = [{"image": Image.new("RGB", (32, 32)), "caption": c, "key": "", "seed": seed} for c in captions]
+        batch, again = collate(rows), collate(rows)
+        assert all(torch.equal(batch[f"sentence_{x}"], again[f"sentence_{x}"]) for x in ("tokens", "ids", "pairs"))
+        ids = {string_id(s): s for s in ("A dog.", "A cat.", "A red cow.", "A ring.")}
+        columns = [ids[i] for i in batch["sentence_ids"][:len(batch["sentence_tokens"])].tolist()]
+        assert torch.equal(batch["sentence_tokens"], tokenizer(columns, trim=True))
+        plan = plan_batch(3, batch["sentence_ids"], batch["sentence_pairs"], batch["sentence_tokens"])
+        assert plan.labels.tolist() == [[s.lower() in c.lower() for s in columns] for c in captions]
+        assert {"A dog.", "A ring."} <= set(columns) and len(columns) == len(set(columns)) in (3, 4)
+        drawn |= set(columns)
+    assert len(drawn) == 4
+    none = collate(rows[1:2])
+    assert none["sentence_tokens"].shape[0] == 0 and none["sentence_pairs"].tolist() == [[0, 0]]
 
 
 def test_caption_without_noun_stands_for_itself():

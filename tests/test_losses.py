@@ -342,6 +342,9 @@ def test_plan_by_hand():
         columns, labels = concept_columns(torch.arange(5.0)[:, None], ids, pairs, 3, *how)
         assert torch.equal(labels, with_pairs.labels)
         assert columns.flatten().tolist() == with_pairs.given.tolist()
+    fewer = plan_batch(3, ids, pairs, tokens[:2])  # 60 is no column, and 50 again is one
+    assert fewer.tokens.tolist() == [[7, 0], [5, 1]] and fewer.given_counts == [2]
+    assert torch.equal(fewer.labels, plan.labels[:, :2])
     mask = torch.tensor([[True], [False]])
     plain = plan_batch(2, negative_mask=mask, unit_mask=~mask)
     assert plain.rows == [2] and plain.labels is None and torch.equal(plain.negative_mask, mask)
@@ -725,7 +728,8 @@ def test_no_loss_waits_for_a_gpu(method, softmax, monkeypatch):
                 features(4, 2), placed.negative_mask, features(4), image_mask,
                 {"image_features": features(4).detach(), "text_features": features(4).detach(),
                  "negative_features": features(4, 2).detach()}, torch.zeros(2, device=device),
-                caption_similarity=concept_similarity(features(4, 6), features(4)),
+                caption_similarity=concept_similarity(features(4, 6), torch.cat([features(4), concepts])),
+                sentence_labels=placed.labels,
                 paraphrase_features=features(4), paraphrase_mask=torch.tensor([True, False, True, True]),
                 word_similarity=token_similarity(features(4, 6), features(4, 15)).view(4, 3, 5),
                 word_mask=torch.ones(4, 3, 5, dtype=torch.bool), unit_features=features(4, 2),

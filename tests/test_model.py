@@ -1197,7 +1197,7 @@ def test_words_are_all_tokens_but_padding_and_start(clip_tokenizer, siglip_token
 def test_forward_and_checkpoint(tmp_path, siglip_tokenizer):
     model = nano(siglip_tokenizer, context_length=24)
     images, tokens = inputs(model)
-    out = model(images, tokens, tokens[:3], return_tokens=True)
+    out = model(images, tokens, return_patches=True, concept_tokens=tokens[:3])
     assert out["image_features"].shape == (2, 96) and out["patch_tokens"].shape == (2, 16, 96)
     assert out["concept_features"].shape == (3, 96) and out["logit_bias"] is model.logit_bias
     sum(v.sum() for v in out.values()).backward()
@@ -1229,13 +1229,13 @@ def test_features_are_float32_under_autocast(family, siglip_tokenizer):
     model = nano_of(family, siglip_tokenizer)
     tokens, images = captions_with_an_end(model), torch.randn(4, 3, 32, 32)
     spans, negatives = torch.tensor([[[0, 3], [1, 2]]] * 4), torch.stack([tokens, tokens], 1)
-    given = dict(spans=spans, negative_tokens=negatives, return_tokens=True)
+    given = dict(spans=spans, negative_tokens=negatives, return_patches=True)
     assert {x.dtype for x in model(images.double(), tokens, negative_images=images.double(), **given).values()
             if x is not None} == {torch.float64}
     model.float()
     with torch.autocast("cpu", torch.bfloat16):
         out = model(images, tokens, negative_images=images, **given)
-        out["concepts"] = model(images, tokens, tokens)["concept_features"]
+        out["concepts"] = model(images, tokens, concept_tokens=tokens)["concept_features"]
         assert model.encode_image(images).dtype == torch.bfloat16
     for key, x in out.items():
         if "logit" not in key:
@@ -1387,7 +1387,7 @@ def test_gradient_checkpointing_changes_nothing(siglip_tokenizer):
         model = CLIP(replace(MODELS["nano"], tokenizer=siglip_tokenizer, vocab_size=600)).double().train()
         model.visual.grad_checkpointing = model.text.grad_checkpointing = on
         images, tokens = inputs(model)
-        out = model(images.double(), tokens, tokens, return_tokens=True)
+        out = model(images.double(), tokens, return_patches=True, concept_tokens=tokens)
         (out["image_features"].sum() + out["patch_tokens"].sin().sum() + out["concept_features"].cos().sum()).backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(grads[0]) == len(grads[1]) and all(difference(a, b) < 1e-12 for a, b in zip(*grads))

@@ -1,4 +1,5 @@
 """The later terms of losses.py against naive loops in float64, and on 1, 2 and 4 processes."""
+import functools
 import os
 import sys
 from datetime import timedelta
@@ -55,6 +56,7 @@ def batch(masks, seed=5):
     valid["W"][:, 0, 0] = True              # each caption has a word,
     valid["W"][:, 1:, 0] = valid["N"]       # and each negative;
     valid["W"][:, 1:] &= valid["N"][..., None]      # where there is none, no token counts
+    valid["S"] = mask(B, B * K)             # who holds the units, as if they were sentences of captions
     valid["U"] = mask(B, K)
     valid["U"][:, 1] &= masks == "all"      # units that no caption has
     valid["U"][:3] &= masks == "all"        # a process without any
@@ -72,14 +74,26 @@ def cross_entropy(scores, right):
 
 # ------------------------------------------------------------------------------------------------- one logit at a time
 
-def naive_caption_xac(x, masks):
-    pooled = [[(v @ t).softmax(0) @ v for t in x["T"]] for v in x["V"]]
-    z = [[x["s"] * F.normalize(c, dim=0) @ t for c, t in zip(row, x["T"])] for row in pooled]
+def naive_caption_xac(x, masks, sentences=()):
+    """sentences: of each image, which of the queries behind the captions its caption holds."""
+    queries = [*x["T"], *(x["U"].flatten(0, 1) if len(sentences) else ())]
+    own = [[i, *(B + n for n in range(len(queries) - B) if sentences[i, n])] for i in range(B)]
+    pooled = [[(v @ t).softmax(0) @ v for t in queries] for v in x["V"]]
+    z = [[x["s"] * F.normalize(c, dim=0) @ t for c, t in zip(row, queries)] for row in pooled]
     if x["b"] is not None:
-        return {"caption_xac": sigmoid_sum([(z[i][j] + x["b"], i == j) for i in range(B) for j in range(B)]) / B}
-    columns = [[z[i][j] for i in range(B)] for j in range(B)]
-    both = [cross_entropy(z[i], i) + cross_entropy(columns[i], i) for i in range(B)]
-    return {"caption_xac": sum(both) / (2 * B)}
+        grid = [(z[i][j] + x["b"], j in own[i]) for i in range(B) for j in range(len(queries))]
+        return {"caption_xac": sigmoid_sum(grid) / len(queries)}
+    rows = [sum(cross_entropy(z[i], j) for j in own[i]) / len(own[i]) for i in range(B)]
+    columns = []
+    for j in range(len(queries)):
+        images = [i for i in range(B) if j in own[i]]
+        if images:
+            columns.append(sum(cross_entropy([z[i][j] for i in range(B)], i) for i in images) / len(images))
+    return {"caption_xac": (sum(rows) / B + sum(columns) / len(columns)) / 2}
+
+
+def naive_sentences(x, masks):
+    return naive_caption_xac(x, masks, masks["S"])
 
 
 def naive_paraphrase(x, masks):
@@ -155,6 +169,11 @@ def our_caption_xac(x, masks, offset):
     return {"caption_xac": caption_xac_loss(concept_similarity(x["V"], x["T"]), x["s"], x["b"], offset)}
 
 
+def our_sentences(x, masks, offset):
+    similarity = concept_similarity(x["V"], torch.cat([x["T"], x["U"].flatten(0, 1)]))
+    return {"caption_xac": caption_xac_loss(similarity, x["s"], x["b"], offset, masks["S"])}
+
+
 def our_paraphrase(x, masks, offset):
     return {"paraphrase": paraphrase_loss(x["P"], x["T"], masks["P"], x["s"], x["b"], offset)}
 
@@ -169,8 +188,9 @@ def our_cs_clip(x, masks, offset):
 
 
 NAIVE = {"caption_xac": naive_caption_xac, "paraphrase": naive_paraphrase, "fsc_clip": naive_fsc_clip,
-         "cs_clip": naive_cs_clip}
-OURS = {"caption_xac": our_caption_xac, "paraphrase": our_paraphrase, "fsc_clip": our_fsc_clip, "cs_clip": our_cs_clip}
+         "cs_clip": naive_cs_clip, "sentences": naive_sentences}
+OURS = {"caption_xac": our_caption_xac, "paraphrase": our_paraphrase, "fsc_clip": our_fsc_clip, "cs_clip": our_cs_clip,
+        "sentences": our_sentences}
 OF_ALL = ("T", "N", "U")        # what the processes gather, in this order
 MASKS_OF_ALL = ("N", "U")
 CASES = [(name, kind, masks) for name in OURS for kind in ("sigmoid", "softmax") for masks in ("some", "none", "all")]
@@ -180,6 +200,7 @@ def weighted(terms):
     return sum(weight * term for weight, term in zip((1, 0.7, 0.4), terms.values()))
 
 
+@functools.cache
 def reference(name, kind, masks):
     model = Towers(kind == "sigmoid")
     inputs, valid = batch(masks)

@@ -398,6 +398,45 @@ def test_captions_and_concepts_are_pooled_together(exact):
     assert curve(both, "loss")[0] == pytest.approx(curve(alone, "loss")[0] + 0.5 * curve(both, "caption_xac")[0], rel=1e-12)
 
 
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """Flags, and the folder of a run on one process: 32 images, of which 3 have captions of two to four sentences."""
+    folder = tmp_path_factory.mktemp("told")
+    rng, rows = random.Random(1), []
+    for i in range(32):
+        Image.new("RGB", (32, 32), (8 * i, 90, 255 - i)).save(folder / f"{i}.png")
+        number = rng.randint(2, 4) if i < 3 else 1
+        sentences = [f"A {rng.choice(['red', 'big'])} {rng.choice('dog cat tree'.split())}." for _ in range(number)]
+        rows.append(json.dumps({"image": f"{i}.png", "caption": " ".join(sentences)}))
+    (folder / "told.jsonl").write_text("\n".join(rows))
+    args = [*SMALL, *EXACT, "--data", folder / "told.jsonl", "--image-root", folder, "--preset", "nano", "--init", "scratch",
+            "--steps", 4, "--batch-size", 8, "--caption-xac-weight", 0.5, "--caption-xac-sentences", 2]
+    run("train.py", *args, "--out-dir", folder / "out")
+    return args, folder / "out"
+
+
+@pytest.mark.parametrize("processes, accum", [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
+def test_sentences_as_queries_do_not_depend_on_processes_and_parts(told, tmp_path, processes, accum):
+    """Three rows with sentences are in at most three of four batches; most processes and parts have none."""
+    args, alone = told
+    run("train.py", *args, "--accum", accum, "--out-dir", tmp_path, processes=processes)
+    for term in ("loss", "caption_xac", "npc", "grad_norm"):
+        assert curve(tmp_path, term) == pytest.approx(curve(alone, term), rel=1e-9)
+    ours, theirs = weights(tmp_path), weights(alone)
+    assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-8) for name in ours)
+
+
+def test_sentences_change_the_term_of_captions_alone(told, tmp_path):
+    args, with_sentences = told
+    run("train.py", *args, "--caption-xac-sentences", 0, "--out-dir", tmp_path)
+    steps = zip(*(curve(folder, term) for term in ("caption_xac", "npc", "contrastive") for folder in (with_sentences, tmp_path)))
+    for ours, without, *others in steps:
+        assert others[::2] == pytest.approx(others[1::2], rel=1e-12)
+        if ours != pytest.approx(without, rel=1e-12):
+            break       # from the first batch with sentences on, the weights differ as well
+    assert ours != pytest.approx(without, rel=1e-3)
+
+
 def test_paraphrases_need_several_captions(tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
     for name, caption in (("one", ["a wall", "a wall"]), ("two", ["a wall", "a black wall"])):
@@ -1239,6 +1278,8 @@ def test_exact_decoding_differs_by_a_little(tmp_path):
     ("train.py", ["--method", "gift", "--cd-weight", "0", "--ita-weight", "0"], 2, "give one of them a weight above 0"),
     ("train.py", ["--xac-weight", "-1"], 2, "--xac-weight -1: expected a number of at least 0"),
     ("train.py", ["--cmr-weight", "0.2"], 2, "--cmr-weight 0.2: --method c2lip has no such term. It takes caption_xac,"),
+    ("train.py", ["--caption-xac-weight", "1", "--caption-xac-sentences", "-2"], 2, "--caption-xac-sentences -2: expected a number"),
+    ("train.py", ["--caption-xac-sentences", "2"], 2, "--caption-xac-sentences 2: sentences are for the term"),
     ("train.py", ["--attack-steps", "0"], 2, "--attack-steps 0: expected a number above 0"),
     ("evaluate.py", [], 1, "give what to evaluate"),
     ("evaluate.py", ["--checkpoint", "x.pt", "--bench", "sugarcrape"], 1, "no bench 'sugarcrape': expected"),

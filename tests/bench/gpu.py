@@ -288,7 +288,8 @@ def forward_and_backward(model, batch, device, dtype):
     if dtype == torch.bfloat16:
         context = torch.autocast(device, torch.bfloat16)
     with context:
-        out = model(images, batch["tokens"].to(device), plan.tokens, return_tokens=True)
+        out = model(images, batch["tokens"].to(device), return_patches=True,
+                    concept_tokens=plan.tokens)
     losses = loss_terms(out, plan)
     weighted_sum(losses).backward()
 
