@@ -348,7 +348,6 @@ args.negatives = method.negatives       # for the log
 with_concepts = weights["npc"] > 0 or weights["xac"] > 0
 with_paraphrases = weights["paraphrase"] > 0
 with_words = method.words and weights["lhn"] > 0
-with_units = method.units > 0 and weights["units"] > 0
 with_patches = weights["xac"] > 0 or weights["caption_xac"] > 0 or with_words
 with_teacher = method.teacher or weights["distill"] > 0
 with_pairs = method.negatives == "pairs"        # in every other batch
@@ -539,10 +538,14 @@ def check_lost(dataset):
              f"{args.max_bad:g}; the first is {name}: {why}. Mend the file, or raise --max-bad")
 
 
+def open_pairs(files, captions=None):
+    return CaptionFile(files, args.image_root, args.image_key, args.caption_key, captions,
+                       max_pixels=args.max_pixels, fast_decode=not args.exact_decode,
+                       index_dir=args.index_dir)
+
+
 if args.data:
-    dataset = guard(CaptionFile, args.data, args.image_root, args.image_key, args.caption_key,
-                    args.captions, max_pixels=args.max_pixels,
-                    fast_decode=not args.exact_decode, index_dir=args.index_dir)
+    dataset = guard(open_pairs, args.data, args.captions)
     check_lost(dataset)
 else:
     scenes = args.steps * args.batch_size if args.steps else 100_000
@@ -563,9 +566,7 @@ def open_replay():
     if not method.replay:
         return None
     if args.replay:
-        return CaptionFile(args.replay, args.image_root, args.image_key, args.caption_key,
-                           max_pixels=args.max_pixels, fast_decode=not args.exact_decode,
-                           index_dir=args.index_dir)
+        return open_pairs(args.replay)
     if args.data:
         raise ValueError(f"--method {args.method} needs --replay FILES, pairs of what the model "
                          "knows and is to keep: real ones, or captions with generated images")
@@ -887,7 +888,7 @@ collate = Collate(
     spans=args.concept_features == "span",
     paraphrases=with_paraphrases,
     words=with_words,
-    units=method.units if with_units else 0,
+    units=method.units if weights["units"] else 0,
     noise=args.attack_steps is not None,
     pair_size=model.config.image_size,
     sentences=args.caption_xac_sentences)
@@ -1072,11 +1073,8 @@ def teach(parts, rows):
     if not with_teacher or not is_asked:
         return None
     outs = [forward(teacher, pick(part, ("images", "tokens", "negative_tokens"))) for part in parts]
-    taught = {}
-    for name in ("image_features", "text_features", "negative_features"):
-        if name in outs[0]:
-            taught[name] = torch.cat([out[name] for out in outs])
-    return taught
+    names = pick(outs[0], ("image_features", "text_features", "negative_features"))
+    return {name: torch.cat([out[name] for out in outs]) for name in names}
 
 
 def loss_terms(out, rows, plan, taught):
@@ -1089,7 +1087,7 @@ def loss_terms(out, rows, plan, taught):
     features = features_of(out, rows, plan, taught)
     terms = method.loss(features)
     thresholds = terms.pop("thresholds", thresholds)
-    if not features.replayed:
+    if not features.replayed:       # a batch of replay has the method's own terms alone
         added = {name: weight for name, weight in weights.items() if name not in terms}
         terms = {**terms, **extra_terms(features, added)}
     terms = {name: term for name, term in terms.items() if weights[name]}
@@ -1136,8 +1134,8 @@ def pick(table, names):
 
 
 def add_similarities(features, out):
-    """This process's images, pooled by the words of their own texts; and by concepts, captions and
-    sentences of all, in one pass; against these."""
+    """This process's images pooled by the words of their own texts; and, in one pass, by all
+    concepts, captions and sentences: how near each pooled image is to what it was pooled by."""
     if with_words:
         words = out["word_features"]                                            # (b, 1 + K, L, D)
         similarity = token_similarity(out["patch_tokens"], words.flatten(1, 2))
