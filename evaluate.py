@@ -20,6 +20,7 @@ scores two captions alike has not told them apart. Intervals are bootstraps over
 of one image move together.
 """
 import argparse
+import collections
 import contextlib
 import csv
 import functools
@@ -41,7 +42,6 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable
@@ -53,6 +53,7 @@ DATA = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
 TABLE = DATA["benches"]         # {bench: about, source, files, folders, archives, means, ...}
 ARCHIVES = DATA["archives"]     # {name: url, path to download to, folder that it makes}
 PROMPTS = json.loads((ASSETS / "classes.json").read_text("utf-8"))  # {bench: templates, classes}
+TORCHVISION = {name: spec["torchvision"] for name, spec in TABLE.items() if "torchvision" in spec}
 GROUPS = DATA["groups"]         # {table over benchmarks: {bench: subsets in its columns}}
 BENCHES = {name: spec["about"] for name, spec in TABLE.items()}
 COMMANDS = {
@@ -96,7 +97,7 @@ def build_parser():
         "Fetch what may be fetched of some benchmarks, and say how to get the rest. A download "
         "that was broken off is continued, each file's sha256 is checked, archives are unpacked."))
     p.add_argument("benches", nargs="+", metavar="BENCH", help="names of benchmarks")
-    p.add_argument("--data-dir", default="data", help="folder to put them in (default: data)")
+    add_data_dir(p)
 
     add_compare_arguments(add_command("compare", description=(
         "Compare results of --json. Two files: B - A in percent with a 95 %% interval (paired "
@@ -105,7 +106,7 @@ def build_parser():
 
     p = add_command("describe", description="Print what a benchmark asks and what it needs.")
     p.add_argument("bench", metavar="BENCH", help="name of a benchmark")
-    p.add_argument("--data-dir", default="data", help="folder of the files (default: data)")
+    add_data_dir(p)
 
     add_verify_arguments(add_command("verify", description=(
         "Score public checkpoints on the benchmarks whose files are there, and print each figure "
@@ -119,8 +120,7 @@ def build_parser():
                    "of --json the same as --columns of compare")
     p.add_argument("--radar", action="store_true",
                    help="draw results of --json as outlines of models on radial axes")
-    p.add_argument("--output", default="curves.png", metavar="FILE",
-                   help=".png, .svg or .pdf file to write (default: curves.png)")
+    add_output(p, "curves.png")
 
     add_show_arguments(add_command("show", description=(
         "Draw where an image is similar to each phrase of its caption: for each patch the cosine "
@@ -154,8 +154,7 @@ def add_show_arguments(p):
     p.add_argument("--boxes", metavar="FILE",
                    help="draw where the things of the phrases are: COCO's instances, or a json "
                         "{file name: [[category, x, y, width, height], ...]}")
-    p.add_argument("--output", default="attention.png", metavar="FILE",
-                   help=".png, .svg or .pdf file to write (default: attention.png)")
+    add_output(p, "attention.png")
 
 
 def add_verify_arguments(p):
@@ -222,9 +221,18 @@ def add_evaluate_arguments(parser):
     add_speed_arguments(parser)
 
 
-def add_data_arguments(p):
+def add_data_dir(p):
     p.add_argument("--data-dir", default="data", metavar="DIR",
                    help="folder of the benchmarks' files, as download fills it (default: data)")
+
+
+def add_output(p, name):
+    p.add_argument("--output", default=name, metavar="FILE",
+                   help=f".png, .svg or .pdf file to write (default: {name})")
+
+
+def add_data_arguments(p):
+    add_data_dir(p)
     p.add_argument("--image-root", default="", metavar="DIR",
                    help="folder of the images, where they are not in their place in --data-dir")
     p.add_argument("--allow-missing", action="store_true",
@@ -687,12 +695,17 @@ def progress(batches, count):
 @torch.inference_mode()
 def forward(model, encoder, inputs, options):
     """One batch through one tower -> normalised features (..., D), float32 on the CPU."""
+    return differentiable_forward(model, encoder, inputs, options).cpu()
+
+
+def differentiable_forward(model, encoder, inputs, options):
+    """As forward, on the device of the model."""
     device, dtype = model_place(model)
     if inputs.is_floating_point():
         inputs = inputs.to(dtype)
     with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
         features = encoder(inputs.to(device))
-    return F.normalize(features.float(), dim=-1).cpu()
+    return F.normalize(features.float(), dim=-1)
 
 
 def model_place(model):
@@ -859,7 +872,7 @@ def count_right(outcome, numbers):
 
 def add_macro(results, outcome):
     """The mean over a subset's labels of their means: each item weighs 1 / (items of its label)."""
-    count = Counter(outcome.labels)
+    count = collections.Counter(outcome.labels)
     weights = [0 if label is None else 1 / count[label] for label in outcome.labels]
     n = sum(weight > 0 for weight in weights)
     if n:
@@ -1029,7 +1042,7 @@ def attacked_outcomes(model, task, text_features, options):
     function of the image's number, each of --attack-steps by 1 of 255, within --attack. The paper
     attacks images as they are before they are resized, here their pixels are what the tower sees.
     """
-    device, dtype = model_place(model)
+    device, _ = model_place(model)
     normalize = getattr(model.transform, "transforms", [None])[-1]
     if not hasattr(normalize, "mean"):
         raise ValueError("--attack: the model's transform does not end with Normalize, so that its "
@@ -1039,9 +1052,8 @@ def attacked_outcomes(model, task, text_features, options):
     scale = model.logit_scale.exp().item() if hasattr(model, "logit_scale") else 100.0
 
     def encode(pixels):
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-            features = model.encode_image(((pixels - mean) / std).to(dtype))
-        return F.normalize(features.float(), dim=-1)
+        inputs = (pixels - mean) / std
+        return differentiable_forward(model, model.encode_image, inputs, options)
 
     def loss(pixels, labels):
         return tecoa_loss(encode(pixels), texts, labels, scale)
@@ -1397,11 +1409,10 @@ def scene_captions(data, n, seed):
 
 
 def scene_retrieval(images, captions):
-    numbers = {}        # {objects of a caption: a number}
-    for caption in captions:
-        numbers.setdefault(tuple(sorted(caption.split(" and "))), len(numbers))
-    found = torch.tensor([numbers[tuple(sorted(caption.split(" and ")))] for caption in captions])
-    same = found[:, None] == found      # (n, n)
+    """Whatever says, or shows, the same objects in any order is right."""
+    objects = [" and ".join(sorted(caption.split(" and "))) for caption in captions]
+    numbers = np.unique(objects, return_inverse=True)[1]
+    same = torch.from_numpy(numbers[:, None] == numbers)        # (n, n)
     recalls = {"i2t_r1": ("i2t", 1), "t2i_r1": ("t2i", 1)}
     return Ranking(images, tuples(captions), same, recalls)
 
@@ -1509,7 +1520,7 @@ def aro_swap(source, label_key, label_type, least):
     images = source.pictures(pick(rows, "image_path"), pick(rows, *BOX))
     texts = pick(rows, "true_caption", "false_caption")
     labels = [str(row[label_key]) for row in rows]
-    count = Counter(labels)
+    count = collections.Counter(labels)
     left_out = source.spec["files"][source.subset].get("left_out", ())
     for i, label in enumerate(labels):
         if label in left_out or count[label] < least:
@@ -1798,7 +1809,7 @@ def retrieval(source):
         yield own_retrieval(source.options)
         return
     names, texts = captions_of_images(source)
-    yield pairs_to_ranking(source.pictures(names), range(len(texts)), texts, f"{source.subset}_")
+    yield pairs_to_ranking(source.pictures(names), texts, f"{source.subset}_")
 
 
 def flickr8k(source):
@@ -1814,7 +1825,7 @@ def flickr8k(source):
                 raise ValueError("flickr8k: a sentence of dataset_flickr8k.json has no text (raw)")
             names.append((row["filename"],))
             texts.append(sentence["raw"])
-    yield pairs_to_ranking(source.pictures(names), range(len(texts)), texts)
+    yield pairs_to_ranking(source.pictures(names), texts)
 
 
 def long_retrieval(source):
@@ -1841,15 +1852,13 @@ def long_retrieval(source):
         pairs = [(f"{row['name']}.jpg", row["text"]) for row in source.rows("name", "text")]
     pictures = source.pictures([(name,) for name, _ in pairs])
     texts = [text for _, text in pairs]
-    whole = pairs_to_ranking(pictures, range(len(texts)), texts, f"{source.subset}_")
-    whole.recalls = {name: found for name, found in whole.recalls.items() if found[1] == 1}
-    yield whole
+    yield pairs_to_ranking(pictures, texts, f"{source.subset}_", ks=[1])
     images, sentences = [], []
     for picture, text in zip(pictures, texts):
         found = re.split(r"(?<=[.!?])\s+", text.strip())
         images += [picture] * len(found)
         sentences += found
-    fine = pairs_to_ranking(images, range(len(sentences)), sentences)
+    fine = pairs_to_ranking(images, sentences)
     fine.recalls = {f"{source.subset}_fine_t2i_r1": ("t2i", 1)}
     yield fine
 
@@ -1870,16 +1879,17 @@ def own_retrieval(options):
         name, why = data.skipped[0]
         print0(f"{options.data}: {len(data.skipped)} rows or files skipped, the first is {name}: "
                f"{why}")
-    return pairs_to_ranking(pictures, texts, texts)
+    return pairs_to_ranking(pictures, texts, keys=texts)
 
 
 def open_member(name, *place):
     return load_image(list(place))
 
 
-def pairs_to_ranking(pictures, keys, texts, prefix=""):
-    """N tuples of a picture, and N texts, each known by a key -> Ranking of the different pictures
-    and the different keys."""
+def pairs_to_ranking(pictures, texts, prefix="", keys=None, ks=(1, 5, 10)):
+    """N tuples of a picture, and N texts -> Ranking of the different pictures and of all texts, or
+    where these have keys, of the texts of different ones; R@k for each of ks."""
+    keys = keys or range(len(texts))
     rows = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
     columns = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     text_of = dict(zip(keys, texts))
@@ -1888,7 +1898,7 @@ def pairs_to_ranking(pictures, keys, texts, prefix=""):
         positive[rows[picture], columns[key]] = True
     recalls = {}
     for way in ("i2t", "t2i"):
-        for k in (1, 5, 10):
+        for k in ks:
             recalls[f"{prefix}{way}_r{k}"] = (way, k)
     return Ranking(list(rows), tuples(text_of[key] for key in columns), positive, recalls)
 
@@ -2027,27 +2037,6 @@ def image_folder(source, path):
         raise Missing(f"{source.bench}: {error}; {how}") from None
 
 
-# {benchmark: its class in torchvision.datasets, and what selects the test split}
-TORCHVISION = {
-    "cifar10": ("CIFAR10", {"train": False}),
-    "cifar100": ("CIFAR100", {"train": False}),
-    "food101": ("Food101", {"split": "test"}),
-    "stl10": ("STL10", {"split": "test"}),
-    "pets": ("OxfordIIITPet", {"split": "test"}),
-    "aircraft": ("FGVCAircraft", {"split": "test"}),
-    "dtd": ("DTD", {"split": "test"}),
-    "sun397": ("SUN397", {}),
-    "flowers": ("Flowers102", {"split": "test"}),
-    "caltech101": ("Caltech101", {}),
-    "cars": ("StanfordCars", {"split": "test"}),
-    "eurosat": ("EuroSAT", {}),
-    "gtsrb": ("GTSRB", {"split": "test"}),
-    "country211": ("Country211", {"split": "test"}),
-    "mnist": ("MNIST", {"train": False}),
-    "svhn": ("SVHN", {"split": "test"}),
-}
-
-
 def torchvision_set(source, download=False):
     """Zero-shot classification of a test split of torchvision.datasets, top 1 and 5, by its class
     names and one prompt, such as "a photo of a {}." (Radford et al. 2021); flowers and those behind
@@ -2058,7 +2047,7 @@ def torchvision_set(source, download=False):
     classification_11 is the mean of the eleven sets on which pre-training is usually compared, of
     aircraft, pets, caltech101 and flowers over classes.
     """
-    name, split = TORCHVISION[source.bench]
+    name, split = source.spec["torchvision"].values()
     path = os.path.join(source.options.data_dir, source.spec["folder"])
     try:
         data = getattr(torchvision.datasets, name)(path, download=download, **split)
@@ -2314,7 +2303,7 @@ def describe(bench, data_dir):
     print(f"{bench}: {BENCHES[bench]}\n")
     print(inspect.getdoc(READERS[bench]))
     if bench in TORCHVISION:
-        name, split = TORCHVISION[bench]
+        name, split = TORCHVISION[bench].values()
         first, *others = PROMPTS[bench]["templates"]
         print(f"\nHere torchvision.datasets.{name}, {split}; prompt {first!r} and {len(others)} "
               "more.")
@@ -2423,12 +2412,8 @@ def choose_subsets(subsets, results, bench, columns):
         return subsets
     if columns:
         return [name for name in columns.split(",") if name in subsets]
-    means = set()
-    for file in results:
-        for name, result in file.get(bench, {}).items():
-            if "parts" in result:
-                means.add(name)
-    return [name for name in subsets if name in means] or subsets
+    known = collections.ChainMap(*[file.get(bench, {}) for file in results])
+    return [name for name in subsets if "parts" in known[name]] or subsets
 
 
 def compare_two(name_a, name_b, a, b, items):

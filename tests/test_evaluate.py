@@ -639,7 +639,7 @@ def test_sets_with_names_and_prompts_of_clip_benchmark(nano, tmp_path, monkeypat
 
     class Fake:
         def __init__(self, root, download, **split):
-            assert root == str(tmp_path / bench) and split == evaluate.TORCHVISION[bench][1]
+            assert root == str(tmp_path / bench) and split == evaluate.TORCHVISION[bench]["split"]
             if bench == "cars":
                 self.classes = names
             if bench in ("cars", "gtsrb"):
@@ -653,7 +653,7 @@ def test_sets_with_names_and_prompts_of_clip_benchmark(nano, tmp_path, monkeypat
         def __getitem__(self, i):
             return load_image(f"{tmp_path}/{i}.png"), labels[i]
 
-    monkeypatch.setattr(evaluate.torchvision.datasets, evaluate.TORCHVISION[bench][0], Fake)
+    monkeypatch.setattr(evaluate.torchvision.datasets, evaluate.TORCHVISION[bench]["class"], Fake)
     results = run(nano, [bench], **arguments(data_dir=str(tmp_path)))[bench]
     plain, means = Plain(nano), []
     for name in names:
