@@ -20,6 +20,7 @@ scores two captions alike has not told them apart. Intervals are bootstraps over
 of one image move together.
 """
 import argparse
+import collections
 import contextlib
 import csv
 import functools
@@ -41,8 +42,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -53,6 +53,7 @@ DATA = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
 TABLE = DATA["benches"]         # {bench: about, source, files, folders, archives, means, ...}
 ARCHIVES = DATA["archives"]     # {name: url, path to download to, folder that it makes}
 PROMPTS = json.loads((ASSETS / "classes.json").read_text("utf-8"))  # {bench: templates, classes}
+TORCHVISION = {name: spec["torchvision"] for name, spec in TABLE.items() if "torchvision" in spec}
 GROUPS = DATA["groups"]         # {table over benchmarks: {bench: subsets in its columns}}
 BENCHES = {name: spec["about"] for name, spec in TABLE.items()}
 COMMANDS = {
@@ -96,7 +97,7 @@ def build_parser():
         "Fetch what may be fetched of some benchmarks, and say how to get the rest. A download "
         "that was broken off is continued, each file's sha256 is checked, archives are unpacked."))
     p.add_argument("benches", nargs="+", metavar="BENCH", help="names of benchmarks")
-    p.add_argument("--data-dir", default="data", help="folder to put them in (default: data)")
+    add_data_dir(p)
 
     add_compare_arguments(add_command("compare", description=(
         "Compare results of --json. Two files: B - A in percent with a 95 %% interval (paired "
@@ -105,7 +106,7 @@ def build_parser():
 
     p = add_command("describe", description="Print what a benchmark asks and what it needs.")
     p.add_argument("bench", metavar="BENCH", help="name of a benchmark")
-    p.add_argument("--data-dir", default="data", help="folder of the files (default: data)")
+    add_data_dir(p)
 
     add_verify_arguments(add_command("verify", description=(
         "Score public checkpoints on the benchmarks whose files are there, and print each figure "
@@ -119,8 +120,7 @@ def build_parser():
                    "of --json the same as --columns of compare")
     p.add_argument("--radar", action="store_true",
                    help="draw results of --json as outlines of models on radial axes")
-    p.add_argument("--output", default="curves.png", metavar="FILE",
-                   help=".png, .svg or .pdf file to write (default: curves.png)")
+    add_output(p, "curves.png")
 
     add_show_arguments(add_command("show", description=(
         "Draw where an image is similar to each phrase of its caption: for each patch the cosine "
@@ -154,8 +154,7 @@ def add_show_arguments(p):
     p.add_argument("--boxes", metavar="FILE",
                    help="draw where the things of the phrases are: COCO's instances, or a json "
                         "{file name: [[category, x, y, width, height], ...]}")
-    p.add_argument("--output", default="attention.png", metavar="FILE",
-                   help=".png, .svg or .pdf file to write (default: attention.png)")
+    add_output(p, "attention.png")
 
 
 def add_verify_arguments(p):
@@ -201,6 +200,10 @@ def add_evaluate_arguments(parser):
                    help="the column of --data with captions (default: caption, title, text, ...)")
     p.add_argument("--classes", metavar="FILE",
                    help="names of the classes of folder, one a line, in the order of the folders")
+    p.add_argument("--pooled", action="store_true",
+                   help="score an image and a text by the cosine of the text and the patches that "
+                        "it pools, as XAC trains and FLAIR retrieves, not by the image's features: "
+                        "any benchmark but those of pointing")
     p.add_argument("--attack", type=float, default=0.0, metavar="E",
                    help="score zero-shot classification, and single of scenes, once more on images "
                         "of which an attack has changed each pixel by at most E of 255, so that "
@@ -218,9 +221,18 @@ def add_evaluate_arguments(parser):
     add_speed_arguments(parser)
 
 
-def add_data_arguments(p):
+def add_data_dir(p):
     p.add_argument("--data-dir", default="data", metavar="DIR",
                    help="folder of the benchmarks' files, as download fills it (default: data)")
+
+
+def add_output(p, name):
+    p.add_argument("--output", default=name, metavar="FILE",
+                   help=f".png, .svg or .pdf file to write (default: {name})")
+
+
+def add_data_arguments(p):
+    add_data_dir(p)
     p.add_argument("--image-root", default="", metavar="DIR",
                    help="folder of the images, where they are not in their place in --data-dir")
     p.add_argument("--allow-missing", action="store_true",
@@ -268,10 +280,12 @@ from data import (CaptionFile, Scenes, load_image, noise_of, parse_list,        
                   read_rows, relation)
 from losses import pgd_attack, tecoa_loss                                             # noqa: E402
 from model import CLIP, set_tokenizer                                                 # noqa: E402
+from pooling import concept_similarity                                                # noqa: E402
 
 PROTOCOL = 5        # raised whenever a change here or in benchmarks.json may change a figure
 ELEVEN = "classification_11"    # of GROUPS: the mean of these sets is a result of its own
 GET = "python evaluate.py download"
+NO_PATCHES = "this model's encode_image gives no patch tokens (return_tokens=True)"
 MAX_MEMBERS = 2_000_000      # files in an archive; ImageNet has 1.4 million
 RANK = int(os.environ.get("RANK", 0))           # of this process, as torchrun says
 WORLD = int(os.environ.get("WORLD_SIZE", 1))    # number of processes
@@ -303,57 +317,44 @@ def print0(*text):
         print(*text)
 
 
-# ---- rules: features of items -> margins, positive where the model is right --------------------
-# All features are normalised. N items have I images and K texts each: (N, I, D) and (N, K, D).
+# ---- rules: scores of items -> margins, positive where the model is right ----------------------
+# N items have I images and K texts each; the score of an image and a text is their cosine, or that
+# of pooled_scores: (N, I, K).
 
-def dot(a, b):
-    """Sum of products over the last axis. Equal rows give equal sums, and so a tie: this is no
-    matmul, which does not promise that."""
-    return (a * b).sum(-1)
-
-
-def first_text_wins(images, texts):
+def first_text_wins(scores):
     """Each of the I images has K / I texts of its own, and strictly prefers the first of them."""
-    own = texts.unflatten(1, (images.shape[1], -1))         # (N, I, K / I, D)
-    scores = dot(images[:, :, None], own)                   # (N, I, K / I)
-    margins = scores[..., 0] - scores[..., 1:].amax(-1)     # (N, I)
+    I = scores.shape[1]
+    own = scores.unflatten(2, (I, -1)).diagonal(dim1=1, dim2=2)     # (N, K / I, I)
+    margins = own[:, 0] - own[:, 1:].amax(1)                        # (N, I)
     return margins.amin(1)
 
 
-def both_captions_win(images, texts):
+def both_captions_win(scores):
     """SugarCrepe++, image to text: both captions strictly beat the third text on the image."""
-    captions = dot(images, texts[:, :2])                    # (N, 2)
-    negative = dot(images, texts[:, 2:])                    # (N, 1)
-    return captions.amin(1) - negative[:, 0]
+    return scores[:, 0, :2].amin(1) - scores[:, 0, 2]
 
 
-def captions_are_nearest(images, texts):
-    """SugarCrepe++, text only: the captions are strictly nearer to each other than to the third."""
-    together = dot(texts[:, 0], texts[:, 1])
-    apart = dot(texts[:, :2], texts[:, 2:])                 # (N, 2)
-    return together - apart.amax(1)
+def captions_are_nearest(scores):
+    """SugarCrepe++, text only, with scores of texts (N, K, K): the captions are strictly nearer to
+    each other than to the third."""
+    return scores[:, 0, 1] - scores[:, :2, 2].amax(1)
 
 
-def prefers_own(queries, targets):
-    """Two queries and two targets (N, 2, D): each query strictly prefers its own target."""
-    first = dot(queries[:, 0], targets[:, 0]) - dot(queries[:, 0], targets[:, 1])
-    second = dot(queries[:, 1], targets[:, 1]) - dot(queries[:, 1], targets[:, 0])
+def text_score(scores):
+    """Winoground: each of two images strictly prefers its own caption."""
+    first = scores[:, 0, 0] - scores[:, 0, 1]
+    second = scores[:, 1, 1] - scores[:, 1, 0]
     return torch.minimum(first, second)
 
 
-def text_score(images, texts):
-    """Winoground: each of two images strictly prefers its own caption."""
-    return prefers_own(images, texts)
-
-
-def image_score(images, texts):
+def image_score(scores):
     """Winoground: each of two captions strictly prefers its own image."""
-    return prefers_own(texts, images)
+    return text_score(scores.mT)
 
 
-def group_score(images, texts):
+def group_score(scores):
     """Winoground: both of these."""
-    return torch.minimum(text_score(images, texts), image_score(images, texts))
+    return torch.minimum(text_score(scores), image_score(scores))
 
 
 PAIRED = {"text": (text_score, 1 / 4), "image": (image_score, 1 / 4), "group": (group_score, 1 / 6)}
@@ -383,28 +384,47 @@ class Picture:
 
 
 @dataclass
-class Choices:
-    """N items of I images and K texts each, of which few compete."""
+class Outcome:
+    """How a model did on the N items of a subset."""
     subset: str                     # the name of the result
-    margin: Callable                # one of the rules above
+    margins: torch.Tensor           # (N,), positive where it is right, 0 for a tie, NaN: no image
     chance: float                   # share that is right by blind choice
-    images: list                    # N tuples of I Pictures
-    texts: list                     # N tuples of K strings
+    images: list                    # N names of images, by which the bootstrap draws
+    items: list                     # N items in words
     labels: list | None = None      # N strings or None: SUBSET_macro is the mean of their means
     partial: str = ""               # what the table says of a file that is not whole
 
-    def outcomes(self, image_features, text_features):
-        """The two functions give (n, I, D) and (n, K, D) for lists of tuples. Yields one outcome:
-        (subset, margins (N,), chance, N names of images, N items in words, labels or None)."""
+
+@dataclass
+class Choices:
+    """N items of I images and K texts each, of which few compete."""
+    subset: str                     # as in Outcome
+    margin: Callable                # one of the rules above
+    chance: float
+    images: list                    # N tuples of I Pictures
+    texts: list                     # N tuples of K strings
+    labels: list | None = None
+    partial: str = ""
+    text_only: bool = False         # texts are compared with each other: scores (N, K, K)
+
+    def outcomes(self, image_features, text_features, pooled=None):
+        """Yield one Outcome. The two functions give normalised features (n, I, D) and (n, K, D) for
+        lists of tuples. pooled: scores by pooled_scores, to be judged by instead of cosines."""
         margins = []
         for start in range(0, len(self.images), 2000):
             part = slice(start, start + 2000)
-            images = image_features(self.images[part])
-            texts = text_features(self.texts[part])
-            margins.append(self.margin(images, texts))
+            if pooled is None:
+                texts = text_features(self.texts[part])
+                queries = texts if self.text_only else image_features(self.images[part])
+                # equal rows give equal sums, and so a tie: a matmul does not promise that
+                scores = (queries[:, :, None] * texts[:, None]).sum(-1)     # (n, I, K)
+            else:
+                scores = pooled[part]
+            margins.append(self.margin(scores))
         names = ["|".join(x.name for x in row) for row in self.images]
         items = [" | ".join((name, *texts)) for name, texts in zip(names, self.texts)]
-        yield self.subset, torch.cat(margins), self.chance, names, items, self.labels
+        yield Outcome(self.subset, torch.cat(margins), self.chance, names, items, self.labels,
+                      self.partial)
 
     def needed(self):
         """The pictures and texts of the items whose images are there; the others cost nothing."""
@@ -421,27 +441,30 @@ class Ranking:
     texts: list                     # M tuples of strings, whose features are averaged
     positive: torch.Tensor          # (N, M) bool
     recalls: dict                   # {name of the result: ("i2t" or "t2i", k)}
-    labels: list | None = None      # of the images, as in Choices, for k = 1
-    partial: str = ""               # as in Choices
+    labels: list | None = None      # of the images, as in Outcome, for k = 1
+    partial: str = ""               # as in Outcome
+    text_only = False               # as in Choices
 
-    def outcomes(self, image_features, text_features):
-        """As Choices.outcomes; yields one outcome for each of recalls."""
-        images = image_features(self.images)[:, 0]                  # (N, D)
-        texts = self.candidates(text_features)                      # (M, D)
+    def outcomes(self, image_features, text_features, pooled=None):
+        """As Choices.outcomes; yields one Outcome for each of recalls."""
+        if pooled is None:
+            images = image_features(self.images)[:, 0]              # (N, D)
+            texts = self.candidates(text_features)                  # (M, D)
         image_names = [row[0].name for row in self.images]
         first_image = self.positive.byte().argmax(0)                # (M,)
         names_by_text = [image_names[i] for i in first_image.tolist()]
         prompts = [row[0] for row in self.texts]
         for subset, (way, k) in self.recalls.items():
             if way == "i2t":
-                margins = rank(images, texts, self.positive, k)
-                chance = blind_recall(self.positive, k)
+                blocks = cosines(images, texts) if pooled is None else pooled.split(500)
+                positive, names, items = self.positive, image_names, image_names
                 labels = self.labels if k == 1 else None
-                yield subset, margins, chance, image_names, image_names, labels
             else:
-                margins = rank(texts, images, self.positive.T, k)
-                chance = blind_recall(self.positive.T, k)
-                yield subset, margins, chance, names_by_text, prompts, None
+                blocks = cosines(texts, images) if pooled is None else pooled.T.split(500)
+                positive, names, items = self.positive.T, names_by_text, prompts
+                labels = None
+            yield Outcome(subset, rank(blocks, positive, k), blind_recall(positive, k), names,
+                          items, labels, self.partial)
 
     def candidates(self, text_features):
         """The features of all texts (M, D)."""
@@ -472,34 +495,26 @@ class Pointing:
     images: list                    # N tuples of one Picture
     texts: list                     # N tuples of one string
     boxes: list                     # N lists of (x, y, width, height) in pixels of the image
-    labels: list | None = None      # as in Choices
+    labels: list | None = None      # as in Outcome
     partial: str = ""
 
     def outcome(self, model, text_features, options):
-        """As Choices.outcomes yields; under torchrun the processes share the images."""
-        numbers = {}                # {picture: its items}
-        for number, (picture,) in enumerate(self.images):
-            if not picture.missing:
-                numbers.setdefault(picture, []).append(number)
+        """The one Outcome; under torchrun the processes share the images."""
         texts = text_features(self.texts)[:, 0]                             # (N, D)
-        pictures = list(numbers)
+        pictures = [picture for picture, in self.images]
         parts = []
-        for rows, pixels, sizes in read_batches(model, pictures, options):
-            tokens = patch_tokens(model, pixels, options)                   # (n, T, D)
-            side = math.isqrt(tokens.shape[1])
-            for row, size, patches in zip(rows.tolist(), sizes, tokens):
-                items = numbers[pictures[row]]
-                seen = seen_box(model, size)
-                found = []
-                for item in items:
-                    inside = patches_inside(self.boxes[item], seen, side)   # (T,)
-                    found.append(point(patches @ texts[item], inside))
-                parts.append((torch.tensor(items), torch.tensor(found)))
+        for items, size, patches in each_image(model, pictures, options):
+            side = math.isqrt(len(patches))
+            seen = seen_box(model, size)
+            for item in items:
+                inside = patches_inside(self.boxes[item], seen, side)       # (T,)
+                found = point(patches @ texts[item], inside)
+                parts.append((torch.tensor([item]), torch.tensor([found])))
         margins, chances = share(parts, len(self.images), width=2).T        # (N,) each
         chance = chances[~margins.isnan()].mean().item()
-        names = [picture.name for picture, in self.images]
+        names = [picture.name for picture in pictures]
         items = [f"{name} | {text}" for name, (text,) in zip(names, self.texts)]
-        return self.subset, margins, chance, names, items, self.labels
+        return Outcome(self.subset, margins, chance, names, items, self.labels, self.partial)
 
     def needed(self):
         """The texts; images are encoded to patch tokens, and not by encode_images."""
@@ -534,17 +549,25 @@ def patches_inside(boxes, seen, side):
     return inside.flatten()
 
 
-def rank(queries, targets, positive, k):
-    """(Q, D), (M, D), (Q, M) bool -> margins (Q,): the best positive minus the k-th best other.
+def cosines(queries, targets):
+    """(Q, D), (M, D) -> yield the cosines of 500 queries at a time (<= 500, M): those of all 25,010
+    captions and 5,000 images are much."""
+    targets, inverse = targets.unique(dim=0, return_inverse=True)       # equal targets must tie
+    for some in queries.split(500):
+        yield (some @ targets.T)[:, inverse]
+
+
+def rank(blocks, positive, k):
+    """Scores of 500 queries after 500 (<= 500, M), positive (Q, M) bool -> margins (Q,): the best
+    positive minus the k-th best other.
 
     NaN where the query or all of its positives are NaN; other targets of NaN are never found.
     """
-    targets, inverse = targets.unique(dim=0, return_inverse=True)       # equal targets must tie
     margins = []
-    for q, mask in zip(queries.split(500), positive.split(500)):        # 5,000 x 25,010 is much
-        scores = (q @ targets.T)[:, inverse].nan_to_num(-2.0)           # (<= 500, M)
+    for block, mask in zip(blocks, positive.split(500)):
+        scores = block.nan_to_num(-2.0)                                 # (<= 500, M)
         best = scores.masked_fill(~mask, -2).amax(1)
-        others = scores.masked_fill(mask, -3).topk(min(k, len(inverse))).values
+        others = scores.masked_fill(mask, -3).topk(min(k, scores.shape[1])).values
         margins.append(best.masked_fill(best == -2, float("nan")) - others[:, -1])
     return torch.cat(margins)
 
@@ -573,6 +596,7 @@ class Options:
     workers: int = 0                # processes that read images
     device: Any = None              # None: where the model is
     dtype: str = "float32"          # of the towers; bfloat16 is by autocast
+    pooled: bool = False            # judge by pooled_scores instead of cosines
     attack: float = 0.0             # how far an attack may change a pixel, of 255; 0: no attack
     attack_steps: int = 5           # its steps, see attacked_outcomes
     quiet: bool = False             # print no tables
@@ -628,7 +652,7 @@ def read_batches(model, pictures, options):
 
 
 def encode_images(model, pictures, options):
-    """N pictures -> normalised features (N, D), float32 on the CPU; NaN for what cannot be read."""
+    """N different pictures -> Lookup of their normalised features, NaN for what cannot be read."""
     parts = []
     for numbers, pixels, _ in read_batches(model, pictures, options):
         parts.append((numbers, forward(model, model.encode_image, pixels, options)))
@@ -640,24 +664,27 @@ def encode_images(model, pictures, options):
     if bad:
         print0(f"skipped {len(bad)} of {len(pictures)} images, which cannot be read; the first: "
                f"{pictures[bad[0]].name}")
-    return features
+    return Lookup(features, {picture: row for row, picture in enumerate(pictures)})
 
 
-def encode_texts(model, tokens, options):
-    """tokens (N, L) -> normalised features (N, D), float32 on the CPU."""
-    N, L = tokens.shape
-    config = getattr(model, "config", None)
-    lengths = torch.full((N,), L)
-    if getattr(config, "family", "") == "clip":
+def encode_texts(model, texts, options):
+    """N different texts -> Lookup of their normalised features. Texts of equal tokens are encoded
+    once, and so tie exactly."""
+    all_tokens = model.tokenize(texts)
+    if not options.quiet:
+        report_cut(model, texts, all_tokens)
+    tokens, rows = all_tokens.unique(dim=0, return_inverse=True)            # (U, L), (N,)
+    lengths = torch.full((len(tokens),), tokens.shape[1])
+    if getattr(getattr(model, "config", None), "family", "") == "clip":
         # nothing is seen behind the end-of-text token of a causal model: cut it off
         lengths = tokens.argmax(1) + 1
     parts = []
     batches = lengths.argsort().split(options.batch_size)[RANK::WORLD]
-    for numbers in progress(batches, N):
+    for numbers in progress(batches, len(tokens)):
         longest = lengths[numbers].max()
         batch = tokens[numbers, :longest]
         parts.append((numbers, forward(model, model.encode_text, batch, options)))
-    return share(parts, N)
+    return Lookup(share(parts, len(tokens)), dict(zip(texts, rows.tolist())))
 
 
 def progress(batches, count):
@@ -668,12 +695,17 @@ def progress(batches, count):
 @torch.inference_mode()
 def forward(model, encoder, inputs, options):
     """One batch through one tower -> normalised features (..., D), float32 on the CPU."""
+    return differentiable_forward(model, encoder, inputs, options).cpu()
+
+
+def differentiable_forward(model, encoder, inputs, options):
+    """As forward, on the device of the model."""
     device, dtype = model_place(model)
     if inputs.is_floating_point():
         inputs = inputs.to(dtype)
     with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
         features = encoder(inputs.to(device))
-    return F.normalize(features.float(), dim=-1).cpu()
+    return F.normalize(features.float(), dim=-1)
 
 
 def model_place(model):
@@ -694,6 +726,46 @@ def patch_tokens(model, pixels, options):
 
 def gives_patch_tokens(model):
     return "return_tokens" in inspect.signature(model.encode_image).parameters
+
+
+def each_image(model, pictures, options):
+    """Yield of each different image that this process reads: its places in the list pictures, its
+    width and height, its patch tokens (T, D). Those that are missing or cannot be read are left
+    out."""
+    places = {}
+    for place, picture in enumerate(pictures):
+        if not picture.missing:
+            places.setdefault(picture, []).append(place)
+    different = list(places)
+    for numbers, pixels, sizes in read_batches(model, different, options):
+        tokens = patch_tokens(model, pixels, options)                       # (n, T, D)
+        for number, size, patches in zip(numbers.tolist(), sizes, tokens):
+            yield places[different[number]], size, patches
+
+
+def pooled_scores(model, task, text_features, options):
+    """Scores where each text pools the patch tokens of an image as in pooling.py, and is compared
+    with what it pooled: what XAC trains, and how FLAIR (Xiao et al. 2025) retrieves.
+
+    Returns (N, I, K) for Choices and (N, M) for Ranking, NaN without image. Images are read once
+    for each task, since all of their patch tokens would take much memory.
+    """
+    device, _ = model_place(model)
+    pictures = list(itertools.chain(*task.images))
+    if isinstance(task, Ranking):
+        texts = task.candidates(text_features)[None]                        # (1, M, D)
+    else:
+        texts = text_features(task.texts)                                   # (N, K, D)
+    queries = [some.unique(dim=0, return_inverse=True) for some in texts]   # equal texts must tie
+    images_each = len(pictures) // len(queries)
+    parts = []
+    for places, _, patches in each_image(model, pictures, options):
+        for place in places:
+            different, inverse = queries[place // images_each]
+            scores = concept_similarity(patches[None].to(device), different.to(device)).cpu()
+            parts.append((torch.tensor([place]), scores[:, inverse]))
+    scores = share(parts, len(pictures), width=texts.shape[1])
+    return scores if isinstance(task, Ranking) else scores.unflatten(0, (len(queries), -1))
 
 
 def share(parts, count, width=None):
@@ -748,65 +820,96 @@ def bootstrap(columns, samples=2000, seed=0):
 
 
 def summarize(outcomes, means, samples=2000):
-    """What tasks' outcomes yield -> {subset or mean: {accuracy, low, high, n, chance, ...}}.
+    """Outcomes of tasks -> {subset or mean: {accuracy, low, high, n, chance, ...}}.
 
     means: {name: subsets or earlier names}. Each is the plain mean of its parts, but "micro" is the
     mean over items. Intervals are 95 %, by percentiles of the bootstrap; where all items agree the
     bootstrap knows nothing, and Wilson's interval of as many items as there are images is taken.
     """
-    results, columns, numbers = {}, {}, {}
-    for subset, margins, chance, names, items, labels in outcomes:
-        kept = (~margins.isnan()).nonzero()[:, 0].tolist()
-        if len(kept) < len(margins):
-            lost = len(margins) - len(kept)
-            print0(f"{subset}: {lost} of {len(margins)} items skipped, without their image")
-        if not kept:
-            raise ValueError(f"{subset}: none of its items has an image that can be read")
-        right = (margins[kept] > 0).numpy().astype(int)
-        for i in kept:
-            numbers.setdefault(names[i], len(numbers))
-        images = np.array([numbers[names[i]] for i in kept])
-        columns[subset] = images, right, np.ones(len(kept))
-        results[subset] = {
-            "right": right.sum().item(), "n": len(kept), "ties": int((margins == 0).sum()),
-            "chance": chance, "correct": right.tolist(), "image": images.tolist(),
-            "items": [items[i] for i in kept]}
-        if labels:
-            weights = label_weights([labels[i] for i in kept])
-        if labels and weights.any():
-            columns[f"{subset}_macro"] = images, right, weights
-            results[f"{subset}_macro"] = {"n": int((weights > 0).sum()), "chance": chance,
-                                          "of": subset, "weights": weights.tolist()}
-    draws = dict(zip(columns, bootstrap(list(columns.values()), samples).T))    # (1 + samples,)
-    add_means(results, draws, means)
-    for name, result in results.items():
-        image_count = len(set(result.get("image", numbers)))
-        add_interval(result, draws[name], image_count)
+    results = {}
+    numbers = {}            # {name of an image: its number in all subsets}
+    for outcome in map(leave_out_unread, outcomes):
+        for name in outcome.images:
+            numbers.setdefault(name, len(numbers))
+        results[outcome.subset] = count_right(outcome, numbers)
+        if outcome.labels:
+            add_macro(results, outcome)
+    add_means(results, means)
+    correct = {name: result["correct"] for name, result in results.items() if "correct" in result}
+    for name, draws in resample(results, correct, samples).items():
+        image_count = len(set(results[name].get("image", numbers)))
+        add_interval(results[name], draws, image_count)
     return results
 
 
-def label_weights(labels):
-    """Weights (n,) by which a mean over items is the mean of the labels' means; 0 for None."""
-    count = Counter(labels)
-    return np.array([0 if label is None else 1 / count[label] for label in labels])
+def leave_out_unread(outcome):
+    """An Outcome without the items whose image could not be read, which are counted."""
+    n = len(outcome.margins)
+    kept = (~outcome.margins.isnan()).nonzero()[:, 0].tolist()
+    if len(kept) == n:
+        return outcome
+    print0(f"{outcome.subset}: {n - len(kept)} of {n} items skipped, without their image")
+    if not kept:
+        raise ValueError(f"{outcome.subset}: none of its items has an image that can be read")
+    lists = {}
+    for name in ("images", "items", "labels"):
+        values = getattr(outcome, name)
+        lists[name] = values and [values[i] for i in kept]
+    return replace(outcome, margins=outcome.margins[kept], **lists)
 
 
-def add_means(results, draws, means):
-    """Put the means whose parts are all there into results and draws."""
+def count_right(outcome, numbers):
+    """The result of a subset, without its accuracy. numbers: {name of an image: its number}."""
+    right = (outcome.margins > 0).int()
+    result = {
+        "right": right.sum().item(), "n": len(right), "ties": int((outcome.margins == 0).sum()),
+        "chance": outcome.chance, "correct": right.tolist(),
+        "image": [numbers[name] for name in outcome.images], "items": outcome.items}
+    if outcome.partial:
+        result["partial"] = outcome.partial
+    return result
+
+
+def add_macro(results, outcome):
+    """The mean over a subset's labels of their means: each item weighs 1 / (items of its label)."""
+    count = collections.Counter(outcome.labels)
+    weights = [0 if label is None else 1 / count[label] for label in outcome.labels]
+    n = sum(weight > 0 for weight in weights)
+    if n:
+        results[f"{outcome.subset}_macro"] = {
+            "n": n, "chance": outcome.chance, "of": outcome.subset, "weights": weights}
+
+
+def add_means(results, means):
+    """Put those means whose parts are all there into results, without their accuracy."""
     for name, parts in means.items():
-        if set(parts) <= set(draws):
-            draws[name] = mean_of_parts(name, parts, draws, results)
+        if set(parts) <= set(results):
             chance = float(np.mean([results[part]["chance"] for part in parts]))
             n = sum(results[part]["n"] for part in parts)
             results[name] = {"n": n, "chance": chance, "parts": parts}
 
 
-def mean_of_parts(name, parts, draws, results):
-    """The plain mean of the parts' draws; "micro" weighs them by their items."""
-    weights = None
-    if name == "micro":
-        weights = [results[part]["n"] for part in parts]
-    return np.average([draws[part] for part in parts], 0, weights)
+def resample(results, values, samples=2000, seed=0):
+    """Bootstrap {subset or mean: result}, with a value of each item in {subset: (n,)}.
+
+    Returns {subset or mean: (1 + samples,)}, the mean itself first, of those that have values.
+    """
+    columns = {}
+    for name, result in results.items():
+        subset = result.get("of", name)
+        if subset in values and "parts" not in result:
+            images = np.array(results[subset]["image"])
+            weights = np.array(result.get("weights", np.ones(len(images))))
+            columns[name] = images, np.array(values[subset]), weights
+    if not columns:
+        return {}
+    draws = dict(zip(columns, bootstrap(list(columns.values()), samples, seed).T))
+    for name, result in results.items():
+        parts = result.get("parts")
+        if parts and set(parts) <= set(draws):
+            weights = [results[part]["n"] for part in parts] if name == "micro" else None
+            draws[name] = np.average([draws[part] for part in parts], 0, weights)
+    return draws
 
 
 def add_interval(result, draws, image_count):
@@ -866,46 +969,49 @@ def check_pictures(task, options):
 
 
 def score(model, tasks, options):
-    """tasks {bench: [Choices or Ranking, ...]} -> results, as run returns them."""
+    """tasks {bench: [Choices, Ranking or Pointing, ...]} -> results, as run returns them."""
     check_attack(tasks, options)
-    pictures, texts = {}, {}            # dicts for their order: equal ones are encoded once
-    for parts in tasks.values():
-        for task in parts:
-            for some_pictures, some_texts in task.needed():
-                pictures.update(dict.fromkeys(some_pictures))
-                texts.update(dict.fromkeys(some_texts))
-    image_rows = {picture: row for row, picture in enumerate(pictures)}
-    # texts of equal tokens become one, and so tie exactly
-    all_tokens = model.tokenize(list(texts))
-    tokens, rows = all_tokens.unique(dim=0, return_inverse=True)
-    if not options.quiet:
-        report_cut(model, list(texts), all_tokens)
-    text_rows = dict(zip(texts, rows.tolist()))
-    image_features = Lookup(encode_images(model, list(pictures), options), image_rows)
-    text_features = Lookup(encode_texts(model, tokens, options), text_rows)
-
+    pictures, texts = needed_by(tasks)
+    image_features = encode_images(model, [] if options.pooled else pictures, options)
+    text_features = encode_texts(model, texts, options)
     results = {}
     for bench, parts in tasks.items():
         outcomes = []
-        partial = {}                    # {subset: what is to be said of it}
         for task in parts:
-            if isinstance(task, Pointing):
-                found = [task.outcome(model, text_features, options)]
-            else:
-                found = list(task.outcomes(image_features, text_features))
-            if is_attacked(task, options):
-                found += attacked_outcomes(model, task, text_features, options)
-            outcomes.extend(found)
-            partial.update((outcome[0], task.partial) for outcome in found if task.partial)
-        subsets = [outcome[0] for outcome in outcomes]
+            outcomes += judge(model, task, image_features, text_features, options)
+        subsets = [outcome.subset for outcome in outcomes]
         results[bench] = summarize(outcomes, means_of(bench, subsets))
-        for subset, text in partial.items():
-            results[bench][subset]["partial"] = text
-    parts = [(bench, subset) for bench, (subset,) in GROUPS[ELEVEN].items()]
-    mean = find_result(results, parts)
+    eleven = [(bench, subset) for bench, (subset,) in GROUPS[ELEVEN].items()]
+    mean = find_result(results, eleven)
     if mean:
         results[ELEVEN] = {"mean": mean}
+    if options.pooled:
+        for result in itertools.chain(*[subsets.values() for subsets in results.values()]):
+            result["pooled"] = True
     return results
+
+
+def needed_by(tasks):
+    """The different pictures and texts of {bench: tasks}, in the order of the tasks."""
+    pictures, texts = {}, {}            # dicts for their order
+    for task in itertools.chain(*tasks.values()):
+        for some_pictures, some_texts in task.needed():
+            pictures.update(dict.fromkeys(some_pictures))
+            texts.update(dict.fromkeys(some_texts))
+    return list(pictures), list(texts)
+
+
+def judge(model, task, image_features, text_features, options):
+    """The outcomes of a task, and those under attack."""
+    if isinstance(task, Pointing):
+        return [task.outcome(model, text_features, options)]
+    pooled = None
+    if options.pooled and not task.text_only:
+        pooled = pooled_scores(model, task, text_features, options)
+    outcomes = list(task.outcomes(image_features, text_features, pooled))
+    if is_attacked(task, options):
+        outcomes += attacked_outcomes(model, task, text_features, options)
+    return outcomes
 
 
 def is_attacked(task, options):
@@ -914,6 +1020,8 @@ def is_attacked(task, options):
 
 def check_attack(tasks, options):
     """Raise ValueError for an attack that has nothing to attack, or no step."""
+    if options.attack and options.pooled:
+        raise ValueError("--attack and --pooled exclude each other: give one of them")
     attacked = 0
     for parts in tasks.values():
         attacked += sum(is_attacked(task, options) for task in parts)
@@ -934,7 +1042,7 @@ def attacked_outcomes(model, task, text_features, options):
     function of the image's number, each of --attack-steps by 1 of 255, within --attack. The paper
     attacks images as they are before they are resized, here their pixels are what the tower sees.
     """
-    device, dtype = model_place(model)
+    device, _ = model_place(model)
     normalize = getattr(model.transform, "transforms", [None])[-1]
     if not hasattr(normalize, "mean"):
         raise ValueError("--attack: the model's transform does not end with Normalize, so that its "
@@ -944,9 +1052,8 @@ def attacked_outcomes(model, task, text_features, options):
     scale = model.logit_scale.exp().item() if hasattr(model, "logit_scale") else 100.0
 
     def encode(pixels):
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-            features = model.encode_image(((pixels - mean) / std).to(dtype))
-        return F.normalize(features.float(), dim=-1)
+        inputs = (pixels - mean) / std
+        return differentiable_forward(model, model.encode_image, inputs, options)
 
     def loss(pixels, labels):
         return tecoa_loss(encode(pixels), texts, labels, scale)
@@ -962,8 +1069,8 @@ def attacked_outcomes(model, task, text_features, options):
         with torch.no_grad():
             parts.append((numbers, encode(attacked).cpu()))
     features = share(parts, len(task.images))[:, None]              # (N, 1, D)
-    for subset, *outcome in task.outcomes(lambda images: features, text_features):
-        yield f"attacked_{subset}", *outcome
+    for outcome in task.outcomes(lambda images: features, text_features):
+        yield replace(outcome, subset=f"attacked_{outcome.subset}")
 
 
 def means_of(bench, subsets):
@@ -1003,8 +1110,11 @@ def image_size(model):
 def print_table(bench, results, reference=False):
     """A line for each subset and mean, in percent. reference: published figures beside ours, and
     where each is from."""
-    width = max(len(name) for name in (bench, *results))
-    print0(f"\n{bench:{width}s}    chance  accuracy     right / n      ties    95 % interval")
+    title = bench
+    if any("pooled" in result for result in results.values()):
+        title = f"{bench} (pooled)"
+    width = max(len(name) for name in (title, *results))
+    print0(f"\n{title:{width}s}    chance  accuracy     right / n      ties    95 % interval")
     for name, r in results.items():
         count = f"mean over {r['n']:6d} items"
         if "right" in r:
@@ -1147,6 +1257,8 @@ def read(benches, options, image_size=32, has_patches=True, skip=False):
     What is not there is an error, unless all benches are asked for or skip is given, or
     --allow-missing and another part of the same benchmark is there.
     """
+    if options.pooled and not has_patches:
+        raise ValueError(f"--pooled: {NO_PATCHES}")
     if list(benches) == ["all"]:
         benches, skip = BENCHES, True
     tasks, missing = {}, []
@@ -1245,9 +1357,11 @@ def quadrants(data, i):
 
 
 def need_patches(source):
+    """For benchmarks of pointing."""
+    if source.options.pooled:
+        raise Missing(f"{source.bench}: it compares patches, which --pooled does not change")
     if not source.has_patches:
-        raise Missing(f"{source.bench}: this model's encode_image gives no patch tokens "
-                      "(return_tokens=True)")
+        raise Missing(f"{source.bench}: {NO_PATCHES}")
 
 
 def scene_tasks(world, source, n, seed):
@@ -1295,11 +1409,10 @@ def scene_captions(data, n, seed):
 
 
 def scene_retrieval(images, captions):
-    numbers = {}        # {objects of a caption: a number}
-    for caption in captions:
-        numbers.setdefault(tuple(sorted(caption.split(" and "))), len(numbers))
-    found = torch.tensor([numbers[tuple(sorted(caption.split(" and ")))] for caption in captions])
-    same = found[:, None] == found      # (n, n)
+    """Whatever says, or shows, the same objects in any order is right."""
+    objects = [" and ".join(sorted(caption.split(" and "))) for caption in captions]
+    numbers = np.unique(objects, return_inverse=True)[1]
+    same = torch.from_numpy(numbers[:, None] == numbers)        # (n, n)
     recalls = {"i2t_r1": ("i2t", 1), "t2i_r1": ("t2i", 1)}
     return Ranking(images, tuples(captions), same, recalls)
 
@@ -1371,7 +1484,8 @@ def sugarcrepe_pp(source):
     images = source.pictures(pick(rows, "filename"))
     texts = pick(rows, "caption", "caption2", "negative_caption")
     yield Choices(f"{source.subset}_itt", both_captions_win, 1 / 3, images, texts)
-    yield Choices(f"{source.subset}_tot", captions_are_nearest, 1 / 3, images, texts)
+    yield Choices(f"{source.subset}_tot", captions_are_nearest, 1 / 3, images, texts,
+                  text_only=True)
 
 
 def aro(source):
@@ -1406,7 +1520,7 @@ def aro_swap(source, label_key, label_type, least):
     images = source.pictures(pick(rows, "image_path"), pick(rows, *BOX))
     texts = pick(rows, "true_caption", "false_caption")
     labels = [str(row[label_key]) for row in rows]
-    count = Counter(labels)
+    count = collections.Counter(labels)
     left_out = source.spec["files"][source.subset].get("left_out", ())
     for i, label in enumerate(labels):
         if label in left_out or count[label] < least:
@@ -1695,7 +1809,7 @@ def retrieval(source):
         yield own_retrieval(source.options)
         return
     names, texts = captions_of_images(source)
-    yield pairs_to_ranking(source.pictures(names), range(len(texts)), texts, f"{source.subset}_")
+    yield pairs_to_ranking(source.pictures(names), texts, f"{source.subset}_")
 
 
 def flickr8k(source):
@@ -1711,7 +1825,7 @@ def flickr8k(source):
                 raise ValueError("flickr8k: a sentence of dataset_flickr8k.json has no text (raw)")
             names.append((row["filename"],))
             texts.append(sentence["raw"])
-    yield pairs_to_ranking(source.pictures(names), range(len(texts)), texts)
+    yield pairs_to_ranking(source.pictures(names), texts)
 
 
 def long_retrieval(source):
@@ -1738,15 +1852,13 @@ def long_retrieval(source):
         pairs = [(f"{row['name']}.jpg", row["text"]) for row in source.rows("name", "text")]
     pictures = source.pictures([(name,) for name, _ in pairs])
     texts = [text for _, text in pairs]
-    whole = pairs_to_ranking(pictures, range(len(texts)), texts, f"{source.subset}_")
-    whole.recalls = {name: found for name, found in whole.recalls.items() if found[1] == 1}
-    yield whole
+    yield pairs_to_ranking(pictures, texts, f"{source.subset}_", ks=[1])
     images, sentences = [], []
     for picture, text in zip(pictures, texts):
         found = re.split(r"(?<=[.!?])\s+", text.strip())
         images += [picture] * len(found)
         sentences += found
-    fine = pairs_to_ranking(images, range(len(sentences)), sentences)
+    fine = pairs_to_ranking(images, sentences)
     fine.recalls = {f"{source.subset}_fine_t2i_r1": ("t2i", 1)}
     yield fine
 
@@ -1767,16 +1879,17 @@ def own_retrieval(options):
         name, why = data.skipped[0]
         print0(f"{options.data}: {len(data.skipped)} rows or files skipped, the first is {name}: "
                f"{why}")
-    return pairs_to_ranking(pictures, texts, texts)
+    return pairs_to_ranking(pictures, texts, keys=texts)
 
 
 def open_member(name, *place):
     return load_image(list(place))
 
 
-def pairs_to_ranking(pictures, keys, texts, prefix=""):
-    """N tuples of a picture, and N texts, each known by a key -> Ranking of the different pictures
-    and the different keys."""
+def pairs_to_ranking(pictures, texts, prefix="", keys=None, ks=(1, 5, 10)):
+    """N tuples of a picture, and N texts -> Ranking of the different pictures and of all texts, or
+    where these have keys, of the texts of different ones; R@k for each of ks."""
+    keys = keys or range(len(texts))
     rows = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
     columns = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     text_of = dict(zip(keys, texts))
@@ -1785,7 +1898,7 @@ def pairs_to_ranking(pictures, keys, texts, prefix=""):
         positive[rows[picture], columns[key]] = True
     recalls = {}
     for way in ("i2t", "t2i"):
-        for k in (1, 5, 10):
+        for k in ks:
             recalls[f"{prefix}{way}_r{k}"] = (way, k)
     return Ranking(list(rows), tuples(text_of[key] for key in columns), positive, recalls)
 
@@ -1924,27 +2037,6 @@ def image_folder(source, path):
         raise Missing(f"{source.bench}: {error}; {how}") from None
 
 
-# {benchmark: its class in torchvision.datasets, and what selects the test split}
-TORCHVISION = {
-    "cifar10": ("CIFAR10", {"train": False}),
-    "cifar100": ("CIFAR100", {"train": False}),
-    "food101": ("Food101", {"split": "test"}),
-    "stl10": ("STL10", {"split": "test"}),
-    "pets": ("OxfordIIITPet", {"split": "test"}),
-    "aircraft": ("FGVCAircraft", {"split": "test"}),
-    "dtd": ("DTD", {"split": "test"}),
-    "sun397": ("SUN397", {}),
-    "flowers": ("Flowers102", {"split": "test"}),
-    "caltech101": ("Caltech101", {}),
-    "cars": ("StanfordCars", {"split": "test"}),
-    "eurosat": ("EuroSAT", {}),
-    "gtsrb": ("GTSRB", {"split": "test"}),
-    "country211": ("Country211", {"split": "test"}),
-    "mnist": ("MNIST", {"train": False}),
-    "svhn": ("SVHN", {"split": "test"}),
-}
-
-
 def torchvision_set(source, download=False):
     """Zero-shot classification of a test split of torchvision.datasets, top 1 and 5, by its class
     names and one prompt, such as "a photo of a {}." (Radford et al. 2021); flowers and those behind
@@ -1955,7 +2047,7 @@ def torchvision_set(source, download=False):
     classification_11 is the mean of the eleven sets on which pre-training is usually compared, of
     aircraft, pets, caltech101 and flowers over classes.
     """
-    name, split = TORCHVISION[source.bench]
+    name, split = source.spec["torchvision"].values()
     path = os.path.join(source.options.data_dir, source.spec["folder"])
     try:
         data = getattr(torchvision.datasets, name)(path, download=download, **split)
@@ -2211,7 +2303,7 @@ def describe(bench, data_dir):
     print(f"{bench}: {BENCHES[bench]}\n")
     print(inspect.getdoc(READERS[bench]))
     if bench in TORCHVISION:
-        name, split = TORCHVISION[bench]
+        name, split = TORCHVISION[bench].values()
         first, *others = PROMPTS[bench]["templates"]
         print(f"\nHere torchvision.datasets.{name}, {split}; prompt {first!r} and {len(others)} "
               "more.")
@@ -2248,7 +2340,7 @@ def read_results(path):
     for bench, subsets in file["results"].items():
         data = file["protocol"], file["data_sha256"].get(bench)
         found[bench] = {name: {**result, "data": data} for name, result in subsets.items()}
-    return model_name(file["checkpoint"]), found
+    return model_name(file), found
 
 
 def read_all_results(paths):
@@ -2265,17 +2357,20 @@ def all_keys(dicts):
     return list(dict.fromkeys(itertools.chain(*dicts)))
 
 
-def model_name(label):
-    """out/nano/last.pt -> nano; a hub id stays as it is."""
-    path = Path(label)
-    return path.parent.name if path.suffix == ".pt" and path.parent.name else label
+def model_name(file):
+    """Of what a file of --json holds: out/nano/last.pt -> nano; a hub id stays as it is."""
+    name = file["checkpoint"]
+    path = Path(name)
+    if path.suffix == ".pt" and path.parent.name:
+        name = path.parent.name
+    return f"{name} (pooled)" if file.get("pooled") else name
 
 
 def compare(files, items=False, form=None, columns=None, reference=False):
     """Print the difference of two files of --json on all that both have, or a table of several."""
     names, results = read_all_results(files)
     if form is None and not columns and not reference and len(files) == 2:
-        compare_two(*results, items)
+        compare_two(*names, *results, items)
         return
     for title, chosen in choose_tables(results, columns):
         print(format_table(title, chosen, names, results, form or "text", reference) + "\n")
@@ -2317,16 +2412,13 @@ def choose_subsets(subsets, results, bench, columns):
         return subsets
     if columns:
         return [name for name in columns.split(",") if name in subsets]
-    means = set()
-    for file in results:
-        for name, result in file.get(bench, {}).items():
-            if "parts" in result:
-                means.add(name)
-    return [name for name in subsets if name in means] or subsets
+    known = collections.ChainMap(*[file.get(bench, {}) for file in results])
+    return [name for name in subsets if "parts" in known[name]] or subsets
 
 
-def compare_two(a, b, items):
+def compare_two(name_a, name_b, a, b, items):
     """a, b: {bench: {subset or mean: results}}."""
+    print(f"A: {name_a}, B: {name_b}")
     print("B - A in percent. gained: items right in B only; lost: in A only. Interval: 95 %, "
           "paired bootstrap over images.\np: exact McNemar test, which takes items as independent."
           "\n")
@@ -2366,26 +2458,16 @@ def paired_draws(bench, a, b, seed=0):
 
     Raises ValueError where the models were scored on other items.
     """
-    columns = {}
-    for name in a:
-        if name in b and "correct" in a[name] and "correct" in b[name]:
+    shared = {name: result for name, result in a.items() if name in b}
+    change = {}         # {subset: 1 where only B is right, -1 where only A is}
+    for name in shared:
+        if "correct" in a[name] and "correct" in b[name]:
             if any(a[name].get(key) != b[name].get(key) for key in ("n", "data", "image")):
                 raise ValueError(f"{bench} {name}: A ({a[name]['n']} items) and B "
                                  f"({b[name]['n']}) differ in items, data or protocol version")
-            change = np.subtract(b[name]["correct"], a[name]["correct"])
-            columns[name] = np.array(a[name]["image"]), change, np.ones(len(change))
-    for name, result in a.items():
-        if name in b and "weights" in result and result["of"] in columns:   # mean of labels' means
-            images, change, _ = columns[result["of"]]
-            columns[name] = images, change, np.array(result["weights"])
-    if not columns:
-        return {}
-    draws = dict(zip(columns, 100 * bootstrap(list(columns.values()), seed=seed).T))
-    for name, result in a.items():
-        parts = result.get("parts")
-        if parts and name in b and set(parts) <= set(draws):
-            draws[name] = mean_of_parts(name, parts, draws, a)
-    return draws
+            change[name] = np.subtract(b[name]["correct"], a[name]["correct"])
+    draws = resample(shared, change, seed=seed)
+    return {name: 100 * shares for name, shares in draws.items()}
 
 
 @dataclass
@@ -2939,12 +3021,13 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
             print_table(name, subsets, reference)
         files.append({
             "checkpoint": label, "sha256": fingerprint(network), "protocol": PROTOCOL,
+            "pooled": options.pooled,
             "data_sha256": data_digests(tasks), "missing": missing, "results": results})
     print0(f"\n{time.time() - started:.1f} s")
     for line in missing:
         print0(f"not there: {line}")
     if len(files) > 1:
-        labels = [model_name(file["checkpoint"]) for file in files]
+        labels = [model_name(file) for file in files]
         tables = [file["results"] for file in files]
         for title, columns in choose_tables(tables):
             print0("\n" + format_table(title, columns, labels, tables))

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 import evaluate
 from bench_tokenizer import openai_tokenizer
 from data import COLOURS, SHAPES, load_image, train_tokenizer
-from evaluate import TABLE, Options, fetch, first_text_wins, orders, print_table, rank, run, summarize
+from evaluate import TABLE, Options, Outcome, fetch, first_text_wins, orders, print_table, rank, run, summarize
 from model import CLIP, MODELS, set_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -639,7 +639,7 @@ def test_sets_with_names_and_prompts_of_clip_benchmark(nano, tmp_path, monkeypat
 
     class Fake:
         def __init__(self, root, download, **split):
-            assert root == str(tmp_path / bench) and split == evaluate.TORCHVISION[bench][1]
+            assert root == str(tmp_path / bench) and split == evaluate.TORCHVISION[bench]["split"]
             if bench == "cars":
                 self.classes = names
             if bench in ("cars", "gtsrb"):
@@ -653,7 +653,7 @@ def test_sets_with_names_and_prompts_of_clip_benchmark(nano, tmp_path, monkeypat
         def __getitem__(self, i):
             return load_image(f"{tmp_path}/{i}.png"), labels[i]
 
-    monkeypatch.setattr(evaluate.torchvision.datasets, evaluate.TORCHVISION[bench][0], Fake)
+    monkeypatch.setattr(evaluate.torchvision.datasets, evaluate.TORCHVISION[bench]["class"], Fake)
     results = run(nano, [bench], **arguments(data_dir=str(tmp_path)))[bench]
     plain, means = Plain(nano), []
     for name in names:
@@ -968,11 +968,11 @@ def test_scenes_compare_what_they_say(nano):
 # ------------------------------------------------------------------------------------------------- the scorer
 
 def test_rules_count_ties_wrong():
-    images, texts = torch.eye(3)[:, None], torch.eye(3)
-    half = torch.tensor([[0.5, 0, 0], [0, 1.0, 0], [0, 0, 2.0]])
-    choice = first_text_wins
-    assert (choice(images, torch.stack([texts, half], 1)) > 0).tolist() == [True, False, False]
-    assert choice(images, torch.stack([texts, half * 0, half], 1)).tolist() == [0.5, 0, -1]
+    scores = torch.tensor([[1, 0, 0.5], [1, 0, 1], [1, 0, 2]])[:, None]      # of an image and three texts
+    assert (first_text_wins(scores[..., ::2]) > 0).tolist() == [True, False, False]
+    assert first_text_wins(scores).tolist() == [0.5, 0, -1]
+    two = torch.tensor([[[3.0, 2, 9, 9], [9, 9, 3, 1]], [[3, 2, 9, 9], [9, 9, 3, 3]]])       # two texts for each of two
+    assert first_text_wins(two).tolist() == [1, 0]
 
 
 def test_rank_plainly():
@@ -981,7 +981,7 @@ def test_rank_plainly():
     targets = torch.randint(-2, 3, (30, 4), generator=generator).float() / 4
     positive = torch.rand(40, 30, generator=generator) < 0.1
     positive[torch.arange(40), torch.randint(30, (40,), generator=generator)] = True
-    margins = torch.stack([rank(queries, targets, positive, k) for k in (1, 5, 100)], 1)
+    margins = torch.stack([rank(evaluate.cosines(queries, targets), positive, k) for k in (1, 5, 100)], 1)
     scores, of = (queries @ targets.T).tolist(), [set(p.nonzero()[:, 0].tolist()) for p in positive]
     for column, k in zip(margins.T, (1, 5, 100)):
         assert (column > 0).int().tolist() == recall(scores, of, k)
@@ -994,8 +994,8 @@ def test_intervals_are_the_bootstrap_over_images():
     easy = {n: rng.random() for n in sorted(set(names))}                # items of an image agree often
     correct = [rng.random() < easy[n] ** 3 for n in names]
     other = [rng.random() < 0.3 for n in names]
-    outcomes = [("a", torch.tensor(correct).float() - 0.5, 0.5, names, names, None),
-                ("b", torch.tensor(other).float() - 0.5, 0.25, names[::-1], names, None)]
+    outcomes = [Outcome("a", torch.tensor(correct).float() - 0.5, 0.5, names, names),
+                Outcome("b", torch.tensor(other).float() - 0.5, 0.25, names[::-1], names)]
     results = summarize(outcomes, {
         "mean": ["a", "b"], "nested": ["a", "mean"], "micro": ["a", "b"], "gone": ["a", "c"]}, 4000)
     assert results.keys() == {"a", "b", "mean", "nested", "micro"}
@@ -1011,7 +1011,7 @@ def test_intervals_are_the_bootstrap_over_images():
         low, high = np.quantile(x, (0.025, 0.975))
         assert results[name]["low"] == pytest.approx(low, abs=0.012)
         assert results[name]["high"] == pytest.approx(high, abs=0.012)
-    alone = summarize([("a", outcomes[0][1], 0.5, [str(i) for i in range(300)], names, None)], {})["a"]
+    alone = summarize([replace(outcomes[0], images=[str(i) for i in range(300)])], {})["a"]
     assert results["a"]["high"] - results["a"]["low"] > 1.2 * (alone["high"] - alone["low"])
     assert results["mean"]["accuracy"] == pytest.approx((np.mean(correct) + np.mean(other)) / 2)
     assert results["mean"]["chance"] == pytest.approx(0.375)
@@ -1021,9 +1021,9 @@ def test_intervals_are_the_bootstrap_over_images():
 
 def test_interval_where_all_agree():
     names = ["an item"] * 40
-    r = summarize([("a", torch.ones(40), 0.5, [str(i // 2) for i in range(40)], names, None)], {})["a"]
+    r = summarize([Outcome("a", torch.ones(40), 0.5, [str(i // 2) for i in range(40)], names)], {})["a"]
     assert r["high"] == 1 and r["low"] == pytest.approx(20 / 23.84)        # Wilson's, of 20 images
-    r = summarize([("a", -torch.ones(40), 0.5, [str(i) for i in range(40)], names, None)], {})["a"]
+    r = summarize([Outcome("a", -torch.ones(40), 0.5, [str(i) for i in range(40)], names)], {})["a"]
     assert r["low"] == 0 and r["high"] == pytest.approx(3.84 / 43.84)
 
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from data import Scenes, load_image, train_tokenizer
 import evaluate
-from evaluate import bootstrap, interpolate_weights as interpolate, mcnemar
+from evaluate import Outcome, bootstrap, interpolate_weights as interpolate, mcnemar
 from model import CLIP, MODELS
 
 
@@ -147,7 +147,8 @@ def test_compare_shows_the_means_with_their_intervals(tmp_path, capsys):
     labels = [rng.choice("abc") for _ in names]
     for number in range(2):
         margins = [torch.tensor([float(rng.random() < 0.5 + 0.2 * number) - 0.5 for _ in names]) for _ in range(2)]
-        outcomes = [("x", margins[0], 0.5, names, names, labels), ("y", margins[1][:50], 0.5, names[:50], names[:50], None)]
+        outcomes = [Outcome("x", margins[0], 0.5, names, names, labels),
+                    Outcome("y", margins[1][:50], 0.5, names[:50], names[:50])]
         summaries.append(evaluate.summarize(outcomes, {"both": ["x", "y"], "nested": ["both", "x"], "micro": ["x", "y"]}))
         files.append(results(tmp_path / f"{number}.json", {"crepe": summaries[-1]}))
     command(["compare", *files])
@@ -177,7 +178,7 @@ def three(tmp_path):
         outcomes = []
         for part, right in rights.items():
             images = [f"{i}.jpg" for i in range(100)]
-            outcomes.append((part, torch.tensor(right[number]) - 0.5, 0.5, images, images, None))
+            outcomes.append(Outcome(part, torch.tensor(right[number]) - 0.5, 0.5, images, images))
         found = evaluate.summarize(outcomes, {"macro_3": ["swap", "add"]})
         files.append(results(tmp_path / f"{name}.json", {"sugarcrepe": found}, checkpoint=f"out/model_{name}/last.pt"))
     return files
@@ -233,7 +234,7 @@ def several(tmp_path):
             outcomes, images = [], [f"{i}.jpg" for i in range(80)]
             for subset in subsets:
                 right = [rng.random() < (0.9 if number == 1 else 0.4) for _ in images]
-                outcomes.append((subset, torch.tensor(right).float() - 0.5, 0.5, images, images, None))
+                outcomes.append(Outcome(subset, torch.tensor(right).float() - 0.5, 0.5, images, images))
             found[bench] = evaluate.summarize(outcomes, {"macro_7": ["swap_att", "add_att"]})
         if number == 0:
             del found["scenes"]
@@ -275,7 +276,7 @@ def test_the_mean_of_benchmarks_is_of_independent_ones():
     rng, outcomes = np.random.default_rng(0), {}
     for bench, n in ("a", 300), ("b", 200), ("c", 500):
         images = [str(i) for i in range(n)]
-        outcomes[bench] = [("top1", torch.from_numpy(rng.random(n) - 0.4), 0.1, images, images, None)]
+        outcomes[bench] = [Outcome("top1", torch.from_numpy(rng.random(n) - 0.4), 0.1, images, images)]
     found = [evaluate.summarize(some, {})["top1"] for some in outcomes.values()]
     mean, draws = evaluate.mean_of_benches(found), []
     for _ in range(4000):
@@ -755,6 +756,101 @@ def test_several_models_in_one_call(checkpoints, own, capsys):
     assert table[0].split() == ["choices", "macro", "micro"]
     for line, name, found in zip(table[1:], ("run0", "run1", "run1"), alone):
         assert line.split()[:2] == [name, f"{100 * found['macro']['accuracy']:.1f}"]
+
+
+# ------------------------------------------------------------------------------------------------- pooled
+
+def pooled_plainly(model, picture, texts):
+    """Cosines of texts and what they pool, one at a time and in float64."""
+    with torch.no_grad():
+        tokens = model.encode_image(model.transform(picture.open())[None], True, True)[1][0].double()     # (T, D)
+        queries = model.encode_text(model.tokenize(list(texts)), True).double()                           # (K, D)
+    scores = []
+    for query in queries:
+        pooled = torch.zeros(len(query), dtype=torch.float64)
+        weights = [math.exp(patch @ query) for patch in tokens]
+        for weight, patch in zip(weights, tokens):
+            pooled += weight / sum(weights) * patch
+        scores.append(float(pooled @ query / pooled.norm()))
+    return scores
+
+
+@pytest.mark.parametrize("world", ["scenes", pytest.param("scenes_large", marks=pytest.mark.slow)])
+def test_pooled_scenes_equal_a_plain_loop(world):
+    model = nano(0).eval()
+    options = evaluate.Options(pooled=True, quiet=True, batch_size=7)
+    tasks = list(evaluate.READERS[world](evaluate.Source(world, world, options), n=24, seed=5))
+    results = evaluate.score(model, {world: tasks}, options)[world]
+    assert all(result["pooled"] for result in results.values())
+    for task in tasks:
+        if isinstance(task, evaluate.Choices):
+            for i, ((picture,), texts) in enumerate(zip(task.images, task.texts)):
+                true, false = pooled_plainly(model, picture, texts)
+                assert abs(true - false) > 1e-6 and results[task.subset]["correct"][i] == (true > false)
+            continue
+        scores = [pooled_plainly(model, picture, [text for text, in task.texts]) for picture, in task.images]
+        for subset, (way, _) in task.recalls.items():
+            rows, positive = torch.tensor(scores), task.positive
+            if way == "t2i":
+                rows, positive = rows.T, positive.T
+            best = positive[range(len(rows)), rows.argmax(1)].int()
+            assert results[subset]["correct"] == best.tolist(), subset
+    assert {"np_binding", "swap_att", "i2t_r1", "t2i_r1", "single"} <= results.keys()
+
+
+def test_pooled_own_captions_say_so(tmp_path, capsys):
+    """Two images in an item, equal texts that tie, texts that are compared alone, and pictures that are not there; the
+    tables, json and comparisons say that the model is pooled."""
+    model, other = nano(0), nano(1)
+    os.makedirs(tmp_path / "out")
+    torch.save(model.checkpoint(), tmp_path / "out" / "last.pt")
+    rows = []
+    for i in range(6):
+        scene = Scenes(6)[i]
+        scene["image"].save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "caption": scene["caption"], "negative": Scenes(9)[i + 1]["caption"]})
+    rows.append({"image": "0.png", "caption": "a red  ring", "negative": "a red ring"})
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--checkpoint", str(tmp_path / "out" / "last.pt"), "--data", str(tmp_path / "mine.jsonl"),
+                 "--image-root", str(tmp_path), "--bench", "choices,retrieval"]
+    for name, more in ("plain", []), ("pooled", ["--pooled"]):
+        command([*arguments, *more, "--json", str(tmp_path / f"{name}.json")])
+        capsys.readouterr()
+    command([*arguments, "--pooled"])
+    out = capsys.readouterr().out
+    assert "choices (pooled)  " in out and "retrieval (pooled)  " in out
+    found = json.loads((tmp_path / "pooled.json").read_text())
+    assert found["pooled"] and found["results"]["choices"]["choices"]["pooled"] and found["settings"]["pooled"]
+    assert found["results"]["choices"]["choices"]["ties"] == 1
+    assert "pooled" not in json.loads((tmp_path / "plain.json").read_text())["results"]["choices"]["choices"]
+    command(["compare", str(tmp_path / "plain.json"), str(tmp_path / "pooled.json")])
+    assert capsys.readouterr().out.startswith("A: out, B: out (pooled)\n")
+
+    first, second = (evaluate.Picture(str(tmp_path / f"{i}.png")) for i in range(2))
+    gone = evaluate.Picture("gone.png", missing=True)
+    texts = [("a red ring", "a blue cross", "a ring")] * 3
+    tasks = [evaluate.Choices("pairs", evaluate.group_score, 1 / 6, [(first, second), (second, first), (first, gone)],
+                              [some[:2] for some in texts]),
+             evaluate.Choices("texts", evaluate.captions_are_nearest, 1 / 3, [(first,)] * 3, texts, text_only=True)]
+    results = [evaluate.score(other.eval(), {"choices": tasks}, evaluate.Options(pooled=pooled))["choices"]
+               for pooled in (False, True)]
+    assert results[0]["texts"]["correct"] == results[1]["texts"]["correct"]
+    assert results[1]["pairs"]["n"] == 2 and "pairs: 1 of 3 items skipped" in capsys.readouterr().out
+    scores = np.array([pooled_plainly(other, picture, texts[0][:2]) for picture in (first, second)])
+    right = [all((some.argmax(1) == (0, 1)) & (some.argmax(0) == (0, 1))) for some in (scores, scores[::-1])]
+    assert results[1]["pairs"]["correct"] == [int(x) for x in right]
+
+
+def test_pooled_mistakes():
+    model = nano(0).eval()
+    for benches, options, says in ((["scenes"], {"attack": 1.0}, "--attack and --pooled exclude each other"),
+                                   (["scenes_pointing"], {}, "scenes_pointing: it compares patches, which --pooled")):
+        with pytest.raises(ValueError, match=says):
+            evaluate.run(model, benches, pooled=True, **options)
+    model = Plain(model)
+    model.encode_image = lambda pixels: None
+    with pytest.raises(ValueError, match="--pooled: this model's encode_image gives no patch tokens"):
+        evaluate.run(model, ["scenes"], pooled=True)
 
 
 # ------------------------------------------------------------------------------------------------- pointing
