@@ -118,8 +118,10 @@ group.add_argument("--replay", metavar="FILES",
                         "--data, whose other flags but --captions hold for them, too. Default: "
                         "scenes of another seed, where scenes are the data.")
 group.add_argument("--index-dir", metavar="DIR",
-                   help="The folder of the indices of --data, which are made once. Default: beside "
-                        "each file, or your cache folder where that cannot be written.")
+                   help="The folder of the indices of --data, which are made once for each set of "
+                        "keys and captions. One is about 1.4 times as large as its table, and may "
+                        "be deleted when no run uses it. Default: beside each file, or your cache "
+                        "folder where that cannot be written.")
 group.add_argument("--world", choices=("small", "large"), default="small",
                    help="Scenes only: small shows two objects of 8 colours and 6 shapes, large "
                         "three of 12 and 12, so that near misses are rare. Default: small.")
