@@ -1,11 +1,17 @@
 """Score image-text models on compositionality benchmarks, by the official rules and with intervals.
 
     python evaluate.py --checkpoint out/nano/last.pt                      the built-in scenes
-    python evaluate.py download sugarcrepe                                what a benchmark needs
-    python evaluate.py --init timm/ViT-B-16-SigLIP --bench sugarcrepe     public weights
     python evaluate.py describe sugarcrepe                                its protocol and source
+    python evaluate.py download sugarcrepe                                what it needs, into data/
+    python evaluate.py --checkpoint X.pt --bench sugarcrepe --json A.json
+    python evaluate.py --init timm/ViT-B-16-SigLIP --bench sugarcrepe --json B.json
     python evaluate.py compare A.json B.json                              two results, item by item
     python evaluate.py compare A.json B.json C.json --columns headline    one table over benchmarks
+
+On your own data, retrieval of pairs and zero-shot classification of a folder for each class:
+
+    python evaluate.py --checkpoint X.pt --data pairs.csv --image-root images
+    python evaluate.py --checkpoint X.pt --data photos --classes names.txt
 
 From Python, for any object that has encode_image, encode_text, tokenize and transform:
 
@@ -100,7 +106,7 @@ def build_parser():
     add_data_dir(p)
 
     add_compare_arguments(add_command("compare", description=(
-        "Compare results of --json. Two files: B - A in percent with a 95 %% interval (paired "
+        "Compare results of --json. Two files: B - A in percent with a 95 % interval (paired "
         "bootstrap over images), the items gained (right in B only) and lost (right in A only), "
         "and p by the exact McNemar test, which takes items as independent. More: a table.")))
 
@@ -826,16 +832,16 @@ def summarize(outcomes, means, samples=2000):
     mean over items. Intervals are 95 %, by percentiles of the bootstrap; where all items agree the
     bootstrap knows nothing, and Wilson's interval of as many items as there are images is taken.
     """
-    results = {}
+    results, correct = {}, {}
     numbers = {}            # {name of an image: its number in all subsets}
     for outcome in map(leave_out_unread, outcomes):
         for name in outcome.images:
             numbers.setdefault(name, len(numbers))
         results[outcome.subset] = count_right(outcome, numbers)
+        correct[outcome.subset] = results[outcome.subset]["correct"]
         if outcome.labels:
             add_macro(results, outcome)
     add_means(results, means)
-    correct = {name: result["correct"] for name, result in results.items() if "correct" in result}
     for name, draws in resample(results, correct, samples).items():
         image_count = len(set(results[name].get("image", numbers)))
         add_interval(results[name], draws, image_count)
@@ -979,15 +985,16 @@ def score(model, tasks, options):
         outcomes = []
         for task in parts:
             outcomes += judge(model, task, image_features, text_features, options)
-        subsets = [outcome.subset for outcome in outcomes]
-        results[bench] = summarize(outcomes, means_of(bench, subsets))
+        names = [outcome.subset for outcome in outcomes]
+        results[bench] = summarize(outcomes, means_of(bench, names))
     eleven = [(bench, subset) for bench, (subset,) in GROUPS[ELEVEN].items()]
     mean = find_result(results, eleven)
     if mean:
         results[ELEVEN] = {"mean": mean}
     if options.pooled:
-        for result in itertools.chain(*[subsets.values() for subsets in results.values()]):
-            result["pooled"] = True
+        for subsets in results.values():
+            for result in subsets.values():
+                result["pooled"] = True
     return results
 
 
@@ -1802,6 +1809,8 @@ def retrieval(source):
     equal captions are one, positive for all their images.
     Captions whose image is missing stay candidates.
 
+        mine.csv  image,caption
+                  a.jpg,a red dog and a blue cat
         coco_karpathy_test.json  [{"image": "val2014/COCO_val2014_000000391895.jpg",
                                    "caption": ["...", "...", "...", "...", "..."]}, ...]
     """
@@ -1974,10 +1983,11 @@ def folder(source):
     the prompt "a photo of a {}.". --classes FILE has a name for each folder, one a line, in the
     order of the sorted folders."""
     data = image_folder(source, source.options.data or "")
-    try:
-        names = Path(source.options.classes or "").read_text("utf-8")
-    except OSError as error:
-        raise Missing(f"{source.bench}: {error}; give --classes FILE, a name a line") from None
+    path = source.options.classes or "no --classes"
+    if not os.path.isfile(path):
+        raise Missing(f"folder: {path}: give --classes FILE, with a name for each of the "
+                      f"{len(data.classes)} folders, one a line")
+    names = Path(path).read_text("utf-8")
     yield classification(source, data, names.strip().splitlines(), ["a photo of a {}."])
 
 
