@@ -370,10 +370,12 @@ class CaptionFile(Dataset):
         missing = set(caption_keys) - columns
         if useless or missing or len(self) == 0:
             names = sorted(to_text(name) for name in columns)
+            absent = f", without {', '.join(sorted(missing))}" if missing else ""
+            why = "".join(f"; {name}: {reason}" for name, reason in self.skipped[:1])
             raise ValueError(
                 f"{', '.join(useless) or sources}: no images with captions in its columns or keys "
-                f"{', '.join(names[:30])} (split at commas in .csv, tabs in .tsv); name them with "
-                f"--image-key, --caption-key; skipped {self.skipped[:1]}")
+                f"{', '.join(names[:30])}{absent} (split at commas in .csv, tabs in .tsv); name "
+                f"them with --image-key, --caption-key{why}")
 
     @property
     def captions(self):
@@ -387,6 +389,10 @@ class CaptionFile(Dataset):
         """How many of the first rows have two different captions."""
         counts = [len(set(self.sample(index)["captions"])) for index in range(first_rows)]
         return sum(count > 1 for count in counts)
+
+    def count_negative_images(self, first_rows):
+        """How many of the first rows have a negative_image."""
+        return sum("negative_image" in self.sample(index) for index in range(first_rows))
 
     def __len__(self):
         return int(self.starts[-1])
@@ -1114,7 +1120,7 @@ def expand(source):
         if paths:
             return paths
         raise ValueError(
-            f"no file {source}: --data takes tables with a row for each image-caption pair, or "
+            f"no file {source}: expected tables with a row for each image-caption pair, or "
             "tar shards; '{00000..00331}.tar' and '*.tar', in quotes, are many")
     inside, first, last = braces.groups()
     words = inside.split(",")

@@ -1106,7 +1106,8 @@ def report_cut(model, texts, tokens):
     cut = [texts[i] for i, is_same in zip(full, same) if is_same]
     if cut:
         print0(f"{len(cut)} of {len(texts)} texts are cut at the model's {tokens.shape[1]} tokens; "
-               f"those that differ only behind them tie, which is wrong. The first: {cut[0]!r}")
+               "those that differ only behind them tie, and ties count as errors. The first: "
+               f"{cut[0]!r}")
 
 
 def image_size(model):
@@ -2358,8 +2359,11 @@ def read_all_results(paths):
     for path in paths:
         if not os.path.isfile(path):
             raise ValueError(f"no file {path}: expected files of --json")
-    with expecting(f"{' '.join(paths)}: expected files of --json"):
-        return zip(*[read_results(path) for path in paths])
+    read = []
+    for path in paths:
+        with expecting(f"{path}: expected files of --json"):
+            read.append(read_results(path))
+    return zip(*read)
 
 
 def all_keys(dicts):
@@ -2594,7 +2598,9 @@ def text_form(head, rows):
             cells = [f"{row[i]:>{widths[i]}s}" for i in block]
             lines.append("  ".join([f"{row[0]:{widths[0]}s}", *cells]).rstrip())
         lines.append("")
-    lines.append("percent with 95 % intervals; *: ahead of the second beyond its paired interval")
+    lines.append("percent with 95 % intervals")
+    if len(table) > 2:
+        lines[-1] += "; *: ahead of the second beyond its paired interval"
     return "\n".join(lines)
 
 
@@ -2842,7 +2848,12 @@ def show(checkpoint, image=None, scene=0, caption=None, concepts=None, boxes=Non
     models = [CLIP.load(path).eval() for path in paths]
     known = []          # [category, x, y, width, height] of each thing in the image
     if image:
-        picture = load_image(image)
+        try:
+            picture = load_image(image)
+        except FileNotFoundError:       # which names it
+            raise
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--image {image}: {error}") from None
         if boxes:
             known = [box for name, box in read_boxes(boxes) if name == os.path.basename(image)]
         if boxes and not known:

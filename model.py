@@ -490,6 +490,9 @@ class CLIP(nn.Module):
         if os.path.isfile(path):
             state, config, intact = read_weights(str(path))
         if config is None:
+            inside = os.path.join(path, "last.pt")
+            if os.path.isfile(inside):
+                raise ValueError(f"{path} is the folder of a run: give {inside}")
             raise ValueError(f"no checkpoint at {path} that train.py wrote "
                              "(--init reads weights of other projects)")
         return build(cls, config, state, intact, path)

@@ -369,10 +369,19 @@ if args.model is not None and args.model not in MODELS:
                  f"{', '.join(MODELS)})")
 POSITIVE = ("steps", "epochs", "batch_size", "accum", "lr", "save_every", "log_every", "keep",
             "timeout", "attack_steps", "attack_epsilon")
+# Those that may be 0, and the largest value of each.
+FROM_ZERO = {"weight_decay": math.inf, "warmup": math.inf, "workers": math.inf,
+             "max_skips": math.inf, "eval_every": math.inf, "grad_clip": math.inf, "max_bad": 1,
+             "relations": 1, "ema": 1, "beta2": 0.99999}
 for name in POSITIVE:
     value = getattr(args, name)
     if value is not None and not 0 < value < math.inf:
         parser.error(f"--{name.replace('_', '-')} {value}: expected a number above 0")
+for name, largest in FROM_ZERO.items():
+    value = getattr(args, name)
+    if value is not None and not 0 <= value <= largest:
+        limits = "of at least 0" if largest == math.inf else f"from 0 to {largest}"
+        parser.error(f"--{name.replace('_', '-')} {value}: expected a number {limits}")
 for name, value in vars(args).items():
     if isinstance(value, float) and math.isnan(value):
         parser.error(f"--{name.replace('_', '-')} nan: expected a number")
@@ -558,9 +567,14 @@ if with_paraphrases and args.data:
     with_several = dataset.count_several_captions(first_rows)
     if not with_several:
         stop(f"--paraphrase-weight {args.paraphrase_weight:g}: none of the first {first_rows:,} "
-             f"rows of {args.data} has two captions: name several columns, --caption-key A,B, or "
-             "put json lists into one")
+             f"rows of {args.data} has two captions (rows of one image are not joined): name "
+             "several columns, --caption-key A,B, or put json lists into one")
     print0(f"{with_several:,} of the first {first_rows:,} rows have a second caption")
+if method.negative_images and args.data:
+    first_rows = min(len(dataset), 1000)
+    with_image = dataset.count_negative_images(first_rows)
+    print0(f"{with_image:,} of the first {first_rows:,} rows have a negative_image (a column of "
+           f"paths){'' if with_image else f': {args.method} trains without any'}")
 
 
 def open_replay():
@@ -620,7 +634,7 @@ def choose_checkpoint():
     """The path of the checkpoint to go on from; None: a new run. ValueError for neither."""
     found = checkpoints()
     if args.resume is None:
-        if found and not args.overwrite:
+        if found and not args.overwrite and not args.dry_run:
             raise ValueError(
                 f"{args.out_dir} holds a run already, the newest checkpoint is {found[-1]}: go on "
                 "with it (--resume auto), choose another --out-dir, or discard it (--overwrite)")
@@ -933,7 +947,8 @@ def check_rows(rows, step):
     if rows["bad"] and (bad > allowed or not rows["keys"]):
         key, why = rows["bad"][-1]
         stop(f"{bad} of {seen + bad} rows could not be read, more than --max-bad "
-             f"{args.max_bad:g}; the last is {key}: {why}. Check --image-root, or raise --max-bad")
+             f"{args.max_bad:g}; the last is {key}: {why}. "
+             "Check --image-root and --image-key, or raise --max-bad")
 
 
 INPUTS = ("images", "tokens", "concept_tokens", "spans", "negative_tokens", "negative_images",
@@ -1634,6 +1649,14 @@ print0(f"{model.config.name}, {millions:.1f} M parameters; {args.method}: {shown
 if weighed:
     for source, (size, shown) in zip(args.data.split("::"), weighed):
         print0(f"{source}: {size:,} rows, of which an epoch shows {shown:,}")
+if args.data and model.config.tokenizer:
+    some_captions = []
+    for index in range(min(len(dataset), 1000)):
+        some_captions += dataset.sample(index)["captions"]
+    cut_captions = sum(bool(text.overflowing) for text in model.tokenize.encode(some_captions))
+    if cut_captions:
+        print0(f"{cut_captions:,} of the first {len(some_captions):,} captions are cut at the "
+               f"model's {model.config.context_length} tokens")
 if not gpu and millions > 10:
     print0(f"SLOW: a {model.config.name} on a CPU takes seconds an image")
 if gpu and not (args.compile and "bfloat16" in args.dtype):
@@ -1666,6 +1689,7 @@ step_function = train_step_with_replay if method.replay else train_step_on_one
 if args.dry_run:
     stream = batches()
     rows, inputs, plan = next(stream)
+    check_rows(rows, first_step + 1)
     step_function(rows, inputs, plan)   # which compiles, so that the second is timed
     began = time.time()
     loss = summed(step_function(rows, inputs, plan)["loss"].detach()).item()
@@ -1865,8 +1889,11 @@ def baseline_command():
 def next_commands():
     """What to do with what was made."""
     checkpoint = shlex.quote(last_path)
-    names = ",".join(benches) or "scenes"
+    names = ",".join(benches) or ("retrieval --data HELD_OUT.csv" if args.data else "scenes")
     score_it = f"python evaluate.py --checkpoint {checkpoint} --bench {names}"
+    show_it = f"python evaluate.py show --checkpoint {checkpoint}"
+    if args.data:
+        show_it += " --image FILE --caption TEXT"
     for name in ("data_dir", "image_root", "image_key", "caption_key", "data"):
         value = evaluation_options()[name]
         if benches and value not in (None, "", parser.get_default(name)):
@@ -1874,7 +1901,7 @@ def next_commands():
     lines = [
         f"{score_it}     # its figures, with intervals",
         f"python evaluate.py plot {shlex.quote(log_path)}     # its curves",
-        f"python evaluate.py show --checkpoint {checkpoint}     # where it sees a phrase",
+        f"{show_it}     # where it sees a phrase",
         f"python model.py export --checkpoint {checkpoint} --format open_clip --output "
         f"{shlex.quote(os.path.join(args.out_dir, 'open_clip'))}"]
     if with_concepts:

@@ -1203,6 +1203,19 @@ def pairs(folder, good, bad):
     return ["--data", folder / "pairs.csv", "--image-root", folder, "--epochs", "1", "--batch-size", "16"]
 
 
+def test_dry_run_refuses_what_the_run_would(tmp_path):
+    """Bad rows, and not the folder of another run, which it leaves alone. Captions that are cut are counted."""
+    args = pairs(tmp_path, 12, 4)
+    (tmp_path / "last.pt").write_bytes(b"another run")
+    line = mistake(*args, "--dry-run", "--out-dir", tmp_path)
+    assert "4 of 16 rows could not be read, more than --max-bad 0.01" in line
+    text = (tmp_path / "pairs.csv").read_text().replace(",a wall\n", "," + 20 * "a red wall and " + "a door\n")
+    (tmp_path / "pairs.csv").write_text(text)
+    done = run("train.py", *args, "--dry-run", "--max-bad", 1, "--out-dir", tmp_path)
+    assert "4 of the first 16 captions are cut at the model's 16 tokens" in done.stdout
+    assert (tmp_path / "last.pt").read_bytes() == b"another run"
+
+
 def test_pairs_with_workers_and_a_bad_row(tmp_path):
     args = [*pairs(tmp_path, 64, 1), "--max-bad", "0.05"]
     done = run("train.py", *args, "--workers", "2", "--out-dir", tmp_path / "out", "--val-data",
@@ -1281,6 +1294,8 @@ def test_exact_decoding_differs_by_a_little(tmp_path):
     ("train.py", ["--caption-xac-weight", "1", "--caption-xac-sentences", "-2"], 2, "--caption-xac-sentences -2: expected a number"),
     ("train.py", ["--caption-xac-sentences", "2"], 2, "--caption-xac-sentences 2: sentences are for the term"),
     ("train.py", ["--attack-steps", "0"], 2, "--attack-steps 0: expected a number above 0"),
+    ("train.py", ["--beta2", "1.5"], 2, "--beta2 1.5: expected a number from 0 to 0.99999"),
+    ("train.py", ["--grad-clip", "-1"], 2, "--grad-clip -1.0: expected a number of at least 0"),
     ("evaluate.py", [], 1, "give what to evaluate"),
     ("evaluate.py", ["--checkpoint", "x.pt", "--bench", "sugarcrape"], 1, "no bench 'sugarcrape': expected"),
     ("evaluate.py", ["--checkpoint", "README.md"], 1, "README.md holds no readable weights"),
