@@ -370,11 +370,11 @@ class CaptionFile(Dataset):
         missing = set(caption_keys) - columns
         if useless or missing or len(self) == 0:
             names = sorted(to_text(name) for name in columns)
-            absent = f", without {', '.join(sorted(missing))}" if missing else ""
-            why = "".join(f"; {name}: {reason}" for name, reason in self.skipped[:1])
+            absent = f", not {', '.join(sorted(missing))}" if missing else ""
+            why = "".join(f"; skipped {name}: {reason}" for name, reason in self.skipped[:1])
             raise ValueError(
                 f"{', '.join(useless) or sources}: no images with captions in its columns or keys "
-                f"{', '.join(names[:30])}{absent} (split at commas in .csv, tabs in .tsv); name "
+                f"{', '.join(names[:30])} (split at commas in .csv, tabs in .tsv){absent}; name "
                 f"them with --image-key, --caption-key{why}")
 
     @property

@@ -566,8 +566,8 @@ def test_names_with_folders_dots_and_great_length(tmp_path):
 
 
 @pytest.mark.parametrize("source, says", [
-    ("{00000..00004}.tar", "no file 00003.tar: --data takes"),
-    ("00000.tar::other.csv", "no file other.csv: --data takes"),
+    ("{00000..00004}.tar", "no file 00003.tar: expected tables"),
+    ("00000.tar::other.csv", "no file other.csv: expected tables"),
     ("{3..1}.tar", "no file"),
     ("00000.zip", "expected a .csv, .tsv or .jsonl file, or .tar"),
 ])
