@@ -385,15 +385,6 @@ class CaptionFile(Dataset):
             texts += self.sample(index)["captions"]
         return texts
 
-    def count_several_captions(self, first_rows):
-        """How many of the first rows have two different captions."""
-        counts = [len(set(self.sample(index)["captions"])) for index in range(first_rows)]
-        return sum(count > 1 for count in counts)
-
-    def count_negative_images(self, first_rows):
-        """How many of the first rows have a negative_image."""
-        return sum("negative_image" in self.sample(index) for index in range(first_rows))
-
     def __len__(self):
         return int(self.starts[-1])
 

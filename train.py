@@ -339,10 +339,7 @@ for term in TERMS:
     if weights[term] and term not in takes:
         parser.error(f"--{term.replace('_', '-')}-weight {weights[term]:g}: --method {args.method} "
                      f"has no such term. It takes {', '.join(sorted(takes))}")
-if args.caption_xac_sentences < 0:
-    parser.error(f"--caption-xac-sentences {args.caption_xac_sentences}: expected a number of at "
-                 "least 0")
-if args.caption_xac_sentences and not weights["caption_xac"]:
+if args.caption_xac_sentences > 0 and not weights["caption_xac"]:
     parser.error(f"--caption-xac-sentences {args.caption_xac_sentences}: sentences are for the "
                  "term that --caption-xac-weight adds: give it a weight above 0")
 args.negatives = method.negatives       # for the log
@@ -371,8 +368,9 @@ POSITIVE = ("steps", "epochs", "batch_size", "accum", "lr", "save_every", "log_e
             "timeout", "attack_steps", "attack_epsilon")
 # Those that may be 0, and the largest value of each.
 FROM_ZERO = {"weight_decay": math.inf, "warmup": math.inf, "workers": math.inf,
-             "max_skips": math.inf, "eval_every": math.inf, "grad_clip": math.inf, "max_bad": 1,
-             "relations": 1, "ema": 1, "beta2": 0.99999}
+             "max_skips": math.inf, "eval_every": math.inf, "grad_clip": math.inf,
+             "caption_xac_sentences": math.inf, "max_bad": 1, "relations": 1, "ema": 1,
+             "beta2": 0.99999}
 for name in POSITIVE:
     value = getattr(args, name)
     if value is not None and not 0 < value < math.inf:
@@ -558,23 +556,23 @@ def open_pairs(files, captions=None):
 if args.data:
     dataset = guard(open_pairs, args.data, args.captions)
     check_lost(dataset)
+    first_rows = [dataset.sample(index) for index in range(min(len(dataset), 1000))]
 else:
     scenes = args.steps * args.batch_size if args.steps else 100_000
     dataset = Scenes(scenes, "train", args.seed, relations=args.relations,
                      negative_images=method.negative_images, world=args.world)
 if with_paraphrases and args.data:
-    first_rows = min(len(dataset), 1000)
-    with_several = dataset.count_several_captions(first_rows)
+    with_several = sum(len(set(row["captions"])) > 1 for row in first_rows)
     if not with_several:
-        stop(f"--paraphrase-weight {args.paraphrase_weight:g}: none of the first {first_rows:,} "
-             f"rows of {args.data} has two captions (rows of one image are not joined): name "
-             "several columns, --caption-key A,B, or put json lists into one")
-    print0(f"{with_several:,} of the first {first_rows:,} rows have a second caption")
+        stop(f"--paraphrase-weight {args.paraphrase_weight:g}: none of the first "
+             f"{len(first_rows):,} rows of {args.data} has two captions (rows of one image are not "
+             "joined): name several columns, --caption-key A,B, or put json lists into one")
+    print0(f"{with_several:,} of the first {len(first_rows):,} rows have a second caption")
 if method.negative_images and args.data:
-    first_rows = min(len(dataset), 1000)
-    with_image = dataset.count_negative_images(first_rows)
-    print0(f"{with_image:,} of the first {first_rows:,} rows have a negative_image (a column of "
-           f"paths){'' if with_image else f': {args.method} trains without any'}")
+    with_image = sum("negative_image" in row for row in first_rows)
+    print0(f"{with_image:,} of the first {len(first_rows):,} rows have a negative_image, a path")
+    if not with_image:
+        print0(f"{args.method} trains without any negative image")
 
 
 def open_replay():
@@ -1650,13 +1648,13 @@ if weighed:
     for source, (size, shown) in zip(args.data.split("::"), weighed):
         print0(f"{source}: {size:,} rows, of which an epoch shows {shown:,}")
 if args.data and model.config.tokenizer:
-    some_captions = []
-    for index in range(min(len(dataset), 1000)):
-        some_captions += dataset.sample(index)["captions"]
-    cut_captions = sum(bool(text.overflowing) for text in model.tokenize.encode(some_captions))
+    encoded = []
+    for row in first_rows:
+        encoded += guard(model.tokenize.encode, row["captions"])
+    cut_captions = sum(bool(text.overflowing) for text in encoded)
     if cut_captions:
-        print0(f"{cut_captions:,} of the first {len(some_captions):,} captions are cut at the "
-               f"model's {model.config.context_length} tokens")
+        print0(f"{cut_captions:,} of the first {len(encoded):,} captions are cut at the model's "
+               f"{model.config.context_length} tokens")
 if not gpu and millions > 10:
     print0(f"SLOW: a {model.config.name} on a CPU takes seconds an image")
 if gpu and not (args.compile and "bfloat16" in args.dtype):

@@ -417,7 +417,7 @@ def test_one_of_several_captions_by_seed_epoch_and_index(shards):
     for epoch in range(40):     # a paraphrase is another one, and does not change which is drawn
         row = Seeded(data, 7, paraphrases=True)[(epoch, 4)]
         assert row["caption"] == drawn[0][epoch] and row["paraphrase"] in {*data[4]["captions"]} - {row["caption"]}
-    assert data.count_several_captions(5) == 5 and "paraphrase" not in Seeded(data, 7)[(0, 4)]
+    assert all(len(set(data.sample(i)["captions"])) > 1 for i in range(5)) and "paraphrase" not in Seeded(data, 7)[(0, 4)]
     with pytest.raises(ValueError, match="no images with captions.*keys .*caption.*--caption-key"):
         CaptionFile(shards, caption_key="nothing")
 
