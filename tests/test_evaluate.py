@@ -1061,8 +1061,9 @@ def command(*args, processes=1, check=True):
     return done
 
 
-def test_processes_share_the_work_and_count_nothing_twice(table):
-    common = ["--checkpoint", table / "nano.pt", "--bench", "retrieval", "--data", table / "pairs.csv",
+@pytest.mark.parametrize("more", [(), ("--pooled",)])
+def test_processes_share_the_work_and_count_nothing_twice(table, more):
+    common = [*more, "--checkpoint", table / "nano.pt", "--bench", "retrieval", "--data", table / "pairs.csv",
               "--image-root", table, "--batch-size", "8"]
     one = command(*common, "--json", table / "one.json")
     two = command(*common, "--json", table / "two.json", processes=2)
