@@ -93,10 +93,6 @@ SLOW = (
 )
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: left out unless -m slow is given, see conftest.py")
-
-
 def is_slow(item):
     name = f"{os.path.basename(item.location[0])}::{item.name}"
     return any(fnmatchcase(name, pattern) for pattern in SLOW)      # "[[]" there is "[" here
