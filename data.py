@@ -86,16 +86,20 @@ MORE_SHAPES = SHAPES + ("frame", "bar", "pillar", "funnel", "bowl", "slash")
 class World:
     """What scenes may show: so many objects, each of another colour and another shape."""
     objects: int
+    named: int          # of them by the caption, the first
     colours: dict       # name -> (red, green, blue)
     shapes: tuple
+    radius: tuple = (0.38, 0.48)        # least and most, in quadrants
 
 
 # In the small world a batch of 128 holds captions that differ in little but their binding, and from
 # those any contrastive loss can learn it. Natural captions are not like that. In the large world
-# such near misses are rare: a bag of words tells nearly all scenes of a batch apart.
+# such near misses are rare: a bag of words tells nearly all scenes of a batch apart. In the crowded
+# world a caption names two of four smaller objects, and what it says has to be found among others.
 WORLDS = {
-    "small": World(2, COLOURS, SHAPES),
-    "large": World(3, MORE_COLOURS, MORE_SHAPES),
+    "small": World(2, 2, COLOURS, SHAPES),
+    "large": World(3, 3, MORE_COLOURS, MORE_SHAPES),
+    "crowded": World(4, 2, COLOURS, SHAPES, radius=(0.28, 0.4)),
 }
 
 
@@ -115,7 +119,8 @@ class Scenes(Dataset):
     relations        share of captions that say "left of", "right of", "above" or "below"
                      instead of the first "and"
     negative_images  draw the first negative, too, as negative_image
-    world            name in WORLDS: "small" shows two objects, "large" three of more kinds
+    world            name in WORLDS: "small" shows two objects, "large" three of more kinds,
+                     "crowded" four, of which the caption names two
     """
 
     def __init__(self, length, split="train", seed=0, image_size=32, relations=0.0,
@@ -132,26 +137,28 @@ class Scenes(Dataset):
         return self.length
 
     def objects(self, index):
-        """Return the (colour, shape) of each object in the order of the caption, their quadrants
-        (different ones of 0 to 3), and the generator of all else that is random in this scene."""
+        """Return the (colour, shape) of each object, those that the caption names first and in its
+        order, their quadrants (different ones of 0 to 3), and the generator of all else that is
+        random in this scene."""
         world = self.world
         rng = random.Random(f"{self.seed} {self.split} {index}")
         while True:
             colours = rng.sample(list(world.colours), world.objects)
             shapes = rng.sample(world.shapes, world.objects)
             objects = list(zip(colours, shapes))
-            checksum = zlib.crc32(repr(sorted(objects)).encode())
+            checksum = zlib.crc32(repr(sorted(objects[:world.named])).encode())
             held_out = checksum % 10 == 0
             if held_out == (self.split == "val"):
                 return objects, rng.sample(range(4), world.objects), rng
 
     def __getitem__(self, index):
-        objects, cells, rng = self.objects(index)
-        image = self.render(objects, cells, rng)
+        shown, cells, rng = self.objects(index)
+        image = self.render(shown, cells, rng)
         link = "and"
         if rng.random() < self.relations:
             link = relation(*cells[:2])
-        wrong = wrong_objects(objects, self.world, rng)
+        objects, unnamed = shown[:self.world.named], shown[self.world.named:]
+        wrong = wrong_objects(objects, unnamed, self.world, rng)
         negatives = [describe(others, link) for others in wrong]
         if link == "and":
             negatives[3] = ""       # "b and a" is as true as "a and b"
@@ -168,7 +175,7 @@ class Scenes(Dataset):
         }
         if self.negative_images:
             _, _, rng = self.objects(index)         # anew: places and sizes stay
-            row["negative_image"] = self.render(wrong[0], cells, rng)
+            row["negative_image"] = self.render(wrong[0] + unnamed, cells, rng)
         return row
 
     def render(self, objects, cells, rng):
@@ -179,7 +186,7 @@ class Scenes(Dataset):
         image = Image.new("RGB", (size, size), (grey, grey, grey))
         draw = ImageDraw.Draw(image)
         for (colour, shape), cell in zip(objects, cells):
-            radius = rng.uniform(0.38, 0.48) * half
+            radius = rng.uniform(*self.world.radius) * half
             x = half * (cell % 2) + rng.uniform(radius, half - radius)
             y = half * (cell // 2) + rng.uniform(radius, half - radius)
             draw_shape(draw, shape, x, y, radius, self.world.colours[colour])
@@ -221,11 +228,11 @@ def relation(first, second):
     return "below"
 
 
-def wrong_objects(objects, world, rng):
-    """Four lists of objects that the scene does not show: see Scenes."""
+def wrong_objects(objects, unnamed, world, rng):
+    """Four false lists of the objects that a caption names: see Scenes."""
     (colour0, shape0), (colour1, shape1), *rest = objects
-    shown_colours = [colour for colour, _ in objects]
-    shown_shapes = [shape for _, shape in objects]
+    shown_colours = [colour for colour, _ in objects + unnamed]
+    shown_shapes = [shape for _, shape in objects + unnamed]
     other_colours = [colour for colour in world.colours if colour not in shown_colours]
     other_shapes = [shape for shape in world.shapes if shape not in shown_shapes]
     new_colour = rng.choice(other_colours)

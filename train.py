@@ -122,9 +122,10 @@ group.add_argument("--index-dir", metavar="DIR",
                         "keys and captions. One is about 1.4 times as large as its table, and may "
                         "be deleted when no run uses it. Default: beside each file, or your cache "
                         "folder where that cannot be written.")
-group.add_argument("--world", choices=("small", "large"), default="small",
+group.add_argument("--world", choices=("small", "large", "crowded"), default="small",
                    help="Scenes only: small shows two objects of 8 colours and 6 shapes, large "
-                        "three of 12 and 12, so that near misses are rare. Default: small.")
+                        "three of 12 and 12, so that near misses are rare, crowded four smaller "
+                        "ones, of which captions name two. Default: small.")
 group.add_argument("--relations", type=float, default=0.0, metavar="SHARE",
                    help="Scenes only: the share of captions that say where the objects are. "
                         "Default: 0.")
@@ -1286,7 +1287,7 @@ def train_step_with_replay(rows, inputs, plan):
 # ---- evaluation ------------------------------------------------------------
 benches = []
 if args.bench is None and not args.data:
-    benches = ["scenes" if args.world == "small" else "scenes_large"]
+    benches = ["scenes" if args.world == "small" else f"scenes_{args.world}"]
 elif args.bench and args.bench != "none":
     benches = args.bench.split(",")
 if args.val_data and "retrieval" not in benches:

@@ -1952,6 +1952,26 @@ def test_the_large_world_shows_three_objects_that_differ_in_colour_and_shape():
         assert not set(scene["negatives"]) & {scene["caption"]}
 
 
+def test_the_crowded_world_shows_more_than_it_names():
+    data = Scenes(200, world="crowded", negative_images=True)
+    for i in range(30):
+        scene, (shown, _, _) = data[i], data.objects(i)
+        colours, shapes = zip(*shown)
+        assert len(shown) == 4 == len(set(colours)) == len(set(shapes))
+        pixels = {tuple(rgb) for rgb in np.asarray(scene["image"]).reshape(-1, 3)}
+        assert {name for name, rgb in COLOURS.items() if rgb in pixels} == set(colours)
+        assert scene["caption"] == " and ".join(scene["concepts"]) and scene["objects"] == shown[:2]
+        pixels = {tuple(rgb) for rgb in np.asarray(scene["negative_image"]).reshape(-1, 3)}
+        assert {name for name, rgb in COLOURS.items() if rgb in pixels} == set(colours)
+        true = {f"a {colour} {shape}" for colour, shape in shown}
+        for negative in scene["negatives"][:3]:
+            assert not set(negative.split(" and ")) <= true
+        _, colour, shape, _ = scene["negatives"]
+        assert colour.split()[1] not in colours and shape.split(" and ")[0].split()[2] not in shapes
+    held_out = {str(sorted(Scenes(200, "val", world="crowded")[i]["objects"])) for i in range(200)}
+    assert not held_out & {str(sorted(Scenes(2000, world="crowded")[i]["objects"])) for i in range(2000)}
+
+
 @pytest.mark.parametrize("world", sorted(WORLDS))
 def test_every_shape_is_drawn_in_its_own_way(world):
     drawn = set()

@@ -929,6 +929,22 @@ def test_imagenet_names_and_prompts_equal_the_peers():
     assert [t.replace("{}", "x y") for t in ours["templates"]] == [t("x y") for t in peer.OPENAI_IMAGENET_TEMPLATES]
 
 
+def test_crowded_scenes_count_what_is_true_of_others(nano):
+    """A caption fits each image that shows both of its objects, whichever two are named there."""
+    [ranking] = [task for task in evaluate.scenes_crowded(evaluate.Source("s", "s", Options(), 32), n=200, seed=5)
+                 if "i2t_r1" in getattr(task, "recalls", {})]
+    data = evaluate.Scenes(200, "val", 5, 32, world="crowded")
+    more = 0
+    for i in range(200):
+        shown = [f"a {colour} {shape}" for colour, shape in data.objects(i)[0]]
+        for j, (caption,) in enumerate(ranking.texts):
+            first, second = caption.split(" and ")
+            fits = first in shown and second in shown
+            assert ranking.positive[i, j] == fits
+            more += fits and i != j and sorted(shown[:2]) != sorted([first, second])
+    assert ranking.positive.diagonal().all() and more
+
+
 def test_scenes_compare_what_they_say(nano):
     """The captions against the objects in the scene, one by one; scores by the plain way."""
     tasks = list(evaluate.scenes(evaluate.Source("scenes", "scenes", Options(), 32), n=40, seed=5))
@@ -1083,7 +1099,7 @@ def test_all_runs_what_is_there_and_lists_the_rest(table):
     done = command("--checkpoint", table / "nano.pt", "--bench", "all", "--data-dir", table / "data", "--data",
                    table / "data" / "pets", "--classes", table / "names.txt", "--json", table / "r.json")
     r = json.load(open(table / "r.json"))
-    built_in = ["scenes", "scenes_large", "scenes_pointing"]
+    built_in = ["scenes", "scenes_large", "scenes_crowded", "scenes_pointing", "scenes_crowded_pointing"]
     assert list(r["results"]) == [*built_in, "folder"] and r["results"]["folder"]["top1"]["n"] == 3
     assert "np_binding" in done.stdout
     for text in ("not there: sugarcrepe: no ", "download sugarcrepe", "not there: winoground: no ",

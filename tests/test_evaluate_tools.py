@@ -909,10 +909,11 @@ def test_pointing_at_colours(tmp_path):
     assert official["pointing"]["coco"]["correct"] == [1]
 
 
-def test_pointing_in_scenes_equals_a_plain_loop():
+@pytest.mark.parametrize("bench, world, asked", [("scenes_pointing", "small", 2), ("scenes_crowded_pointing", "crowded", 4)])
+def test_pointing_in_scenes_equals_a_plain_loop(bench, world, asked):
     model = nano(0).eval()
-    found = evaluate.run(model, ["scenes_pointing"], quiet=True)["scenes_pointing"]["quadrant"]
-    data, correct = Scenes(1000, "val", 1), []
+    found = evaluate.run(model, [bench], quiet=True)[bench]["quadrant"]
+    data, correct = Scenes(1000, "val", 1, world=world), []
     for i in range(20):
         objects, cells, _ = data.objects(i)
         with torch.no_grad():
@@ -922,7 +923,8 @@ def test_pointing_in_scenes_equals_a_plain_loop():
                 y, x = divmod(int((tokens @ text).argmax()), math.isqrt(len(tokens)))
                 half = math.isqrt(len(tokens)) // 2
                 correct.append(int((x // half, y // half) == (cell % 2, cell // 2)))
-    assert found["correct"][:40] == correct and found["n"] == 2000 and found["chance"] == 0.25
+    assert len(correct) == 20 * asked and found["correct"][:20 * asked] == correct
+    assert found["n"] == 1000 * asked and found["chance"] == 0.25
     assert len(set(found["image"])) == 1000
 
 
