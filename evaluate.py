@@ -1355,8 +1355,9 @@ def scenes_pointing(source, n=1000, seed=1):
 
 
 def scenes_crowded_pointing(source, n=1000, seed=1):
-    """Built-in drawings of four smaller objects, 1,000 of them; for each of the four the patch most
-    similar to "a red circle" must lie in its quadrant (chance 25)."""
+    """Built-in drawings of four smaller objects, 1,000 of them; for each of the four, named by a
+    caption or not, the patch most similar to "a red circle" must lie in its quadrant (chance 25).
+    """
     yield from scene_pointing("crowded", source, n, seed)
 
 
