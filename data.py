@@ -89,17 +89,16 @@ class World:
     named: int          # of them by the caption, the first
     colours: dict       # name -> (red, green, blue)
     shapes: tuple
-    radius: tuple = (0.38, 0.48)        # least and most, in quadrants
 
 
 # In the small world a batch of 128 holds captions that differ in little but their binding, and from
 # those any contrastive loss can learn it. Natural captions are not like that. In the large world
-# such near misses are rare: a bag of words tells nearly all scenes of a batch apart. In the crowded
-# world a caption names two of four smaller objects, and what it says has to be found among others.
+# such near misses are rare: a bag of words tells nearly all scenes of a batch apart. The crowded
+# world has rarer ones still: what a caption says has to be found beside an object it does not name.
 WORLDS = {
     "small": World(2, 2, COLOURS, SHAPES),
     "large": World(3, 3, MORE_COLOURS, MORE_SHAPES),
-    "crowded": World(4, 2, COLOURS, SHAPES, radius=(0.28, 0.4)),
+    "crowded": World(4, 3, MORE_COLOURS, MORE_SHAPES),
 }
 
 
@@ -120,7 +119,7 @@ class Scenes(Dataset):
                      instead of the first "and"
     negative_images  draw the first negative, too, as negative_image
     world            name in WORLDS: "small" shows two objects, "large" three of more kinds,
-                     "crowded" four, of which the caption names two
+                     "crowded" four of those, of which the caption names three
     """
 
     def __init__(self, length, split="train", seed=0, image_size=32, relations=0.0,
@@ -186,7 +185,7 @@ class Scenes(Dataset):
         image = Image.new("RGB", (size, size), (grey, grey, grey))
         draw = ImageDraw.Draw(image)
         for (colour, shape), cell in zip(objects, cells):
-            radius = rng.uniform(*self.world.radius) * half
+            radius = rng.uniform(0.38, 0.48) * half
             x = half * (cell % 2) + rng.uniform(radius, half - radius)
             y = half * (cell // 2) + rng.uniform(radius, half - radius)
             draw_shape(draw, shape, x, y, radius, self.world.colours[colour])

@@ -1340,10 +1340,11 @@ def scenes_large(source, n=1000, seed=1):
 
 
 def scenes_crowded(source, n=1000, seed=1):
-    """Built-in drawings of four smaller objects, of which each caption names two.
+    """Built-in drawings of four objects of 12 colours and 12 shapes; a caption names three of them.
 
-    As `scenes`, of which `python evaluate.py describe scenes` tells the subsets. np_binding and all
-    else speak of the two; what is false of them is false of the others, too.
+    As `scenes`, of which `python evaluate.py describe scenes` tells the subsets. They change the
+    first two objects, to what is false of the others, too. In retrieval each caption is right whose
+    three objects an image shows.
     """
     yield from scene_tasks("crowded", source, n, seed)
 
@@ -1355,7 +1356,7 @@ def scenes_pointing(source, n=1000, seed=1):
 
 
 def scenes_crowded_pointing(source, n=1000, seed=1):
-    """Built-in drawings of four smaller objects, 1,000 of them; for each of the four, named by a
+    """The 1,000 built-in drawings of four objects of scenes_crowded; for each of the four, named by a
     caption or not, the patch most similar to "a red circle" must lie in its quadrant (chance 25).
     """
     yield from scene_pointing("crowded", source, n, seed)

@@ -124,8 +124,8 @@ group.add_argument("--index-dir", metavar="DIR",
                         "folder where that cannot be written.")
 group.add_argument("--world", choices=("small", "large", "crowded"), default="small",
                    help="Scenes only: small shows two objects of 8 colours and 6 shapes, large "
-                        "three of 12 and 12, so that near misses are rare, crowded four smaller "
-                        "ones, of which captions name two. Default: small.")
+                        "three of 12 and 12, so that near misses are rare, crowded four of those, "
+                        "of which captions name three. Default: small.")
 group.add_argument("--relations", type=float, default=0.0, metavar="SHARE",
                    help="Scenes only: the share of captions that say where the objects are. "
                         "Default: 0.")

@@ -1959,10 +1959,10 @@ def test_the_crowded_world_shows_more_than_it_names():
         colours, shapes = zip(*shown)
         assert len(shown) == 4 == len(set(colours)) == len(set(shapes))
         pixels = {tuple(rgb) for rgb in np.asarray(scene["image"]).reshape(-1, 3)}
-        assert {name for name, rgb in COLOURS.items() if rgb in pixels} == set(colours)
-        assert scene["caption"] == " and ".join(scene["concepts"]) and scene["objects"] == shown[:2]
+        assert {name for name, rgb in data.world.colours.items() if rgb in pixels} == set(colours)
+        assert scene["caption"] == " and ".join(scene["concepts"]) and scene["objects"] == shown[:3]
         pixels = {tuple(rgb) for rgb in np.asarray(scene["negative_image"]).reshape(-1, 3)}
-        assert {name for name, rgb in COLOURS.items() if rgb in pixels} == set(colours)
+        assert {name for name, rgb in data.world.colours.items() if rgb in pixels} == set(colours)
         true = {f"a {colour} {shape}" for colour, shape in shown}
         for negative in scene["negatives"][:3]:
             assert not set(negative.split(" and ")) <= true

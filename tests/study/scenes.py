@@ -8,8 +8,7 @@ Parts:
              order, the same optimizer, the same steps
     large    the main arms from nothing on the large world, in which a bag of words tells the scenes
              of a batch apart, as it does natural captions
-    crowded  the weights of XAC on the crowded world, in which captions name two of four smaller
-             objects
+    crowded  the weights of XAC on the crowded world, whose captions name three of four objects
     tuned    fine-tuning, which should add binding and lose nothing. What is tuned ("before") is
              the arm "CLIP, plain" of scratch with the same seed: it retrieves, and does not bind
              phrases
