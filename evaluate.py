@@ -429,8 +429,11 @@ class Choices:
             margins.append(self.margin(scores))
         names = ["|".join(x.name for x in row) for row in self.images]
         items = [" | ".join((name, *texts)) for name, texts in zip(names, self.texts)]
-        yield Outcome(self.subset, torch.cat(margins), self.chance, names, items, self.labels,
-                      self.partial)
+        yield Outcome(self.subset, torch.cat(margins), self.chance, names, items, self.labels)
+
+    def competing(self, text_features):
+        """Which images meet which texts: N tuples of I Pictures, features (N, K, D)."""
+        return self.images, text_features(self.texts)
 
     def needed(self):
         """The pictures and texts of the items whose images are there; the others cost nothing."""
@@ -452,25 +455,36 @@ class Ranking:
     text_only = False               # as in Choices
 
     def outcomes(self, image_features, text_features, pooled=None):
-        """As Choices.outcomes; yields one Outcome for each of recalls."""
+        """As Choices.outcomes, with pooled (1, N, M); yields one Outcome for each of recalls."""
         if pooled is None:
             images = image_features(self.images)[:, 0]              # (N, D)
             texts = self.candidates(text_features)                  # (M, D)
-        image_names = [row[0].name for row in self.images]
-        first_image = self.positive.byte().argmax(0)                # (M,)
-        names_by_text = [image_names[i] for i in first_image.tolist()]
-        prompts = [row[0] for row in self.texts]
         for subset, (way, k) in self.recalls.items():
-            if way == "i2t":
-                blocks = cosines(images, texts) if pooled is None else pooled.split(500)
-                positive, names, items = self.positive, image_names, image_names
-                labels = self.labels if k == 1 else None
+            positive = self.positive if way == "i2t" else self.positive.T
+            if pooled is not None:
+                scores = pooled[0] if way == "i2t" else pooled[0].T
+                blocks = scores.split(500)
+            elif way == "i2t":
+                blocks = cosines(images, texts)
             else:
-                blocks = cosines(texts, images) if pooled is None else pooled.T.split(500)
-                positive, names, items = self.positive.T, names_by_text, prompts
-                labels = None
+                blocks = cosines(texts, images)
+            names, items = self.queries(way)
+            labels = self.labels if (way, k) == ("i2t", 1) else None
             yield Outcome(subset, rank(blocks, positive, k), blind_recall(positive, k), names,
-                          items, labels, self.partial)
+                          items, labels)
+
+    def queries(self, way):
+        """Of each image (i2t) or text (t2i): the image by which it is drawn, and it in words."""
+        names = [picture.name for picture, in self.images]
+        if way == "i2t":
+            return names, names
+        first_image = self.positive.byte().argmax(0)                # (M,), of those that it fits
+        return [names[i] for i in first_image.tolist()], [prompts[0] for prompts in self.texts]
+
+    def competing(self, text_features):
+        """As Choices.competing: all images and all texts are one item."""
+        pictures = tuple(picture for picture, in self.images)
+        return [pictures], self.candidates(text_features)[None]     # (1, M, D)
 
     def candidates(self, text_features):
         """The features of all texts (M, D)."""
@@ -520,7 +534,7 @@ class Pointing:
         chance = chances[~margins.isnan()].mean().item()
         names = [picture.name for picture in pictures]
         items = [f"{name} | {text}" for name, (text,) in zip(names, self.texts)]
-        return Outcome(self.subset, margins, chance, names, items, self.labels, self.partial)
+        return Outcome(self.subset, margins, chance, names, items, self.labels)
 
     def needed(self):
         """The texts; images are encoded to patch tokens, and not by encode_images."""
@@ -749,39 +763,38 @@ def each_image(model, pictures, options):
             yield places[different[number]], size, patches
 
 
-def pooled_scores(model, task, text_features, options):
+def pooled_scores(model, images, texts, options):
     """Scores where each text pools the patch tokens of an image as in pooling.py, and is compared
     with what it pooled: what XAC trains, and how FLAIR (Xiao et al. 2025) retrieves.
 
-    Returns (N, I, K) for Choices and (N, M) for Ranking, NaN without image. Images are read once
-    for each task, since all of their patch tokens would take much memory.
+    images: N tuples of I Pictures, texts (N, K, D) -> (N, I, K), NaN without image. Images are read
+    once for each task, since all of their patch tokens would take much memory.
     """
     device, _ = model_place(model)
-    pictures = list(itertools.chain(*task.images))
-    if isinstance(task, Ranking):
-        texts = task.candidates(text_features)[None]                        # (1, M, D)
-    else:
-        texts = text_features(task.texts)                                   # (N, K, D)
+    pictures, item_of = [], []      # each picture, and the number of its item
+    for item, some in enumerate(images):
+        pictures += some
+        item_of += [item] * len(some)
     queries = [some.unique(dim=0, return_inverse=True) for some in texts]   # equal texts must tie
-    images_each = len(pictures) // len(queries)
     parts = []
     for places, _, patches in each_image(model, pictures, options):
         for place in places:
-            different, inverse = queries[place // images_each]
+            different, inverse = queries[item_of[place]]
             scores = concept_similarity(patches[None].to(device), different.to(device)).cpu()
-            parts.append((torch.tensor([place]), scores[:, inverse]))
-    scores = share(parts, len(pictures), width=texts.shape[1])
-    return scores if isinstance(task, Ranking) else scores.unflatten(0, (len(queries), -1))
+            parts.append((torch.tensor([place]), scores[:, inverse]))       # (1, K)
+    scores = share(parts, len(pictures), width=texts.shape[1])              # (N * I, K)
+    return scores.unflatten(0, (len(images), -1))
 
 
-def share(parts, count, width=None):
-    """Each process's [(numbers (n,), features (n, D)), ...] -> features (count, D) of all; D is
-    width where there are none."""
+def share(parts, count, width=1):
+    """Each process's [(numbers (n,), features (n, D)), ...] -> features (count, D) of all, NaN
+    where there are none. width: D, if nobody has any."""
     if WORLD > 1:
         gathered = [None] * WORLD
         dist.all_gather_object(gathered, parts)
         parts = sum(gathered, [])
-    width = parts[0][1].shape[1] if parts else width or 1
+    if parts:
+        width = parts[0][1].shape[1]
     features = torch.full((count, width), float("nan"))
     for numbers, some in parts:
         features[numbers] = some
@@ -1011,13 +1024,16 @@ def needed_by(tasks):
 def judge(model, task, image_features, text_features, options):
     """The outcomes of a task, and those under attack."""
     if isinstance(task, Pointing):
-        return [task.outcome(model, text_features, options)]
-    pooled = None
-    if options.pooled and not task.text_only:
-        pooled = pooled_scores(model, task, text_features, options)
-    outcomes = list(task.outcomes(image_features, text_features, pooled))
+        outcomes = [task.outcome(model, text_features, options)]
+    else:
+        pooled = None
+        if options.pooled and not task.text_only:
+            pooled = pooled_scores(model, *task.competing(text_features), options)
+        outcomes = list(task.outcomes(image_features, text_features, pooled))
     if is_attacked(task, options):
         outcomes += attacked_outcomes(model, task, text_features, options)
+    for outcome in outcomes:
+        outcome.partial = task.partial
     return outcomes
 
 
