@@ -291,6 +291,10 @@ from pooling import concept_similarity                                          
 PROTOCOL = 5        # raised whenever a change here or in benchmarks.json may change a figure
 ELEVEN = "classification_11"    # of GROUPS: the mean of these sets is a result of its own
 GET = "python evaluate.py download"
+OWN_DATA = {        # {bench on a user's own data: what to give}
+    "retrieval": "--data pairs.csv --image-root images",
+    "choices": "--data mine.csv --image-root images",
+    "folder": "--data photos --classes names.txt"}
 NO_PATCHES = "this model's encode_image gives no patch tokens (return_tokens=True)"
 MAX_MEMBERS = 2_000_000      # files in an archive; ImageNet has 1.4 million
 RANK = int(os.environ.get("RANK", 0))           # of this process, as torchrun says
@@ -299,6 +303,10 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))    # number of processes
 
 class Missing(ValueError):
     """Files of a benchmark that are not there. The message says how to get them."""
+
+
+class MissingImages(Missing):
+    """Images of a part of a benchmark; read_bench counts those of all parts, and says so once."""
 
 
 @contextlib.contextmanager
@@ -1167,6 +1175,7 @@ class Source:
     image_size: int = 32            # of the model, for built-in drawings
     has_patches: bool = True        # whether the model gives patch tokens
     partial: str = ""               # what is to be said of a file that is not whole
+    images: dict = field(default_factory=dict)      # {path asked for by pictures: is it there?}
 
     @property
     def spec(self):
@@ -1187,13 +1196,14 @@ class Source:
         with expecting(f"{path} is not the official file of {n or 'unknown'} rows",
                        f": delete it and get it: {GET} {self.bench}"):
             rows, digest = read_folder(path) if path.is_dir() else read_file(path)
-            whole = all(has_keys(row, keys) for row in rows)
-            official = n in (None, len(rows)) and rows and file.get("sha256") in (None, digest)
-            if whole and n and 0 < len(rows) < n and self.options.allow_missing:
+            named = ", ".join(map(str, keys))
+            official = n in (None, len(rows)) and file.get("sha256") in (None, digest)
+            if not all(has_keys(row, keys) for row in rows):
+                raise ValueError(f"{len(rows)} rows, not all with {named}")
+            if self.options.allow_missing and n and 0 < len(rows) < n:
                 self.partial = f"partial: {len(rows):,} of the official {n:,} rows"
-            elif not whole or not official:
-                extent = "all" if whole else "not all"
-                raise ValueError(f"{len(rows)} rows, {extent} with {', '.join(map(str, keys))}")
+            elif not rows or not official:
+                raise ValueError(f"{len(rows)} rows, all with {named}")
         return rows
 
     def pictures(self, items, boxes=None):
@@ -1203,22 +1213,19 @@ class Source:
         folders = [Path(options.data_dir, folder) for folder in self.spec["folders"]]
         if options.image_root:
             folders.insert(0, options.image_root)
-        paths, missing = {}, set()
+        paths = {}
         for name in dict.fromkeys(itertools.chain(*items)):
             places = [os.path.join(folder, name) for folder in folders]
             paths[name] = next(filter(os.path.isfile, places), places[0])
-            if not os.path.isfile(paths[name]):
-                missing.add(name)
-        if missing and not (options.allow_missing and len(missing) < len(paths)):
-            first = next(path for name, path in paths.items() if name in missing)
-            raise Missing(
-                f"{self.bench}: {len(missing)} of {len(paths)} images are missing, the first is "
-                f"{first[:300]}. Give --image-root DIR, or get them: {GET} {self.bench}; "
-                "--allow-missing skips some, but not all")
+            self.images[paths[name]] = os.path.isfile(paths[name])
+        there = self.images.values()
+        if not all(there) and not (options.allow_missing and any(there)):
+            raise MissingImages
         pictures = []
         for names, box in zip(items, boxes or [()] * len(items)):
+            found = [paths[name] for name in names]
             pictures.append(tuple(
-                Picture(paths[name], box, missing=name in missing) for name in names))
+                Picture(path, box, missing=not self.images[path]) for path in found))
         return pictures
 
 
@@ -1287,25 +1294,50 @@ def read(benches, options, image_size=32, has_patches=True, skip=False):
         benches, skip = BENCHES, True
     tasks, missing = {}, []
     for bench in benches:
-        tasks[bench], absent = [], []
-        parts = parts_of(bench, options)
-        for part in parts:
-            source = Source(bench, part, options, image_size, has_patches)
-            try:
-                found = list(READERS[bench](source))
-            except Missing as error:
-                absent.append(str(error))
-                rest = tasks[bench] or part != parts[-1]
-                if not skip and not (options.allow_missing and rest):
-                    raise
-                continue
-            for task in found:
-                task.partial = source.partial
-            tasks[bench].extend(found)
+        found, absent = read_bench(bench, options, image_size, has_patches)
+        if absent and not skip and not (options.allow_missing and found):
+            raise Missing(absent)
         if absent:
-            more = f" (and {len(absent) - 1} files more)" if len(absent) > 1 else ""
-            missing.append(absent[0] + more)
-    return {bench: found for bench, found in tasks.items() if found}, missing
+            missing.append(absent)
+        if found:
+            tasks[bench] = found
+    return tasks, missing
+
+
+def read_bench(bench, options, image_size, has_patches):
+    """-> the tasks of a benchmark, and one line on what is not there of all of its parts, or ""."""
+    tasks, files, images = [], [], {}
+    lacks_images = False
+    for part in parts_of(bench, options):
+        source = Source(bench, part, options, image_size, has_patches)
+        found = []
+        try:
+            found = list(READERS[bench](source))
+        except MissingImages:
+            lacks_images = True
+        except Missing as error:
+            files.append(str(error))
+        images |= source.images
+        for task in found:
+            task.partial = source.partial
+        tasks += found
+    absent = files[:1]
+    if len(files) > 1:
+        word = "files" if len(files) > 2 else "file"
+        absent[0] += f" (and {len(files) - 1} {word} more)"
+    if lacks_images:
+        gone = [path for path, there in images.items() if not there]
+        absent.append(
+            f"{bench}: {len(gone)} of {len(images)} images are missing, the first is "
+            f"{gone[0][:300]}. Give --image-root DIR, or get them: {GET} {bench}; "
+            "--allow-missing skips some, but not all")
+    if absent and bench == "retrieval" and not options.data:
+        absent.insert(0, f"{needs_data(bench)}, or the official files")
+    return tasks, "; ".join(absent)
+
+
+def needs_data(bench):
+    return f"{bench}: --data is missing, for example {OWN_DATA[bench]}"
 
 
 def parts_of(bench, options):
@@ -1576,9 +1608,10 @@ def aro_swap(source, label_key, label_type, least):
 
 
 def aro_order(source):
-    names, texts = captions_of_images(source)
-    texts = [orders(caption) for caption in texts]
-    return Choices(source.subset, first_text_wins, 1 / 5, source.pictures(names), texts)
+    names, captions = captions_of_images(source)
+    images = source.pictures(names)     # first, since the next line takes a while
+    texts = [orders(caption) for caption in captions]
+    return Choices(source.subset, first_text_wins, 1 / 5, images, texts)
 
 
 def captions_of_images(source):
@@ -2022,7 +2055,9 @@ def folder(source):
     """Zero-shot classification of --data DIR, a folder of images for each class, top 1 and 5, with
     the prompt "a photo of a {}.". --classes FILE has a name for each folder, one a line, in the
     order of the sorted folders."""
-    data = image_folder(source, source.options.data or "")
+    if not source.options.data:
+        raise Missing(needs_data("folder"))
+    data = image_folder(source, source.options.data)
     path = source.options.classes or "no --classes"
     if not os.path.isfile(path):
         raise Missing(f"folder: {path}: give --classes FILE, with a name for each of the "
@@ -2044,7 +2079,7 @@ def choices(source):
     """
     options = source.options
     if not options.data:
-        raise Missing("choices: give --data FILE with the columns image, caption and negative")
+        raise Missing(needs_data("choices"))
     groups = {}         # {subset: rows of (picture, caption, negatives)}
     for number, row in enumerate(read_table(options.data), 1):
         image = row.get(options.image_key or "image")

@@ -737,7 +737,7 @@ def test_mistakes_in_ones_own_table(own, text, says):
     (own / "own.csv").write_text(text)
     with pytest.raises(ValueError, match=says):
         evaluate.run(nano(0).eval(), ["choices"], data=str(own / "own.csv"), image_root=str(own))
-    with pytest.raises(ValueError, match="choices: give --data FILE"):
+    with pytest.raises(ValueError, match="choices: --data is missing, for example --data mine.csv"):
         evaluate.run(nano(0).eval(), ["choices"])
 
 
