@@ -119,8 +119,9 @@ def build_parser():
         "beside the published one: is the difference within --tolerance points?")))
 
     p = add_command("plot", description=(
-        "Draw the training curves of runs, each a log.jsonl that train.py wrote: the loss, and "
-        "each evaluated subset in percent. Of files of --json, draw their results as bars."))
+        "Draw the training curves of runs, each a log.jsonl that train.py wrote: each evaluated "
+        "subset in percent, and the loss where it sums the same terms in all runs. Of files of "
+        "--json, draw their results as bars."))
     p.add_argument("files", nargs="+", metavar="FILE", help="log.jsonl or --json files, up to 7")
     p.add_argument("--keys", metavar="A,B", help="only these curves, such as loss,scenes.swap_att; "
                    "of --json the same as --columns of compare")
@@ -2731,6 +2732,8 @@ TABLE_FORMS = {"text": text_form, "markdown": markdown_form, "latex": latex_form
 
 CURVES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # colours that colour-blind people tell apart (Okabe and Ito 2008)
+PLAIN = ("c2lip", "siglip", "clip", "fsc_clip")
+# methods whose term contrastive is the plain loss of all images and captions, of one form
 
 
 def new_figure(width, height):
@@ -2740,15 +2743,15 @@ def new_figure(width, height):
 
 
 def read_log(path):
-    """A log.jsonl of train.py -> {"loss": {step: value}, "scenes.swap_att": {step: percent}, ...}.
-
-    Where a step occurs twice, after a resume, the later one counts.
+    """A log.jsonl of train.py -> {"loss": {step: value}, "scenes.swap_att": {step: percent}, ...},
+    and the arguments of the run. Where a step occurs twice, after a resume, the later one counts.
     """
-    curves = {}
+    curves, arguments = {}, {}
     for line in Path(path).read_text("utf-8", "replace").splitlines():
         try:
             row = json.loads(line)
             values = dict(row)
+            arguments = dict(row.get("args", arguments))
             for bench, subsets in row.get("eval", {}).items():
                 for name, result in subsets.items():
                     values[f"{bench}.{name}"] = 100 * result["accuracy"]
@@ -2758,12 +2761,43 @@ def read_log(path):
         for key, value in values.items():
             if "step" in row and type(value) in (int, float) and math.isfinite(value):
                 curves.setdefault(key, {})[row["step"]] = value
-    return curves
+    return curves, arguments
+
+
+def default_keys(logs, runs):
+    """The curves to draw of runs with these logs and arguments: each evaluated subset, and the loss
+    if it sums the same in all. If not, and no subset is in all, a term that means the same."""
+    figures = [key for key in all_keys(logs) if "." in key]
+    trained = [(log, run) for log, run in zip(logs, runs) if "loss" in log]
+    sums = [loss_terms(log, run) for log, run in trained]
+    if not sums:
+        return figures
+    if sums.count(sums[0]) == len(sums):
+        return ["loss", *figures]
+    differ = "plot: the losses of these runs sum different terms, or weigh them differently"
+    if any(all(key in log for log in logs) for key in figures):
+        print(f"{differ}, and are left out: --keys loss draws them")
+        return figures
+    is_plain = ["contrastive" in log and run.get("method") in PLAIN for log, run in trained]
+    if all(is_plain) and len({terms["sigmoid"] for terms in sums}) == 1:
+        print(f"{differ}: their term contrastive is drawn, which is the same in all")
+        return ["contrastive", *figures]
+    print(f"{differ}: compare their course, not their height")
+    return ["loss", *figures]
+
+
+def loss_terms(log, run):
+    """What the loss of a run sums: its form (sigmoid with a bias, or softmax), method, weights."""
+    terms = {"sigmoid": "logit_bias" in log}
+    for key, value in run.items():
+        if key in ("method", "dedupe", "concept_count") or key.endswith("_weight") and value:
+            terms[key] = value
+    return terms
 
 
 def plot(files, keys=None, radar=False, output="curves.png"):
-    """Draw the curves of runs into a file: the loss and each evaluated subset, or those of keys.
-    Of files of --json instead, draw their results as bars, or radar charts."""
+    """Draw the curves of runs into a file: default_keys, or those of keys. Of files of --json
+    instead, draw their results as bars, or radar charts."""
     if len(files) > len(CURVES):
         raise ValueError(f"plot takes up to {len(CURVES)} files")
     if all(path.endswith(".json") for path in files):
@@ -2772,12 +2806,9 @@ def plot(files, keys=None, radar=False, output="curves.png"):
         draw = draw_radars if radar else draw_bars
         save_figure(draw(names, results, tables), output)
         return
-    logs = [read_log(path) for path in files]
+    logs, runs = zip(*[read_log(path) for path in files])
     known = all_keys(logs)
-    if keys is None:
-        chosen = [key for key in known if key == "loss" or "." in key]
-    else:
-        chosen = keys.split(",")
+    chosen = keys.split(",") if keys else default_keys(logs, runs)
     if not all(logs) or not chosen or not set(chosen) <= set(known):
         raise ValueError("plot takes log.jsonl of train.py, none empty, and --keys from: "
                          + ", ".join(known))
