@@ -1120,7 +1120,7 @@ def test_all_runs_what_is_there_and_lists_the_rest(table):
     (["--bench", "folder"], "folder: --data is missing, for example --data photos --classes names.txt"),
     (["--bench", "choices"], "choices: --data is missing, for example --data mine.csv --image-root images"),
     (["--bench", "retrieval"], "retrieval: --data is missing, for example --data pairs.csv --image-root images, "
-     "or the official files; retrieval: no "), (["--bench", "retrieval"], "download retrieval (and 1 file more)"),
+     "or the official files; retrieval: no "), (["--bench", "retrieval"], "download retrieval (and 1 more)"),
     (["--bench", "winoground"], "examples.jsonl"),
     (["--bench", "retrieval", "--data", "none.csv"], "no file none.csv"),
     (["--data", "none.csv"], "no file none.csv"), (["--checkpoint", "gone.pt"], "no checkpoint at gone.pt"),
