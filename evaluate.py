@@ -24,6 +24,9 @@ texts of all tasks are encoded once, by all processes together. A task then give
 margin: positive if the model is right, 0 for a tie. A tie is never correct, since a model that
 scores two captions alike has not told them apart. Intervals are bootstraps over images: the items
 of one image move together.
+
+To add a benchmark: its function beside sugarcrepe, its name in READERS, and what it is in
+assets/benchmarks.json. To check a figure: --json keeps all items, and sha256 of weights and data.
 """
 import argparse
 import collections
@@ -100,8 +103,8 @@ def build_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter))
 
     p = add_command("download", description=(
-        "Fetch what may be fetched of some benchmarks, and say how to get the rest. A download "
-        "that was broken off is continued, each file's sha256 is checked, archives are unpacked."))
+        "Fetch files of benchmarks, and say how to get the rest. A download that was broken off is "
+        "continued, each file's sha256 is checked, archives are unpacked."))
     p.add_argument("benches", nargs="+", metavar="BENCH", help="names of benchmarks")
     add_data_dir(p)
 
@@ -119,33 +122,31 @@ def build_parser():
         "beside the published one: is the difference within --tolerance points?")))
 
     p = add_command("plot", description=(
-        "Draw the training curves of runs, each a log.jsonl that train.py wrote: the loss, and "
-        "each evaluated subset in percent. Of files of --json, draw their results as bars."))
+        "Draw curves of runs, each a log.jsonl of train.py: each evaluated subset in percent, and "
+        "the loss if it sums the same in all runs. Of files of --json, draw results as bars."))
     p.add_argument("files", nargs="+", metavar="FILE", help="log.jsonl or --json files, up to 7")
     p.add_argument("--keys", metavar="A,B", help="only these curves, such as loss,scenes.swap_att; "
                    "of --json the same as --columns of compare")
     p.add_argument("--radar", action="store_true",
                    help="draw results of --json as outlines of models on radial axes")
-    add_output(p, "curves.png")
+    p.add_argument("--output", default="curves.png", metavar="FILE",
+                   help=".png, .svg or .pdf file to write (default: curves.png)")
 
     add_show_arguments(add_command("show", description=(
-        "Draw where an image is similar to each phrase of its caption: for each patch the cosine "
-        "of its token and the phrase. One row a model; all maps share one scale.")))
+        "Draw the cosine of each patch of an image and each phrase of its caption: a row for each "
+        "model, all on one scale.")))
     return parser
 
 
 def add_compare_arguments(p):
     p.add_argument("files", nargs="+", metavar="JSON", help="two or more files written by --json")
-    p.add_argument("--items", action="store_true",
-                   help="of two files, print each item gained and lost")
+    p.add_argument("--items", action="store_true", help="of two files, print what changed")
     p.add_argument("--format", dest="form", choices=("text", "markdown", "latex", "csv"),
-                   help="print a table to paste instead, as for more than two files: models in "
-                        "rows, with intervals; the best is marked (in bold) where the paired "
-                        "interval of its lead over the second excludes 0")
+                   help="print a table to paste, a row a model; the best is marked where the "
+                        "paired interval of its lead over the second excludes 0")
     p.add_argument("--columns", metavar="A,B",
                    help="of such tables: names of subsets or means, or all; or for one table over "
-                        f"all benchmarks one of {', '.join(GROUPS)} (default: headline, and each "
-                        "benchmark's means)")
+                        f"all benchmarks one of {', '.join(GROUPS)} (default: headline, and means)")
     p.add_argument("--reference", action="store_true", help="add published results to such tables")
 
 
@@ -160,14 +161,14 @@ def add_show_arguments(p):
     p.add_argument("--boxes", metavar="FILE",
                    help="draw where the things of the phrases are: COCO's instances, or a json "
                         "{file name: [[category, x, y, width, height], ...]}")
-    add_output(p, "attention.png")
+    p.add_argument("--output", default="attention.png", metavar="FILE",
+                   help=".png, .svg or .pdf file to write (default: attention.png)")
 
 
 def add_verify_arguments(p):
     p.add_argument("--registry", metavar="FILE",
                    help="a json of your own: {NAME: {init or checkpoint, model, figures: {bench: "
-                        "{subset: percent}}}} (default: the checkpoints of assets/benchmarks.json "
-                        "with the published figures there)")
+                        "{subset: percent}}}} (default: what assets/benchmarks.json has published)")
     p.add_argument("--bench", metavar="A,B", help="only these benchmarks (default: all)")
     p.add_argument("--tolerance", type=float, default=0.3, metavar="POINTS",
                    help="largest difference in percent that counts as equal (default: 0.3)")
@@ -181,12 +182,10 @@ def add_evaluate_arguments(parser):
                    help="a checkpoint of train.py, such as out/nano/last.pt; several joined by "
                         "commas, and --init beside them, are scored in turn and stand in one table")
     p.add_argument("--init", metavar="SOURCE,...",
-                   help="public weights: a hub id, a folder or a file; or "
-                        "open_clip:NAME/PRETRAINED, any model of open_clip (PRETRAINED: a name "
-                        "that it lists, or a file)")
+                   help="public weights: a hub id, a folder or a file; of open_clip any model, by "
+                        "open_clip:NAME/PRETRAINED (PRETRAINED: a name that it lists, or a file)")
     p.add_argument("--model", metavar="NAME",
-                   help="with --init, the architecture where the weights do not say it; alone, the "
-                        "default weights of that name")
+                   help="architecture of --init, if it does not say; alone: its default weights")
     p.add_argument("--tokenizer", metavar="FILE",
                    help="a tokenizer.json, for weights that came without one")
     p.add_argument("--interpolate", type=float, metavar="A",
@@ -198,8 +197,8 @@ def add_evaluate_arguments(parser):
                         "(default: scenes; with --data FILE retrieval, with --data DIR folder)")
     add_data_arguments(p)
     p.add_argument("--data", metavar="PATH",
-                   help="your own data: for retrieval pairs in a .csv, .tsv, .jsonl or .tar file; "
-                        "for folder a folder of images for each class")
+                   help="your own data for retrieval, choices, folder or pointing; describe NAME "
+                        "shows what it looks like")
     p.add_argument("--image-key", metavar="COLUMN",
                    help="the column of --data with paths of images (default: image, filepath, ...)")
     p.add_argument("--caption-key", metavar="COLUMN",
@@ -207,22 +206,18 @@ def add_evaluate_arguments(parser):
     p.add_argument("--classes", metavar="FILE",
                    help="names of the classes of folder, one a line, in the order of the folders")
     p.add_argument("--pooled", action="store_true",
-                   help="score an image and a text by the cosine of the text and the patches that "
-                        "it pools, as XAC trains and FLAIR retrieves, not by the image's features: "
-                        "any benchmark but those of pointing")
+                   help="score an image by the patches that each text pools, as in XAC and FLAIR, "
+                        "not by its features: any benchmark but those of pointing")
     p.add_argument("--attack", type=float, default=0.0, metavar="E",
-                   help="score zero-shot classification, and single of scenes, once more on images "
-                        "of which an attack has changed each pixel by at most E of 255, so that "
-                        "they are taken for another class (default: no attack)")
+                   help="score zero-shot classification, and single of scenes, also on images that "
+                        "an attack has changed by at most E of 255 a pixel (default: no attack)")
     p.add_argument("--attack-steps", type=int, default=5, metavar="N",
-                   help="steps of the attack, each of 1 of 255; more are a stronger attack "
-                        "(default: 5, as in TeCoA's released code)")
+                   help="its steps, each of 1 of 255 (default: 5, as in TeCoA's released code)")
 
     p = parser.add_argument_group("what comes out")
     p.add_argument("--json", dest="json_path", metavar="FILE",
                    help="write all results item by item, for compare and for your own scripts")
-    p.add_argument("--reference", action="store_true",
-                   help="print published results beside these")
+    p.add_argument("--reference", action="store_true", help="print published results beside these")
 
     add_speed_arguments(parser)
 
@@ -230,11 +225,6 @@ def add_evaluate_arguments(parser):
 def add_data_dir(p):
     p.add_argument("--data-dir", default="data", metavar="DIR",
                    help="folder of the benchmarks' files, as download fills it (default: data)")
-
-
-def add_output(p, name):
-    p.add_argument("--output", default=name, metavar="FILE",
-                   help=f".png, .svg or .pdf file to write (default: {name})")
 
 
 def add_data_arguments(p):
@@ -251,8 +241,7 @@ def add_speed_arguments(parser):
     p.add_argument("--batch-size", type=int, default=250, metavar="N",
                    help="images or texts in a forward pass (default: 250)")
     p.add_argument("--workers", type=int, metavar="N",
-                   help="processes that read images while the towers run, for each process that "
-                        "evaluates (default: 0 on a CPU, with a GPU up to 8)")
+                   help="processes that read images (default: 0 on a CPU, with a GPU up to 8)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda, where there is one")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
                    help="precision of the towers; bfloat16 is by autocast (default: float32)")
@@ -291,6 +280,10 @@ from pooling import concept_similarity                                          
 PROTOCOL = 5        # raised whenever a change here or in benchmarks.json may change a figure
 ELEVEN = "classification_11"    # of GROUPS: the mean of these sets is a result of its own
 GET = "python evaluate.py download"
+OWN_DATA = {        # {bench on a user's own data: what to give}
+    "retrieval": "--data pairs.csv --image-root images",
+    "choices": "--data mine.csv --image-root images",
+    "folder": "--data photos --classes names.txt"}
 NO_PATCHES = "this model's encode_image gives no patch tokens (return_tokens=True)"
 MAX_MEMBERS = 2_000_000      # files in an archive; ImageNet has 1.4 million
 RANK = int(os.environ.get("RANK", 0))           # of this process, as torchrun says
@@ -299,6 +292,10 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))    # number of processes
 
 class Missing(ValueError):
     """Files of a benchmark that are not there. The message says how to get them."""
+
+
+class MissingImages(Missing):
+    """Images of a part of a benchmark; read_bench counts those of all parts, and says so once."""
 
 
 @contextlib.contextmanager
@@ -341,8 +338,7 @@ def both_captions_win(scores):
 
 
 def captions_are_nearest(scores):
-    """SugarCrepe++, text only, with scores of texts (N, K, K): the captions are strictly nearer to
-    each other than to the third."""
+    """SugarCrepe++, text only (N, K, K): captions are nearer to each other than to the third."""
     return scores[:, 0, 1] - scores[:, :2, 2].amax(1)
 
 
@@ -429,8 +425,11 @@ class Choices:
             margins.append(self.margin(scores))
         names = ["|".join(x.name for x in row) for row in self.images]
         items = [" | ".join((name, *texts)) for name, texts in zip(names, self.texts)]
-        yield Outcome(self.subset, torch.cat(margins), self.chance, names, items, self.labels,
-                      self.partial)
+        yield Outcome(self.subset, torch.cat(margins), self.chance, names, items, self.labels)
+
+    def competing(self, text_features):
+        """Which images meet which texts: N tuples of I Pictures, features (N, K, D)."""
+        return self.images, text_features(self.texts)
 
     def needed(self):
         """The pictures and texts of the items whose images are there; the others cost nothing."""
@@ -452,25 +451,36 @@ class Ranking:
     text_only = False               # as in Choices
 
     def outcomes(self, image_features, text_features, pooled=None):
-        """As Choices.outcomes; yields one Outcome for each of recalls."""
+        """As Choices.outcomes, with pooled (1, N, M); yields one Outcome for each of recalls."""
         if pooled is None:
             images = image_features(self.images)[:, 0]              # (N, D)
             texts = self.candidates(text_features)                  # (M, D)
-        image_names = [row[0].name for row in self.images]
-        first_image = self.positive.byte().argmax(0)                # (M,)
-        names_by_text = [image_names[i] for i in first_image.tolist()]
-        prompts = [row[0] for row in self.texts]
         for subset, (way, k) in self.recalls.items():
-            if way == "i2t":
-                blocks = cosines(images, texts) if pooled is None else pooled.split(500)
-                positive, names, items = self.positive, image_names, image_names
-                labels = self.labels if k == 1 else None
+            positive = self.positive if way == "i2t" else self.positive.T
+            if pooled is not None:
+                scores = pooled[0] if way == "i2t" else pooled[0].T
+                blocks = scores.split(500)
+            elif way == "i2t":
+                blocks = cosines(images, texts)
             else:
-                blocks = cosines(texts, images) if pooled is None else pooled.T.split(500)
-                positive, names, items = self.positive.T, names_by_text, prompts
-                labels = None
+                blocks = cosines(texts, images)
+            names, items = self.queries(way)
+            labels = self.labels if (way, k) == ("i2t", 1) else None
             yield Outcome(subset, rank(blocks, positive, k), blind_recall(positive, k), names,
-                          items, labels, self.partial)
+                          items, labels)
+
+    def queries(self, way):
+        """Of each image (i2t) or text (t2i): the image by which it is drawn, and it in words."""
+        names = [picture.name for picture, in self.images]
+        if way == "i2t":
+            return names, names
+        first_image = self.positive.byte().argmax(0)                # (M,), of those that it fits
+        return [names[i] for i in first_image.tolist()], [prompts[0] for prompts in self.texts]
+
+    def competing(self, text_features):
+        """As Choices.competing: all images and all texts are one item."""
+        pictures = tuple(itertools.chain(*self.images))
+        return [pictures], self.candidates(text_features)[None]     # (1, M, D)
 
     def candidates(self, text_features):
         """The features of all texts (M, D)."""
@@ -478,10 +488,6 @@ class Ranking:
         if texts.shape[1] > 1:
             texts = F.normalize(texts.mean(1), dim=-1)[:, None]
         return texts[:, 0]
-
-    def classifies(self):
-        """Whether only images ask, as in classification."""
-        return all(way == "i2t" for way, _ in self.recalls.values())
 
     def needed(self):
         """All texts, since each is a candidate, and the pictures that are there."""
@@ -520,7 +526,7 @@ class Pointing:
         chance = chances[~margins.isnan()].mean().item()
         names = [picture.name for picture in pictures]
         items = [f"{name} | {text}" for name, (text,) in zip(names, self.texts)]
-        return Outcome(self.subset, margins, chance, names, items, self.labels, self.partial)
+        return Outcome(self.subset, margins, chance, names, items, self.labels)
 
     def needed(self):
         """The texts; images are encoded to patch tokens, and not by encode_images."""
@@ -556,8 +562,7 @@ def patches_inside(boxes, seen, side):
 
 
 def cosines(queries, targets):
-    """(Q, D), (M, D) -> yield the cosines of 500 queries at a time (<= 500, M): those of all 25,010
-    captions and 5,000 images are much."""
+    """(Q, D), (M, D) -> yield the cosines of 500 queries at a time (<= 500, M), to save memory."""
     targets, inverse = targets.unique(dim=0, return_inverse=True)       # equal targets must tie
     for some in queries.split(500):
         yield (some @ targets.T)[:, inverse]
@@ -565,10 +570,8 @@ def cosines(queries, targets):
 
 def rank(blocks, positive, k):
     """Scores of 500 queries after 500 (<= 500, M), positive (Q, M) bool -> margins (Q,): the best
-    positive minus the k-th best other.
-
-    NaN where the query or all of its positives are NaN; other targets of NaN are never found.
-    """
+    positive minus the k-th best other. NaN where the query or all of its positives are NaN; other
+    targets of NaN are never found."""
     margins = []
     for block, mask in zip(blocks, positive.split(500)):
         scores = block.nan_to_num(-2.0)                                 # (<= 500, M)
@@ -615,7 +618,6 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)   
 class PictureData(Dataset):
     """Item i is (i, pixels of picture i as the model's transform makes them, its width and height),
     or None where the picture cannot be read and that is allowed."""
-
     pictures: list
     transform: Callable
     allow_missing: bool
@@ -665,8 +667,8 @@ def encode_images(model, pictures, options):
     features = share(parts, len(pictures))
     bad = features.isnan().any(1).nonzero()[:, 0].tolist()
     if bad and len(bad) == len(pictures):
-        raise ValueError(f"none of {len(bad)} images can be read, the first is {pictures[0].name}: "
-                         "check --image-root")
+        raise ValueError(f"none of {len(bad)} images can be read, the first is "
+                         f"{pictures[0].name}: check --image-root")
     if bad:
         print0(f"skipped {len(bad)} of {len(pictures)} images, which cannot be read; the first: "
                f"{pictures[bad[0]].name}")
@@ -674,8 +676,7 @@ def encode_images(model, pictures, options):
 
 
 def encode_texts(model, texts, options):
-    """N different texts -> Lookup of their normalised features. Texts of equal tokens are encoded
-    once, and so tie exactly."""
+    """N different texts -> Lookup of their normalised features. Those of equal tokens tie."""
     all_tokens = model.tokenize(texts)
     if not options.quiet:
         report_cut(model, texts, all_tokens)
@@ -735,9 +736,8 @@ def gives_patch_tokens(model):
 
 
 def each_image(model, pictures, options):
-    """Yield of each different image that this process reads: its places in the list pictures, its
-    width and height, its patch tokens (T, D). Those that are missing or cannot be read are left
-    out."""
+    """Yield of each different image that this process can read: its places in the list pictures,
+    its width and height, its patch tokens (T, D)."""
     places = {}
     for place, picture in enumerate(pictures):
         if not picture.missing:
@@ -749,39 +749,38 @@ def each_image(model, pictures, options):
             yield places[different[number]], size, patches
 
 
-def pooled_scores(model, task, text_features, options):
+def pooled_scores(model, images, texts, options):
     """Scores where each text pools the patch tokens of an image as in pooling.py, and is compared
     with what it pooled: what XAC trains, and how FLAIR (Xiao et al. 2025) retrieves.
 
-    Returns (N, I, K) for Choices and (N, M) for Ranking, NaN without image. Images are read once
-    for each task, since all of their patch tokens would take much memory.
+    images: N tuples of I Pictures, texts (N, K, D) -> (N, I, K), NaN without image. Images are read
+    for each task anew, since all of their patch tokens would take much memory.
     """
     device, _ = model_place(model)
-    pictures = list(itertools.chain(*task.images))
-    if isinstance(task, Ranking):
-        texts = task.candidates(text_features)[None]                        # (1, M, D)
-    else:
-        texts = text_features(task.texts)                                   # (N, K, D)
+    pictures, item_of = [], []      # each picture, and the number of its item
+    for item, some in enumerate(images):
+        pictures += some
+        item_of += [item] * len(some)
     queries = [some.unique(dim=0, return_inverse=True) for some in texts]   # equal texts must tie
-    images_each = len(pictures) // len(queries)
     parts = []
     for places, _, patches in each_image(model, pictures, options):
         for place in places:
-            different, inverse = queries[place // images_each]
+            different, inverse = queries[item_of[place]]
             scores = concept_similarity(patches[None].to(device), different.to(device)).cpu()
-            parts.append((torch.tensor([place]), scores[:, inverse]))
-    scores = share(parts, len(pictures), width=texts.shape[1])
-    return scores if isinstance(task, Ranking) else scores.unflatten(0, (len(queries), -1))
+            parts.append((torch.tensor([place]), scores[:, inverse]))       # (1, K)
+    scores = share(parts, len(pictures), width=texts.shape[1])              # (N * I, K)
+    return scores.unflatten(0, (len(images), -1))
 
 
-def share(parts, count, width=None):
-    """Each process's [(numbers (n,), features (n, D)), ...] -> features (count, D) of all; D is
-    width where there are none."""
+def share(parts, count, width=1):
+    """Each process's [(numbers (n,), features (n, D)), ...] -> features (count, D) of all, NaN
+    where there are none. width: D, if nobody has any."""
     if WORLD > 1:
         gathered = [None] * WORLD
         dist.all_gather_object(gathered, parts)
         parts = sum(gathered, [])
-    width = parts[0][1].shape[1] if parts else width or 1
+    if parts:
+        width = parts[0][1].shape[1]
     features = torch.full((count, width), float("nan"))
     for numbers, some in parts:
         features[numbers] = some
@@ -809,8 +808,7 @@ def bootstrap(columns, samples=2000, seed=0):
     """[(images (n,) of 0, 1, ..., values (n,), weights (n,)), ...] -> (1 + samples, columns).
 
     Row 0 holds each column's weighted mean; each other row the same over as many images as there
-    are, drawn with replacement, with all their items. The draws are the same for all columns.
-    """
+    are, drawn with replacement, with all their items: the same draws for all columns."""
     rng = np.random.default_rng(seed)
     size = 1 + max(images.max() for images, _, _ in columns)
     totals = [np.bincount(images, weights, size) for images, _, weights in columns]
@@ -896,10 +894,8 @@ def add_means(results, means):
 
 
 def resample(results, values, samples=2000, seed=0):
-    """Bootstrap {subset or mean: result}, with a value of each item in {subset: (n,)}.
-
-    Returns {subset or mean: (1 + samples,)}, the mean itself first, of those that have values.
-    """
+    """Bootstrap {subset or mean: result}, with a value of each item in {subset: (n,)} -> {subset or
+    mean: (1 + samples,)}, the mean itself first, of those that have values."""
     columns = {}
     for name, result in results.items():
         subset = result.get("of", name)
@@ -960,9 +956,8 @@ def check(benches, **options):
     check_names(benches)
     options = Options(**options)
     tasks, _ = read(benches, options)
-    for parts in tasks.values():
-        for task in parts:
-            check_pictures(task, options)
+    for task in itertools.chain(*tasks.values()):
+        check_pictures(task, options)
 
 
 def check_pictures(task, options):
@@ -1011,27 +1006,31 @@ def needed_by(tasks):
 def judge(model, task, image_features, text_features, options):
     """The outcomes of a task, and those under attack."""
     if isinstance(task, Pointing):
-        return [task.outcome(model, text_features, options)]
-    pooled = None
-    if options.pooled and not task.text_only:
-        pooled = pooled_scores(model, task, text_features, options)
-    outcomes = list(task.outcomes(image_features, text_features, pooled))
+        outcomes = [task.outcome(model, text_features, options)]
+    else:
+        pooled = None
+        if options.pooled and not task.text_only:
+            pooled = pooled_scores(model, *task.competing(text_features), options)
+        outcomes = list(task.outcomes(image_features, text_features, pooled))
     if is_attacked(task, options):
         outcomes += attacked_outcomes(model, task, text_features, options)
+    for outcome in outcomes:
+        outcome.partial = task.partial
     return outcomes
 
 
 def is_attacked(task, options):
-    return options.attack > 0 and isinstance(task, Ranking) and task.classifies()
+    """Only images ask in zero-shot classification, which is what an attack is for."""
+    if options.attack <= 0 or not isinstance(task, Ranking):
+        return False
+    return all(way == "i2t" for way, _ in task.recalls.values())
 
 
 def check_attack(tasks, options):
     """Raise ValueError for an attack that has nothing to attack, or no step."""
     if options.attack and options.pooled:
         raise ValueError("--attack and --pooled exclude each other: give one of them")
-    attacked = 0
-    for parts in tasks.values():
-        attacked += sum(is_attacked(task, options) for task in parts)
+    attacked = any(is_attacked(task, options) for task in itertools.chain(*tasks.values()))
     if options.attack < 0 or options.attack_steps < 1:
         raise ValueError(f"--attack {options.attack:g} --attack-steps {options.attack_steps}: "
                          "expected at least 0, and at least 1 step")
@@ -1052,8 +1051,7 @@ def attacked_outcomes(model, task, text_features, options):
     device, _ = model_place(model)
     normalize = getattr(model.transform, "transforms", [None])[-1]
     if not hasattr(normalize, "mean"):
-        raise ValueError("--attack: the model's transform does not end with Normalize, so that its "
-                         "pixels are not known")
+        raise ValueError("--attack: the model's transform has to end with Normalize, and does not")
     mean, std = torch.tensor([normalize.mean, normalize.std], device=device)[:, :, None, None]
     texts = task.candidates(text_features).to(device)               # (M, D)
     scale = model.logit_scale.exp().item() if hasattr(model, "logit_scale") else 100.0
@@ -1082,8 +1080,7 @@ def attacked_outcomes(model, task, text_features, options):
 
 def means_of(bench, subsets):
     """{name: its parts}, see summarize: of benchmarks.json, or where the data says what subsets
-    there are, the mean over all subsets (macro) and all items (micro), or over those of each of
-    Winoground's rules."""
+    there are, all of them (macro, micro), or those of each of Winoground's rules."""
     if bench == "vismin":
         return {rule: [name for name in subsets if name.endswith(f"_{rule}")] for rule in PAIRED}
     if bench in ("choices", "mmvp") and len(subsets) > 1:
@@ -1116,8 +1113,7 @@ def image_size(model):
 
 
 def print_table(bench, results, reference=False):
-    """A line for each subset and mean, in percent. reference: published figures beside ours, and
-    where each is from."""
+    """A line for each subset and mean, in percent. reference: published figures with sources."""
     title = bench
     if any("pooled" in result for result in results.values()):
         title = f"{bench} (pooled)"
@@ -1144,13 +1140,13 @@ def print_table(bench, results, reference=False):
 @dataclass
 class Source:
     """The files of one part of a benchmark, as benchmarks.json lists them."""
-
     bench: str
     subset: str
     options: "Options"
     image_size: int = 32            # of the model, for built-in drawings
     has_patches: bool = True        # whether the model gives patch tokens
     partial: str = ""               # what is to be said of a file that is not whole
+    images: dict = field(default_factory=dict)      # {path asked for by pictures: is it there?}
 
     @property
     def spec(self):
@@ -1158,10 +1154,8 @@ class Source:
 
     def rows(self, *strings, kinds=None, part=None):
         """The rows of this part's file, or of another part's: dicts, or lists. strings: keys (of a
-        list: places) of texts; kinds: {key or place: type of its value}.
-
-        Raises Missing if there is no file, ValueError if it is not the official one.
-        """
+        list: places) of texts; kinds: {key or place: type of its value}. Raises Missing if there
+        is no file, ValueError if it is not the official one."""
         keys = dict.fromkeys(strings, str) | (kinds or {})
         file = self.spec["files"][part or self.subset]
         n = file.get("n")               # None: not known
@@ -1171,13 +1165,14 @@ class Source:
         with expecting(f"{path} is not the official file of {n or 'unknown'} rows",
                        f": delete it and get it: {GET} {self.bench}"):
             rows, digest = read_folder(path) if path.is_dir() else read_file(path)
-            whole = all(has_keys(row, keys) for row in rows)
-            official = n in (None, len(rows)) and rows and file.get("sha256") in (None, digest)
-            if whole and n and 0 < len(rows) < n and self.options.allow_missing:
+            named = ", ".join(map(str, keys))
+            official = n in (None, len(rows)) and file.get("sha256") in (None, digest)
+            if not all(has_keys(row, keys) for row in rows):
+                raise ValueError(f"{len(rows)} rows, not all with {named}")
+            if self.options.allow_missing and n and 0 < len(rows) < n:
                 self.partial = f"partial: {len(rows):,} of the official {n:,} rows"
-            elif not whole or not official:
-                extent = "all" if whole else "not all"
-                raise ValueError(f"{len(rows)} rows, {extent} with {', '.join(map(str, keys))}")
+            elif not rows or not official:
+                raise ValueError(f"{len(rows)} rows, all with {named}")
         return rows
 
     def pictures(self, items, boxes=None):
@@ -1193,12 +1188,9 @@ class Source:
             paths[name] = next(filter(os.path.isfile, places), places[0])
             if not os.path.isfile(paths[name]):
                 missing.add(name)
+            self.images[paths[name]] = name not in missing
         if missing and not (options.allow_missing and len(missing) < len(paths)):
-            first = next(path for name, path in paths.items() if name in missing)
-            raise Missing(
-                f"{self.bench}: {len(missing)} of {len(paths)} images are missing, the first is "
-                f"{first[:300]}. Give --image-root DIR, or get them: {GET} {self.bench}; "
-                "--allow-missing skips some, but not all")
+            raise MissingImages
         pictures = []
         for names, box in zip(items, boxes or [()] * len(items)):
             pictures.append(tuple(
@@ -1223,8 +1215,7 @@ def read_file(path):
 
 
 def read_folder(path):
-    """Of a folder of json files -> their contents; of texts -> rows {name, text}. And None, since a
-    folder has no sha256."""
+    """A folder of json files -> their contents; of texts -> rows {name, text}; no sha256: None."""
     rows = []
     for file in sorted(path.iterdir(), key=lambda file: (len(file.stem), file.stem)):
         if file.suffix == ".json":
@@ -1236,14 +1227,11 @@ def read_folder(path):
 
 def has_keys(row, keys):
     """Whether a row, a dict or a list, holds values of these kinds: {key or place: kind}."""
-    for key, kind in keys.items():
-        if isinstance(row, dict):
-            there = key in row
-        else:
-            there = isinstance(row, list) and isinstance(key, int) and key < len(row)
-        if not there or not is_kind(row[key], kind):
-            return False
-    return True
+    if isinstance(row, list):
+        row = dict(enumerate(row))
+    if not isinstance(row, dict):
+        return False
+    return all(key in row and is_kind(row[key], kind) for key, kind in keys.items())
 
 
 def is_kind(value, kind):
@@ -1271,32 +1259,53 @@ def read(benches, options, image_size=32, has_patches=True, skip=False):
         benches, skip = BENCHES, True
     tasks, missing = {}, []
     for bench in benches:
-        tasks[bench], absent = [], []
-        parts = parts_of(bench, options)
-        for part in parts:
-            source = Source(bench, part, options, image_size, has_patches)
-            try:
-                found = list(READERS[bench](source))
-            except Missing as error:
-                absent.append(str(error))
-                rest = tasks[bench] or part != parts[-1]
-                if not skip and not (options.allow_missing and rest):
-                    raise
-                continue
-            for task in found:
-                task.partial = source.partial
-            tasks[bench].extend(found)
+        found, absent = read_bench(bench, options, image_size, has_patches)
+        if absent and not skip and not (options.allow_missing and found):
+            raise Missing(absent)
         if absent:
-            more = f" (and {len(absent) - 1} files more)" if len(absent) > 1 else ""
-            missing.append(absent[0] + more)
-    return {bench: found for bench, found in tasks.items() if found}, missing
+            missing.append(absent)
+        if found:
+            tasks[bench] = found
+    return tasks, missing
 
 
-def parts_of(bench, options):
-    """A benchmark's function is called for each of its files, or once."""
+def read_bench(bench, options, image_size, has_patches):
+    """-> the tasks of a benchmark, and one line on what is not there of all of its parts, or "".
+    Its function is called for each of its files, or once."""
+    parts = TABLE[bench].get("files", [bench])
     if bench == "retrieval" and options.data and not os.path.isdir(options.data):
-        return ["data"]
-    return list(TABLE[bench].get("files", [bench]))
+        parts = ["data"]
+    tasks, files, images = [], [], {}
+    lacks_images = False
+    for part in parts:
+        source = Source(bench, part, options, image_size, has_patches)
+        found = []
+        try:
+            found = list(READERS[bench](source))
+        except MissingImages:
+            lacks_images = True
+        except Missing as error:
+            files.append(str(error))
+        images |= source.images
+        for task in found:
+            task.partial = source.partial
+        tasks += found
+    absent = files[:1]
+    if len(files) > 1:
+        absent[0] += f" (and {len(files) - 1} more)"
+    if lacks_images:
+        gone = [path for path, there in images.items() if not there]
+        absent.append(
+            f"{bench}: {len(gone)} of {len(images)} images are missing, the first is "
+            f"{gone[0][:300]}. Give --image-root DIR, or get them: {GET} {bench}; "
+            "--allow-missing skips some, but not all")
+    if absent and bench == "retrieval" and not options.data:
+        absent.insert(0, f"{needs_data(bench)}, or the official files")
+    return tasks, "; ".join(absent)
+
+
+def needs_data(bench):
+    return f"{bench}: --data is missing, for example {OWN_DATA[bench]}"
 
 
 # ---- benchmarks: the docstring is the protocol -------------------------------------------------
@@ -1331,11 +1340,9 @@ def scenes(source, n=1000, seed=1):
 
 
 def scenes_large(source, n=1000, seed=1):
-    """Built-in drawings of three objects of 12 colours and 12 shapes, which few captions share.
-
-    As `scenes`, of which `python evaluate.py describe scenes` tells the subsets. They change the
-    first two objects; the third stays as it is. single asks for one of 144 objects.
-    """
+    """As `scenes` (see `python evaluate.py describe scenes`), with three objects of 12 colours and
+    12 shapes, which few captions share. The subsets change the first two objects, the third stays
+    as it is. single asks for one of 144 objects."""
     yield from scene_tasks("large", source, n, seed)
 
 
@@ -1450,8 +1457,8 @@ def scene_retrieval(data, images, captions):
 
 
 def single_objects(data, n, seed):
-    """One object in each image, in turn each that the world has; a class is right if its object is
-    the same, or its colour, or its shape."""
+    """One object in each image, in turn each that the world has. Right is the object, or whatever
+    has its colour, or its shape."""
     objects = list(itertools.product(data.world.colours, data.world.shapes))
     texts = [(f"a {colour} {shape}",) for colour, shape in objects]
 
@@ -1536,7 +1543,10 @@ def aro(source):
             "caption": ["...", "...", "...", "...", "..."]}, ...]
     """
     if source.subset in ("coco_order", "flickr30k_order"):
-        yield aro_order(source)
+        names, captions = captions_of_images(source)
+        images = source.pictures(names)     # first, since the next line takes a while
+        texts = [orders(caption) for caption in captions]
+        yield Choices(source.subset, first_text_wins, 1 / 5, images, texts)
     elif source.subset == "vg_relation":
         yield aro_swap(source, "relation_name", str, least=1)
     else:
@@ -1558,12 +1568,6 @@ def aro_swap(source, label_key, label_type, least):
         if label in left_out or count[label] < least:
             labels[i] = None
     return Choices(source.subset, first_text_wins, 1 / 2, images, texts, labels)
-
-
-def aro_order(source):
-    names, texts = captions_of_images(source)
-    texts = [orders(caption) for caption in texts]
-    return Choices(source.subset, first_text_wins, 1 / 5, source.pictures(names), texts)
 
 
 def captions_of_images(source):
@@ -1631,8 +1635,7 @@ def winoground(source):
 
 
 def paired_choices(source, names, texts, rules=PAIRED):
-    """N tuples of two file names, and of two captions, by each of the rules {subset: (margin,
-    chance)}."""
+    """N pairs of file names, and of captions, by each of the rules {subset: (margin, chance)}."""
     images = source.pictures(names)
     for subset, (margin, chance) in rules.items():
         yield Choices(subset, margin, chance, images, texts)
@@ -1708,11 +1711,10 @@ def cola(source):
 def bivlc(source):
     """An image of COCO and its caption, and a negative caption of SugarCrepe with an image that was
     made for it. As Winoground: text, image and group score, chance 1/4, 1/4 and 1/6. The 2,933
-    items of the test split.
+    items of the test split; download writes them in this form, by the package datasets.
 
         test.jsonl  {"image": "0_image.jpg", "negative_image": "0_negative_image.jpg",
                      "caption": "...", "negative_caption": "...", "type": "add", "subtype": "obj"}
-    (a hub data set: download writes it in this form, by the package datasets)
     """
     rows = source.rows("image", "negative_image", "caption", "negative_caption")
     names = pick(rows, "image", "negative_image")
@@ -1722,11 +1724,10 @@ def bivlc(source):
 def vismin(source):
     """Two images that differ in one object, attribute, count or spatial relation, and a caption of
     each. As Winoground, by category: CATEGORY_text, _image and _group; text, image and group are
-    the means over categories. 2,084 items.
+    the means over categories. 2,084 items; download writes them in this form, by datasets.
 
         test.jsonl  {"image_0": "0_image_0.jpg", "image_1": "0_image_1.jpg", "text_0": "...",
                      "text_1": "...", "category": "object", ...}
-    (a hub data set: download writes it in this form, by the package datasets)
     """
     rows = source.rows("image_0", "image_1", "text_0", "text_1", "category")
     for category, some in group(rows, "category").items():
@@ -1854,7 +1855,9 @@ def flickr8k(source):
     """
     names, texts = [], []
     for row in source.rows("filename", "split", kinds={"sentences": list}):
-        for sentence in row["sentences"] if row["split"] == "test" else ():
+        if row["split"] != "test":
+            continue
+        for sentence in row["sentences"]:
             if not has_keys(sentence, {"raw": str}):
                 raise ValueError("flickr8k: a sentence of dataset_flickr8k.json has no text (raw)")
             names.append((row["filename"],))
@@ -2005,9 +2008,10 @@ def imagenet(source):
 
 def folder(source):
     """Zero-shot classification of --data DIR, a folder of images for each class, top 1 and 5, with
-    the prompt "a photo of a {}.". --classes FILE has a name for each folder, one a line, in the
-    order of the sorted folders."""
-    data = image_folder(source, source.options.data or "")
+    the prompt "a photo of a {}.". --classes FILE has a name, one a line, for each sorted folder."""
+    if not source.options.data:
+        raise Missing(needs_data("folder"))
+    data = image_folder(source, source.options.data)
     path = source.options.classes or "no --classes"
     if not os.path.isfile(path):
         raise Missing(f"folder: {path}: give --classes FILE, with a name for each of the "
@@ -2029,7 +2033,7 @@ def choices(source):
     """
     options = source.options
     if not options.data:
-        raise Missing("choices: give --data FILE with the columns image, caption and negative")
+        raise Missing(needs_data("choices"))
     groups = {}         # {subset: rows of (picture, caption, negatives)}
     for number, row in enumerate(read_table(options.data), 1):
         image = row.get(options.image_key or "image")
@@ -2132,18 +2136,13 @@ def class_numbers(data):
     raise ValueError(f"{type(data).__name__} has no labels")
 
 
-READERS = {
-    "scenes": scenes, "scenes_large": scenes_large,
-    "scenes_crowded": scenes_crowded, "scenes_pointing": scenes_pointing,
-    "scenes_crowded_pointing": scenes_crowded_pointing,
-    "sugarcrepe": sugarcrepe, "sugarcrepe_pp": sugarcrepe_pp, "aro": aro, "valse": valse,
-    "winoground": winoground, "colorswap": colorswap, "whatsup": whatsup, "cola": cola,
-    "bivlc": bivlc, "vismin": vismin, "mmvp": mmvp, "negbench": negbench,
-    "hard_positives": hard_positives, "vl_checklist": vl_checklist, "retrieval": retrieval,
-    "flickr8k": flickr8k, "long_retrieval": long_retrieval, "pointing": pointing,
-    "imagenet": imagenet, "imagenet_v2": imagenet, "imagenet_a": imagenet, "imagenet_r": imagenet,
-    "imagenet_sketch": imagenet, "folder": folder, "choices": choices,
-    **dict.fromkeys(TORCHVISION, torchvision_set)}
+READERS = {reader.__name__: reader for reader in (
+    scenes, scenes_large, scenes_crowded, scenes_pointing, scenes_crowded_pointing, sugarcrepe,
+    sugarcrepe_pp, aro, valse, winoground, colorswap, whatsup, cola, bivlc, vismin, mmvp, negbench,
+    hard_positives, vl_checklist, retrieval, flickr8k, long_retrieval, pointing, imagenet, folder,
+    choices)}
+READERS |= dict.fromkeys(("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch"), imagenet)
+READERS |= dict.fromkeys(TORCHVISION, torchvision_set)
 
 
 # ---- download ----------------------------------------------------------------------------------
@@ -2204,11 +2203,9 @@ def fetch_archive(archive, data_dir):
 
 
 def fetch(url, path, sha256, data_dir):
-    """Make sure that the file of url lies at path, and that it is the true one. Raises ValueError.
-
-    sha256: of the true file. Where it is not known, that of the first download is printed, kept in
-    DATA_DIR/sha256.json and compared from then on.
-    """
+    """Make sure that the file of url lies at path, and is the true one, or raise ValueError. Where
+    its sha256 is not known (None), that of the first download is printed, kept in
+    DATA_DIR/sha256.json and compared from then on."""
     by_hand = f"try again, or fetch {url} by hand and put it at {path}"
     if not os.path.isfile(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -2329,8 +2326,7 @@ def check_members(members, folder, limit):
 def check_names(benches):
     for bench in benches:
         if bench not in BENCHES:
-            raise ValueError(f"no bench {bench!r}: expected some of {', '.join(BENCHES)}, joined "
-                             "by commas, or to evaluate all")
+            raise ValueError(f"no bench {bench!r}: expected some of {', '.join(BENCHES)}, or all")
 
 
 def describe(bench, data_dir):
@@ -2362,16 +2358,14 @@ def describe(bench, data_dir):
 # ---- comparison --------------------------------------------------------------------------------
 
 def mcnemar(gained, lost):
-    """Two-sided p of the exact McNemar test for so many items gained and lost, taken as
-    independent."""
+    """Two-sided p of the exact McNemar test, which takes the items as independent."""
     changed = gained + lost
     tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2 ** changed)
 
 
 def read_results(path):
-    """A file of --json -> its model's name, {bench: {subset or mean: results}}, where each result
-    has under data what it was made of."""
+    """A file of --json -> its model's name, {bench: {subset or mean: result, with its data}}."""
     file = json.loads(Path(path).read_text("utf-8"))
     found = {}
     for bench, subsets in file["results"].items():
@@ -2382,11 +2376,10 @@ def read_results(path):
 
 def read_all_results(paths):
     """-> the models' names and their results, as read_results gives them."""
+    read = []
     for path in paths:
         if not os.path.isfile(path):
             raise ValueError(f"no file {path}: expected files of --json")
-    read = []
-    for path in paths:
         with expecting(f"{path}: expected files of --json"):
             read.append(read_results(path))
     return zip(*read)
@@ -2549,8 +2542,7 @@ def format_table(title, columns, names, results, form="text", reference=False):
 
 
 def find_result(file, parts):
-    """The result of one (bench, subset), or the mean of those of several; None if one is not there.
-    """
+    """The result of one (bench, subset), or the mean of several; None if one is not there."""
     found = [file.get(bench, {}).get(subset) for bench, subset in parts]
     if None in found:
         return None
@@ -2660,13 +2652,10 @@ def escape_latex(text):
 
 def csv_form(head, rows):
     """Each figure in three columns: NAME, NAME_low and NAME_high."""
+    labels = [Cell(label, f"{label}_low", f"{label}_high") for label in head[1:]]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    line = head[:1]
-    for label in head[1:]:
-        line += [label, f"{label}_low", f"{label}_high"]
-    writer.writerow(line)
-    for name, *cells in rows:
+    for name, *cells in [[head[0], *labels], *rows]:
         line = [name]
         for cell in cells:
             line += [cell.value, cell.low, cell.high]
@@ -2681,6 +2670,7 @@ TABLE_FORMS = {"text": text_form, "markdown": markdown_form, "latex": latex_form
 
 CURVES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # colours that colour-blind people tell apart (Okabe and Ito 2008)
+PLAIN = ("c2lip", "siglip", "clip", "fsc_clip")     # whose term contrastive is the plain loss
 
 
 def new_figure(width, height):
@@ -2690,15 +2680,14 @@ def new_figure(width, height):
 
 
 def read_log(path):
-    """A log.jsonl of train.py -> {"loss": {step: value}, "scenes.swap_att": {step: percent}, ...}.
-
-    Where a step occurs twice, after a resume, the later one counts.
-    """
-    curves = {}
+    """A log.jsonl of train.py -> {"loss": {step: value}, "scenes.swap_att": {step: percent}, ...},
+    and the arguments of the run. Of a step that occurs twice, after a resume, the later counts."""
+    curves, arguments = {}, {}
     for line in Path(path).read_text("utf-8", "replace").splitlines():
         try:
             row = json.loads(line)
             values = dict(row)
+            arguments = dict(row.get("args", arguments))
             for bench, subsets in row.get("eval", {}).items():
                 for name, result in subsets.items():
                     values[f"{bench}.{name}"] = 100 * result["accuracy"]
@@ -2708,12 +2697,43 @@ def read_log(path):
         for key, value in values.items():
             if "step" in row and type(value) in (int, float) and math.isfinite(value):
                 curves.setdefault(key, {})[row["step"]] = value
-    return curves
+    return curves, arguments
+
+
+def default_keys(logs, runs):
+    """The curves to draw of runs with these logs and arguments: each evaluated subset, and the loss
+    if it sums the same in all. If not, and no subset is in all, a term that means the same."""
+    figures = [key for key in all_keys(logs) if "." in key]
+    sums, forms, methods = [], set(), set()
+    for log, run in zip(logs, runs):
+        if "loss" in log:
+            form = "logit_bias" in log          # sigmoid, or softmax
+            method = run.get("method")
+            settings = {"form": form, "method": method}
+            for key, value in run.items():
+                if key in ("dedupe", "concept_count") or key.endswith("_weight") and value:
+                    settings[key] = value
+            sums.append(settings)
+            forms.add(form)
+            methods.add(method)
+    if not sums:
+        return figures
+    if sums.count(sums[0]) == len(sums):
+        return ["loss", *figures]
+    differ = "plot: the losses of these runs sum different terms, or weigh them differently"
+    if set(figures).intersection(*logs):
+        print(f"{differ}, and are left out: --keys loss draws them")
+        return figures
+    if len(forms) == 1 and methods.issubset(PLAIN):
+        print(f"{differ}: their term contrastive is drawn, which is the same in all")
+        return ["contrastive", *figures]
+    print(f"{differ}: compare their course, not their height")
+    return ["loss", *figures]
 
 
 def plot(files, keys=None, radar=False, output="curves.png"):
-    """Draw the curves of runs into a file: the loss and each evaluated subset, or those of keys.
-    Of files of --json instead, draw their results as bars, or radar charts."""
+    """Draw the curves of runs into a file: default_keys, or those of keys. Of files of --json
+    instead, draw their results as bars, or radar charts."""
     if len(files) > len(CURVES):
         raise ValueError(f"plot takes up to {len(CURVES)} files")
     if all(path.endswith(".json") for path in files):
@@ -2722,12 +2742,9 @@ def plot(files, keys=None, radar=False, output="curves.png"):
         draw = draw_radars if radar else draw_bars
         save_figure(draw(names, results, tables), output)
         return
-    logs = [read_log(path) for path in files]
+    logs, runs = zip(*[read_log(path) for path in files])
     known = all_keys(logs)
-    if keys is None:
-        chosen = [key for key in known if key == "loss" or "." in key]
-    else:
-        chosen = keys.split(",")
+    chosen = keys.split(",") if keys else default_keys(logs, runs)
     if not all(logs) or not chosen or not set(chosen) <= set(known):
         raise ValueError("plot takes log.jsonl of train.py, none empty, and --keys from: "
                          + ", ".join(known))
@@ -2856,8 +2873,7 @@ def similarity_maps(model, image, phrases):
 
 
 def seen_box(model, size):
-    """What a model sees of an image of size (width, height): left, right, bottom, top in pixels, as
-    imshow's extent."""
+    """What a model sees of an image of this size, as imshow's extent: left, right, bottom, top."""
     width, height = size
     if model.config.resize == "shortest":       # the square in the middle
         side = min(width, height)
@@ -2892,16 +2908,14 @@ def show(checkpoint, image=None, scene=0, caption=None, concepts=None, boxes=Non
         caption = caption or row["caption"]
     phrases = concepts or extract(caption or "")
     if not phrases:
-        raise ValueError("show has no phrases for --image: give --concepts, or a --caption with "
-                         "noun phrases")
+        raise ValueError("show has no phrases: give --concepts, or a --caption with noun phrases")
     maps = [similarity_maps(model, picture, phrases) for model in models]
     seen = [seen_box(model, picture.size) for model in models]
     save_figure(draw_maps(picture, phrases, names, maps, seen, known), output)
 
 
 def boxes_of(phrase, boxes):
-    """Of [category, x, y, width, height] ...: those of the longest category that a phrase names, in
-    singular or plural."""
+    """[category, x, y, width, height] ... -> boxes of the longest category that a phrase names."""
     words = f" {phrase.lower()} "
     named = [box for box in boxes
              if f" {box[0]} " in words or f" {plural_of(box[0])} " in words]
@@ -2996,15 +3010,11 @@ class OpenCLIP(torch.nn.Module):
             self.model, _, self.transform = open_clip.create_model_and_transforms(
                 architecture, pretrained=pretrained, weights_only=True)
             self.tokenize = open_clip.get_tokenizer(architecture)
+            self.encode_image = self.model.encode_image
+            self.encode_text = self.model.encode_text
         except Exception as error:      # of many kinds: an unknown tag, no network, a wrong file
             first_line = str(error).strip().split("\n")[0]
             raise ValueError(f"open_clip:{name} cannot be read: {first_line[:300]}") from None
-
-    def encode_image(self, pixels):
-        return self.model.encode_image(pixels)
-
-    def encode_text(self, tokens):
-        return self.model.encode_text(tokens)
 
 
 def load_source(source, name=None):
@@ -3017,7 +3027,9 @@ def load_source(source, name=None):
 def models_of(checkpoint, init, name, weight):
     """Yield (what it is called, model) for each that --checkpoint, --init, --model mean."""
     checkpoints = checkpoint.split(",") if checkpoint else []
-    sources = init.split(",") if init else [None] if name else []
+    sources = init.split(",") if init else []
+    if name and not init:
+        sources = [None]            # the default weights of that name
     if weight is not None:
         if len(checkpoints) != 1 or len(sources) != 1:
             raise ValueError("--interpolate takes one --checkpoint and one --init (or --model)")
@@ -3051,8 +3063,7 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
     benches = (bench or default_bench(settings["data"])).split(",")
     if benches != ["all"]:
         check_names(benches)
-    options = running_options(settings)
-    start_processes(options.device)
+    options = prepare(settings)
     started = time.time()
     files = []          # what --json holds of each model
     for label, network in models_of(checkpoint, init, model, interpolate):
@@ -3082,33 +3093,23 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
         given = {"init": init, "model": model, "tokenizer": tokenizer, "interpolate": interpolate}
         given |= {"bench": bench, "torch": torch.__version__, "processes": WORLD, **settings}
         write_json(json_path, files, given)
-    stop_processes()
 
 
-def running_options(settings):
-    """Options of flags, with the device and the number of workers that None means."""
+def prepare(settings):
+    """Options of flags, with device and workers filled in; torchrun's processes meet."""
     options = Options(**settings)
     has_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not has_gpu:
-        raise ValueError("--device cuda: torch finds no GPU with a driver here; leave it out, or "
-                         "give --device cpu")
+        raise ValueError("--device cuda: torch finds no GPU with a driver: give --device cpu")
     if options.device is None:
         options.device = "cuda" if has_gpu else "cpu"
     if options.workers is None:
         options.workers = min(8, os.cpu_count() or 1) if options.device == "cuda" else 0
-    return options
-
-
-def start_processes(device):
     if WORLD > 1:
-        if device == "cuda":
+        if options.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-
-
-def stop_processes():
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+    return options
 
 
 def write_json(path, files, settings):
@@ -3122,11 +3123,10 @@ def write_json(path, files, settings):
 
 def verify(registry, bench, tolerance, **settings):
     """Print our figures of public checkpoints beside the published ones."""
-    options = running_options(settings)
-    start_processes(options.device)
+    options = prepare(settings)
     only = bench.split(",") if bench else list(BENCHES)
     check_names(only)
-    close, far = 0, 0
+    close, count = 0, 0
     for name, entry in read_registry(registry).items():
         figures = {key: value for key, value in entry["figures"].items() if key in only}
         try:
@@ -3147,12 +3147,12 @@ def verify(registry, bench, tolerance, **settings):
                     continue
                 ours = 100 * found["accuracy"]
                 is_close = abs(ours - published) <= tolerance + 1e-9
-                close, far = close + is_close, far + (not is_close)
+                close += is_close
+                count += 1
                 verdict = "" if is_close else f"  more than {tolerance:g}"
                 print0(f"{key + ' ' + subset:32s}  {ours:6.1f}  {published:9.1f}  "
                       f"{ours - published:+10.1f}{verdict}")
-    print0(f"\n{close} of {close + far} figures are within {tolerance:g} points")
-    stop_processes()
+    print0(f"\n{close} of {count} figures are within {tolerance:g} points")
 
 
 def read_registry(path):
@@ -3223,6 +3223,8 @@ def call(argv):
     arguments = vars(parse(argv))
     command = arguments.pop("command")
     FUNCTIONS[command](**arguments)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main(argv):

@@ -355,7 +355,8 @@ def test_plot_draws_each_run_where_its_values_are(tmp_path, figures):
 def test_plot_counts_torn_lines_and_takes_the_later_of_two(tmp_path, capsys, figures):
     rows = [{"step": 1, "loss": 5.0}, '{"step": 2, "lo\n', "7\n", {"step": 2, "loss": float("nan")},
             {"step": 3, "loss": 9.0}, {"step": 3, "loss": 2.0}]
-    assert evaluate.read_log(log_file(tmp_path / "read", rows)) == {"step": {1: 1, 2: 2, 3: 3}, "loss": {1: 5.0, 3: 2.0}}
+    curves = {"step": {1: 1, 2: 2, 3: 3}, "loss": {1: 5.0, 3: 2.0}}
+    assert evaluate.read_log(log_file(tmp_path / "read", rows)) == (curves, {})
     assert capsys.readouterr().out.count("a line skipped") == 2
     command(["plot", log_file(tmp_path / "torn", rows), "--output", str(tmp_path / "c.png")])
     assert capsys.readouterr().out.count("a line skipped") == 2 and len(figures[0].axes) == 1
@@ -365,6 +366,34 @@ def test_plot_counts_torn_lines_and_takes_the_later_of_two(tmp_path, capsys, fig
     assert [len(panel.get_lines()) for panel in figures[1].axes] == [1, 1, 1]
     constant = log_file(tmp_path / "flat", [{"step": 0, "loss": 0.0}])      # one point, no range on either axis
     command(["plot", constant, "--output", str(tmp_path / "c.png")])
+
+
+def test_plot_draws_of_several_methods_what_means_the_same_in_all(tmp_path, capsys, figures):
+    def training(name, method, bias=-10.0, bench=None, **weights):
+        rows = [{"args": {"method": method, **weights}}]
+        for step in range(1, 4):
+            rows.append({"step": step, "loss": 1.0, "contrastive": 0.5, "logit_bias": bias})
+        if bench:
+            rows.append({"step": 3, "eval": {bench: {"x": {"accuracy": 0.5}}}})
+        return log_file(tmp_path / name, rows)
+
+    def drawn(*logs):
+        command(["plot", *logs, "--output", str(tmp_path / "c.png")])
+        return [panel.get_title() for panel in figures.pop().axes], capsys.readouterr().out.split("\n")[:-2]
+
+    plain, ours = training("plain", "siglip"), training("ours", "c2lip", npc_weight=1.0)
+    hard, softmax = training("hard", "negclip"), training("softmax", "clip", bias=None)
+    assert drawn(plain, training("again", "siglip", npc_weight=0.0)) == (["loss"], [])
+    titles, (line,) = drawn(plain, ours)
+    assert titles == ["contrastive"] and "contrastive is drawn, which is the same in all" in line
+    assert drawn(ours, training("more", "c2lip", npc_weight=2.0))[0] == ["contrastive"]
+    for other in hard, softmax:
+        titles, (line,) = drawn(plain, other)
+        assert titles == ["loss"] and "compare their course, not their height" in line
+    a, b = training("a", "siglip", bench="s"), training("b", "negclip", bench="s")
+    titles, (line,) = drawn(a, b)
+    assert titles == ["x (s)"] and "left out: --keys loss draws them" in line
+    assert drawn(a, ours)[0] == ["contrastive", "x (s)"]
 
 
 def test_plot_draws_results_as_bars(three, tmp_path, figures):
@@ -737,7 +766,7 @@ def test_mistakes_in_ones_own_table(own, text, says):
     (own / "own.csv").write_text(text)
     with pytest.raises(ValueError, match=says):
         evaluate.run(nano(0).eval(), ["choices"], data=str(own / "own.csv"), image_root=str(own))
-    with pytest.raises(ValueError, match="choices: give --data FILE"):
+    with pytest.raises(ValueError, match="choices: --data is missing, for example --data mine.csv"):
         evaluate.run(nano(0).eval(), ["choices"])
 
 
