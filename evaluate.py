@@ -140,7 +140,8 @@ def build_parser():
 
 def add_compare_arguments(p):
     p.add_argument("files", nargs="+", metavar="JSON", help="two or more files written by --json")
-    p.add_argument("--items", action="store_true", help="of two files, print what changed")
+    p.add_argument("--items", action="store_true",
+                   help="of two files, print each item gained and lost")
     p.add_argument("--format", dest="form", choices=("text", "markdown", "latex", "csv"),
                    help="print a table to paste, a row a model; the best is marked where the "
                         "paired interval of its lead over the second excludes 0")
@@ -1340,9 +1341,11 @@ def scenes(source, n=1000, seed=1):
 
 
 def scenes_large(source, n=1000, seed=1):
-    """As `scenes` (see `python evaluate.py describe scenes`), with three objects of 12 colours and
-    12 shapes, which few captions share. The subsets change the first two objects, the third stays
-    as it is. single asks for one of 144 objects."""
+    """Built-in drawings of three objects of 12 colours and 12 shapes, which few captions share.
+
+    As `scenes`, of which `python evaluate.py describe scenes` tells the subsets. They change the
+    first two objects; the third stays as it is. single asks for one of 144 objects.
+    """
     yield from scene_tasks("large", source, n, seed)
 
 
