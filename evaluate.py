@@ -1366,7 +1366,7 @@ def scenes_pointing(source, n=1000, seed=1):
 
 
 def scenes_crowded_pointing(source, n=1000, seed=1):
-    """The 1,000 built-in drawings of four objects of scenes_crowded; for each of the four, named by a
+    """The 1,000 built-in drawings of scenes_crowded; for each of their four objects, named by a
     caption or not, the patch most similar to "a red circle" must lie in its quadrant (chance 25).
     """
     yield from scene_pointing("crowded", source, n, seed)
