@@ -44,7 +44,9 @@ from PIL import Image
 FIXTURES = HERE / "fixtures"
 PINS = FIXTURES / "pins.json"
 TOKENIZER = FIXTURES / "pins_tokenizer.json"
-METHODS = ("c2lip", "siglip", "clip", "negclip", "ce_clip", "degla", "con_clip", "triplet_clip")
+METHODS = ("c2lip", "siglip", "clip", "negclip", "ce_clip", "degla", "con_clip", "triplet_clip", "tecoa", "gift", "clic",
+           "fsc_clip", "cs_clip")
+ADDED_TERMS = ["--caption-xac-weight", "0.1", "--paraphrase-weight", "0.5"]       # terms that any method takes
 
 
 def sha(content):
@@ -192,8 +194,9 @@ def write_rows(path, rows):
 
 SMALL = ["--dtype", "float64", "--steps", "3", "--log-every", "1", "--batch-size", "32", "--eval-every", "0",
          "--warmup", "2", "--lr", "3e-4"]
-TERMS = ("loss", "contrastive", "npc", "xac", "cmr", "imc", "tgc", "igc", "distill", "grad_norm", "lr", "logit_scale",
-         "logit_bias", "own_concept")
+TERMS = ("loss", "contrastive", "npc", "xac", "caption_xac", "paraphrase", "cmr", "imc", "tgc", "igc", "cd", "ita", "awc",
+         "pairs", "sneg", "uni", "ghn", "lhn", "units", "distill", "grad_norm", "lr", "logit_scale", "logit_bias",
+         "own_concept")
 
 
 def logged(folder):
@@ -216,18 +219,22 @@ def find_methods(folder, world=1, extra=()):
     picture(f"{folder}/0.png", random.Random(0))
     Path(folder, "small.csv").write_text("image,caption\n0.png,a red circle\n")
     common = [*SMALL, "--bench", "retrieval", "--val-data", f"{folder}/small.csv", "--image-root", str(folder)]
-    return train_all(folder, {method: [*common, "--method", method] for method in METHODS}, world, extra)
+    runs = {method: ["--method", method] for method in METHODS}
+    runs["siglip_added"] = ["--method", "siglip", *ADDED_TERMS]
+    return train_all(folder, {name: [*common, *args] for name, args in runs.items()}, world, extra)
 
 
 def made_pairs(folder):
-    """A table of 48 pairs: some with negatives, a negative image, neighbours, concepts, several captions."""
+    """A table of 48 pairs: some with negatives, a negative image, neighbours, concepts, units, several captions; and two
+    more columns of captions, of several sentences and of few different names."""
     rng = random.Random(11)
     captions = (FIXTURES / "captions.txt").read_text("utf-8").splitlines()
     rows = []
     for i in range(48):
         picture(f"{folder}/{i}.png", rng)
         picture(f"{folder}/not{i}.png", rng)
-        row = {"image": f"{i}.png", "caption": captions[i]}
+        row = {"image": f"{i}.png", "caption": captions[i], "paragraph": " ".join(captions[2 * i:2 * i + 3]),
+               "label": WORDS[i % 7]}
         if i % 4 == 0:
             row["negatives"] = [captions[i + 1], "", captions[i + 2].upper(), captions[i + 3]]
         if i % 3 == 0:
@@ -236,6 +243,8 @@ def made_pairs(folder):
             row["neighbours"] = [(i + 7) % 48, (3 * i) % 48]
         if i % 6 == 0:
             row["concepts"] = ["a thing", f"number {i}", "a thing"]
+        if i % 5 == 1:
+            row["units"] = [[captions[i], captions[i + 1]], ["a thing", "no thing"], [captions[i], captions[i + 2]]]
         if i % 7 == 0:
             row["caption"] = [captions[i], captions[i + 60]]
         rows.append(row)
@@ -252,6 +261,13 @@ def find_pairs(folder, world=1, extra=()):
     runs["c2lip_softmax"] = ["--loss", "clip"]
     runs["c2lip_span_distill"] = ["--concept-features", "span", "--distill-weight", "0.1", "--ema", "0.9"]
     runs["degla_softmax"] = ["--method", "degla", "--loss", "clip"]
+    runs["fsc_clip_softmax"] = ["--method", "fsc_clip", "--loss", "clip"]
+    runs["cs_clip"] = ["--method", "cs_clip"]
+    runs["tecoa_labels"] = ["--method", "tecoa", "--caption-key", "label"]
+    runs["gift_replay"] = ["--method", "gift", "--replay", table]
+    runs["clic_paragraphs"] = ["--method", "clic", "--loss", "clip", "--caption-key", "caption,paragraph"]
+    runs["siglip_sentences"] = ["--method", "siglip", *ADDED_TERMS, "--caption-xac-sentences", "2", "--caption-key",
+                                "caption,paragraph"]
     return train_all(folder, {name: [*common, *args] for name, args in runs.items()}, world, extra)
 
 
