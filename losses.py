@@ -1,11 +1,15 @@
 """Contrastive losses over images, captions, concepts and hard negatives, exact at any world size.
 
+What is copied most stands first: siglip_loss, clip_loss, npc_loss, xac_loss, and concept_columns,
+which makes the columns of the latter two. Then come what all losses are made of, the losses of
+other papers, METHODS, the table that train.py chooses from, and last what processes exchange.
+
 How the shares add up. Every loss but awc_loss takes this process's own rows (b), against the
 captions or concepts of all processes (N columns) where it compares them, and returns this process's
-share: its part of the whole batch's loss. Summed over processes, the shares are the loss of the
-whole batch on one device. DistributedDataParallel averages gradients, so multiply by the world size
-before the backward. Then the gradient of every parameter is that of one process with the whole
-batch:
+share, Tensor () of at least float32: its part of the whole batch's loss. A loss of several terms
+returns a dict of shares. Summed over processes, the shares are the loss of the whole batch on one
+device. DistributedDataParallel averages gradients, so multiply by the world size before the
+backward. Then the gradient of every parameter is that of one process with the whole batch:
 
     texts = gather_features(text_features)
     offset = first_row(len(image_features))
@@ -321,11 +325,6 @@ def caption_xac_loss(similarity, logit_scale, logit_bias=None, offset=0, sentenc
         As in siglip_loss. A caption is positive for its own image.
     sentence_labels : Tensor (b, S) bool, optional
         Whether the image's caption holds the sentence, as in npc_loss.
-
-    Returns
-    -------
-    Tensor ()
-        This process's share.
     """
     if sentence_labels is None:
         return xac_loss(similarity, _diagonal(similarity, offset), logit_scale, logit_bias)
@@ -355,14 +354,9 @@ def paraphrase_loss(paraphrase_features, text_features, mask, logit_scale, logit
     text_features : Tensor (B, D)
         Of all processes.
     mask : Tensor (b,) bool
-        Of this process, false where there is no second caption.
+        Of this process, false where there is no second caption. Without any the loss is 0.
     logit_scale, logit_bias, offset
         As in siglip_loss.
-
-    Returns
-    -------
-    Tensor ()
-        This process's share. It is 0 without any second caption.
     """
     mask = mask.to(paraphrase_features.device, non_blocking=True)[:, None]  # (b, 1)
     count = _global_sum(mask.sum())
@@ -415,7 +409,9 @@ def tecoa_loss(image_features, text_features, labels, logit_scale, logit_bias=No
     with logit_bias the sigmoid loss of the same pairs / B. The paper's texts are the names of
     classes, "This is a photo of a {}", of which an image has one. Here they are the captions of the
     batch. Where the data has classes, give each row that text as its caption: rows of one class
-    then are each other's, and a class weighs as much as the batch has rows of it.
+    then are each other's, and a class weighs as much as the batch has rows of it. The paper trains
+    the image tower alone; its released code holds logit_scale, too, and gives as its example an
+    attack of 2 steps with epsilon 1 / 255.
 
     Parameters
     ----------
@@ -425,12 +421,6 @@ def tecoa_loss(image_features, text_features, labels, logit_scale, logit_bias=No
         Of all processes.
     labels : Tensor (b, B) bool
         Whether a caption is the image's own, or equal to it.
-
-    Returns
-    -------
-    Tensor ()
-        This process's share. The paper trains the image tower alone; its released code holds
-        logit_scale, too, and gives as its example an attack of 2 steps with epsilon 1 / 255.
     """
     logits = _logits(image_features, text_features, logit_scale)  # (b, B)
     if logit_bias is not None:
@@ -534,11 +524,6 @@ def negclip_loss(image_features, text_features, negative_features, mask, logit_s
         Of all processes, false where there is no negative.
     logit_scale, logit_bias, offset
         As in siglip_loss.
-
-    Returns
-    -------
-    Tensor ()
-        This process's share.
     """
     texts = torch.cat([text_features, _valid(negative_features, mask)])  # (B + V, D)
     logits = _logits(image_features, texts, logit_scale)  # (b, B + V)
@@ -767,11 +752,6 @@ def cs_clip_loss(image_features, unit_features, foil_features, mask, logit_scale
         Of all processes, false where there is no unit.
     logit_scale, logit_bias, offset
         As in siglip_loss.
-
-    Returns
-    -------
-    Tensor ()
-        This process's share.
     """
     own = slice(offset, offset + len(image_features))
     total = 0
@@ -904,6 +884,7 @@ def _with_negative_images(image_features, text_features, negative_features, mask
 
 
 # ---- the methods: a function each, a row of METHODS each --------------------------------------
+# A method takes Features f and returns {term: this process's share}.
 @dataclass
 class Features:
     """What the loss of a method may read. What the method does not want is None.
@@ -943,45 +924,35 @@ class Features:
     unit_mask: torch.Tensor | None = None                       # (B, K) bool, false where none is
 
 
-def _image_text_share(features):
-    """siglip_loss where the model has a bias, else clip_loss."""
-    f = features
+def plain(f):
+    """Images and captions alone: SigLIP's loss where the model has a bias, else CLIP's."""
     if f.logit_bias is None:
-        return clip_loss(f.image_features, f.text_features, f.logit_scale, f.offset)
-    return siglip_loss(f.image_features, f.text_features, f.logit_scale, f.logit_bias, f.offset)
+        contrastive = clip_loss(f.image_features, f.text_features, f.logit_scale, f.offset)
+    else:
+        contrastive = siglip_loss(f.image_features, f.text_features, f.logit_scale, f.logit_bias,
+                                  f.offset)
+    return {"contrastive": contrastive}
 
 
-def c2lip(features):
+def c2lip(f):
     """C2LIP: images and captions, images and concepts, attention-pooled images and concepts."""
-    terms = {"contrastive": _image_text_share(features)}
-    if features.concept_features is not None:
-        terms["npc"] = _npc_share(features)
-    if features.concept_similarity is not None:
-        terms["xac"] = _xac_share(features)
+    terms = plain(f)
+    if f.concept_features is not None:
+        terms["npc"] = _npc_share(f)
+    if f.concept_similarity is not None:
+        terms["xac"] = _xac_share(f)
     return terms
 
 
-def siglip(features):
-    """Images and captions alone, SigLIP's sigmoid loss (the method's default for --loss)."""
-    return {"contrastive": _image_text_share(features)}
-
-
-def clip(features):
-    """Images and captions alone, CLIP's softmax loss (the method's default for --loss)."""
-    return {"contrastive": _image_text_share(features)}
-
-
-def tecoa(features):
+def tecoa(f):
     """TeCoA: images that an attack has changed, against captions."""
-    f = features
     contrastive = tecoa_loss(f.image_features, f.text_features, _caption_labels(f), f.logit_scale,
                              f.logit_bias)
     return {"contrastive": contrastive}
 
 
-def gift(features):
+def gift(f):
     """GIFT: new pairs are contrasted, replayed pairs distilled from the model before."""
-    f = features
     labels = _caption_labels(f)
     if f.replayed:
         return gift_loss(f.image_features, f.text_features, f.teacher, labels, f.logit_scale,
@@ -990,86 +961,77 @@ def gift(features):
     return {"contrastive": _contrast_share(logits, labels, f.logit_bias, len(f.text_features))}
 
 
-def negclip(features):
+def negclip(f):
     """NegCLIP: swapped captions as negatives, similar images with theirs as more rows."""
-    f = features
     contrastive = negclip_loss(f.image_features, f.text_features, f.negative_features,
                                f.negative_mask, f.logit_scale, f.logit_bias, f.offset)
     return {"contrastive": contrastive}
 
 
-def ce_clip(features):
+def ce_clip(f):
     """CE-CLIP: negatives of four kinds, and a threshold for each, which is returned as well."""
-    f = features
     return ce_clip_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
                         f.thresholds, f.logit_scale, f.logit_bias, f.offset)
 
 
-def degla(features):
+def degla(f):
     """DeGLA: negatives of four kinds, and a teacher of averaged weights."""
-    f = features
     return degla_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
                       f.teacher, f.logit_scale, f.logit_bias, f.offset)
 
 
-def clic(features):
+def clic(f):
     """CLIC: every other batch is of images joined in pairs, the others as for clip or siglip."""
-    f = features
     if f.negative_features is None:
-        return {"contrastive": _image_text_share(f)}
+        return plain(f)
     return clic_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
                      f.logit_scale, f.logit_bias, f.offset)
 
 
-def fsc_clip(features):
+def fsc_clip(f):
     """FSC-CLIP: a focal loss over a caption and its negatives, and one over their words."""
-    f = features
     terms = fsc_clip_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
                           f.word_similarity, f.word_mask, f.logit_scale, f.logit_bias, f.offset)
-    return {"contrastive": _image_text_share(f), **terms}
+    return {**plain(f), **terms}
 
 
-def cs_clip(features):
+def cs_clip(f):
     """CS-CLIP: swapped captions as negatives, and parts of captions, each with a foil."""
-    f = features
-    terms = negclip(features)
+    terms = negclip(f)
     if f.unit_features is not None:
         terms["units"] = cs_clip_loss(f.image_features, f.unit_features, f.foil_features,
                                       f.unit_mask, f.logit_scale, f.logit_bias, f.offset)
     return terms
 
 
-def con_clip(features):
+def con_clip(f):
     """CoN-CLIP: negated captions, and images that they are true of."""
-    f = features
     contrastive = con_clip_loss(f.image_features, f.text_features, f.negative_features,
                                 f.negative_mask, f.negative_image_features, f.negative_image_mask,
                                 f.logit_scale, f.logit_bias, f.offset)
     return {"contrastive": contrastive}
 
 
-def triplet_clip(features):
+def triplet_clip(f):
     """TripletCLIP: swapped captions, and images that they are true of."""
-    f = features
     contrastive = triplet_clip_loss(f.image_features, f.text_features, f.negative_features,
                                     f.negative_mask, f.negative_image_features,
                                     f.negative_image_mask, f.logit_scale, f.logit_bias, f.offset)
     return {"contrastive": contrastive}
 
 
-def _npc_share(features):
-    return npc_loss(features.image_features, features.concept_features, features.concept_labels,
-                    features.logit_scale, features.logit_bias, features.concept_count)
+def _npc_share(f):
+    return npc_loss(f.image_features, f.concept_features, f.concept_labels, f.logit_scale,
+                    f.logit_bias, f.concept_count)
 
 
-def _xac_share(features):
-    return xac_loss(features.concept_similarity, features.concept_labels,
-                    features.logit_scale, features.logit_bias, features.concept_count)
+def _xac_share(f):
+    return xac_loss(f.concept_similarity, f.concept_labels, f.logit_scale, f.logit_bias,
+                    f.concept_count)
 
 
-def _caption_labels(features):
+def _caption_labels(f):
     """Which captions are an image's own (b, B): its row's, and equal ones where they are known."""
-    f = features
     if f.caption_labels is not None:
         return f.caption_labels
     return _diagonal(f.image_features.new_empty(len(f.image_features), len(f.text_features)),
@@ -1082,7 +1044,7 @@ class Method:
 
     A method wants concepts where its weights name npc or xac.
     """
-    # Takes Features, returns {term: this process's share}. ce_clip also returns "thresholds".
+    # One of the functions above. ce_clip also returns "thresholds".
     loss: Callable
     # {term: default weight}. The weight of contrastive is 1.
     weights: dict = field(default_factory=dict)
@@ -1111,8 +1073,8 @@ class Method:
 # All methods, with the published weights of their terms.
 METHODS = {
     "c2lip": Method(c2lip, {"npc": 1.0, "xac": 0.01}),
-    "siglip": Method(siglip, defaults={"loss": "siglip"}),
-    "clip": Method(clip, defaults={"loss": "clip"}),
+    "siglip": Method(plain, defaults={"loss": "siglip"}),
+    "clip": Method(plain, defaults={"loss": "clip"}),
     "tecoa": Method(tecoa, same_captions=True, defaults={"freeze": "text", "attack_steps": 2}),
     "gift": Method(gift, {"cd": 1.0, "ita": 0.25, "awc": 1.0}, replay=True, same_captions=True,
                    teacher=True),
@@ -1155,33 +1117,32 @@ TERMS = {
 EXTRA_TERMS = ("npc", "xac", "caption_xac", "paraphrase", "distill")
 
 
-def extra_terms(features, weights):
+def extra_terms(f, weights):
     """Those of EXTRA_TERMS that have a weight.
 
     weights is {term: weight} of the terms that the method does not give itself. Returns {term: this
     process's share} of those terms that have a weight other than 0 and whose inputs are there.
     """
     terms = {}
-    if weights.get("npc") and features.concept_features is not None:
-        terms["npc"] = _npc_share(features)
-    if weights.get("xac") and features.concept_similarity is not None:
-        terms["xac"] = _xac_share(features)
-    if weights.get("caption_xac") and features.caption_similarity is not None:
+    if weights.get("npc") and f.concept_features is not None:
+        terms["npc"] = _npc_share(f)
+    if weights.get("xac") and f.concept_similarity is not None:
+        terms["xac"] = _xac_share(f)
+    if weights.get("caption_xac") and f.caption_similarity is not None:
         terms["caption_xac"] = caption_xac_loss(
-            features.caption_similarity, features.logit_scale, features.logit_bias,
-            features.offset, features.sentence_labels)
-    if weights.get("paraphrase") and features.paraphrase_features is not None:
+            f.caption_similarity, f.logit_scale, f.logit_bias, f.offset, f.sentence_labels)
+    if weights.get("paraphrase") and f.paraphrase_features is not None:
         terms["paraphrase"] = paraphrase_loss(
-            features.paraphrase_features, features.text_features, features.paraphrase_mask,
-            features.logit_scale, features.logit_bias, features.offset)
-    if weights.get("distill") and features.teacher is not None:
-        own = slice(features.offset, features.offset + len(features.image_features))
+            f.paraphrase_features, f.text_features, f.paraphrase_mask, f.logit_scale,
+            f.logit_bias, f.offset)
+    if weights.get("distill") and f.teacher is not None:
+        own = slice(f.offset, f.offset + len(f.image_features))
         negatives, valid = None, None
-        if features.negative_features is not None:
-            negatives = features.negative_features[own]
-            valid = features.negative_mask[own].to(negatives.device, non_blocking=True)
-        terms["distill"] = _distill_share(features.image_features, features.text_features[own],
-                                          negatives, valid, features.teacher, own)
+        if f.negative_features is not None:
+            negatives = f.negative_features[own]
+            valid = f.negative_mask[own].to(negatives.device, non_blocking=True)
+        terms["distill"] = _distill_share(f.image_features, f.text_features[own], negatives, valid,
+                                          f.teacher, own)
     return terms
 
 
@@ -1262,15 +1223,14 @@ def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, de
     if concept_tokens is not None and not (dedupe and merge):
         raise ValueError("concept_tokens are given, but only equal concepts of one feature can be "
                          "shared: give dedupe=True and merge=True, or no concept_tokens")
-    sizes, ids = _sizes_and_ids(batch_size, concept_ids, pairs)
-    everyone = _exchange(
-        sizes,
-        ids if concept_tokens is None else ids[:len(concept_tokens)],
-        torch.zeros(0, 0) if concept_tokens is None else concept_tokens,
-        torch.zeros(0, 0) if negative_mask is None else negative_mask,
-        torch.zeros(0, 0) if unit_mask is None else unit_mask)
-    sizes, ids_of_all, tokens_of_all, masks, unit_masks = zip(*everyone)
-    rows, pair_counts, different_counts = torch.stack(sizes).T.tolist()
+    sizes = _sizes(batch_size, concept_ids, pairs)
+    encoded_ids = concept_ids
+    if concept_tokens is not None:
+        encoded_ids = concept_ids[:len(concept_tokens)]
+    own = (sizes, encoded_ids, concept_tokens, negative_mask, unit_mask)
+    everyone = _exchange(*[torch.zeros(0, 0) if x is None else x for x in own])
+    sizes_of_all, ids_of_all, tokens_of_all, masks, unit_masks = zip(*everyone)
+    rows, pair_counts, different_counts = torch.stack(sizes_of_all).T.tolist()
     plan = Plan(rows)
     if negative_mask is not None:
         plan.negative_mask = torch.cat(masks).bool()
@@ -1287,20 +1247,21 @@ def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, de
     return plan
 
 
-def _sizes_and_ids(batch_size, concept_ids, pairs):
-    """The numbers of images, of real pairs, and of different pairs (3,), and the ids (U,)."""
+def _sizes(batch_size, concept_ids, pairs):
+    """The numbers of images, of real pairs, and of different pairs: (3,)."""
     if concept_ids is None:
-        return torch.tensor([batch_size, 0, 0]), torch.zeros(0)
+        return torch.tensor([batch_size, 0, 0])
     image, concept = _real_pairs(pairs, concept_ids)
     different = torch.stack([image, concept_ids[concept]]).unique(dim=1)  # (2, P')
-    return torch.tensor([batch_size, len(image), different.shape[1]]), concept_ids
+    return torch.tensor([batch_size, len(image), different.shape[1]])
 
 
 def _fill_up(tokens, multiple, pad_id):
     """Add rows of padding up to a multiple, and at least to that: (U, L) -> (U', L)."""
-    rows = max(len(tokens), 1 if multiple > 1 else 0)
-    rows = -(-rows // multiple) * multiple
-    return F.pad(tokens, (0, 0, 0, rows - len(tokens)), value=pad_id)
+    missing = -len(tokens) % multiple
+    if len(tokens) == 0 and multiple > 1:
+        missing = multiple
+    return F.pad(tokens, (0, 0, 0, missing), value=pad_id)
 
 
 def share_concepts(concept_tokens, concept_ids, pad_id=0):
@@ -1393,17 +1354,17 @@ def _first_occurrences(ids):
 
 
 def _id_labels(held_ids, image, column_ids, batch_size):
-    """Tell whether image m holds the string of column n.
+    """Tell whether image m holds the string of column n: (b, N) bool.
 
-    held_ids (P,) and image (P,): the id of a string, which may be no column, and the image that
-    holds it. column_ids (N,): the id of each column's string. Returns (b, N) bool.
+    column_ids (N,) are the strings of the columns; held_ids (P,) are strings that images hold,
+    also such as are no column, and image (P,) the images that hold them.
     """
-    is_column = torch.isin(held_ids, column_ids)
-    held_ids, image = held_ids[is_column], image[is_column]
-    unique_ids, inverse = column_ids.unique(return_inverse=True)  # (S,), (N,)
-    holds = torch.zeros(batch_size, len(unique_ids), dtype=torch.bool)
-    holds[image, torch.searchsorted(unique_ids, held_ids)] = True  # (b, S)
-    return holds[:, inverse]
+    # The S different strings get the numbers 0 to S - 1, the same in columns and in images.
+    strings, numbers = torch.cat([column_ids, held_ids]).unique(return_inverse=True)
+    column_numbers, held_numbers = numbers.split([len(column_ids), len(held_ids)])
+    holds = torch.zeros(batch_size, len(strings), dtype=torch.bool)  # (b, S)
+    holds[image, held_numbers] = True
+    return holds[:, column_numbers]
 
 
 def _pair_labels(image, counts, batch_size):
@@ -1460,22 +1421,23 @@ def gather_together(tensors, counts):
     if not _distributed():
         return list(tensors)
     widths = [x.shape[1:].numel() for x in tensors]  # numbers in a row
-    # sizes[i][r]: how many numbers of tensor i come from process r
-    sizes = [[n * width for n in rows] for rows, width in zip(counts, widths)]
-    numbers_of_process = [sum(column) for column in zip(*sizes)]
+    sizes = []  # numbers of each tensor of process 0, then of each of process 1, and so on
+    numbers_of_process = []
+    for rows in zip(*counts):
+        own_sizes = [n * width for n, width in zip(rows, widths)]
+        sizes += own_sizes
+        numbers_of_process.append(sum(own_sizes))
     flat = torch.cat([x.flatten() for x in tensors])
-    everything = gather_features(flat, numbers_of_process)
-    pieces = [[] for _ in tensors]
-    start = 0
-    for process in range(len(numbers_of_process)):
-        for tensor_pieces, tensor_sizes in zip(pieces, sizes):
-            end = start + tensor_sizes[process]
-            tensor_pieces.append(everything[start:end])
-            start = end
-    return [torch.cat(parts).view(-1, *x.shape[1:]) for parts, x in zip(pieces, tensors)]
+    pieces = gather_features(flat, numbers_of_process).split(sizes)
+    gathered = []
+    for i, x in enumerate(tensors):
+        of_all = torch.cat(pieces[i::len(tensors)])  # tensor i of each process
+        gathered.append(of_all.view(-1, *x.shape[1:]))
+    return gathered
 
 
 class _Gather(torch.autograd.Function):
+    """gather_features where there are several processes; counts: the rows of each."""
     @staticmethod
     def forward(ctx, x, counts):
         ctx.counts, ctx.dtype = counts, x.dtype
@@ -1525,25 +1487,30 @@ def _exchange(*tensors):
     """Show every process's own tensors of integers to all processes.
 
     Every process gives as many tensors, with as many dimensions, of whatever sizes. Returns a list
-    over processes of lists of these tensors, on the CPU. Takes two collectives: the shapes, then
-    all numbers in one row.
+    over processes of lists of these tensors, on the CPU. Takes two collectives: how many numbers
+    and which shapes each process has, then all its numbers in one row.
     """
     tensors = [x.to("cpu", torch.int64) for x in tensors]
     if not _distributed():
         return [tensors]
-    dimensions = [x.ndim for x in tensors]
-    shapes = _all_gather(torch.cat([torch.tensor(x.shape) for x in tensors]))  # (W, sum)
-    shapes = [process.split(dimensions) for process in shapes]
-    sizes = [[int(shape.prod()) for shape in process] for process in shapes]
     own = torch.cat([x.flatten() for x in tensors])
-    padded = own.new_zeros(max(map(sum, sizes)))
-    padded[:len(own)] = own
-    numbers = _all_gather(padded)
-    everyone = []
-    for row, its_sizes, its_shapes in zip(numbers, sizes, shapes):
-        parts = row[:sum(its_sizes)].split(its_sizes)
-        everyone.append([x.view(shape.tolist()) for x, shape in zip(parts, its_shapes)])
-    return everyone
+    own_shapes = torch.cat([torch.tensor(x.shape) for x in tensors])
+    shapes = _all_gather(F.pad(own_shapes, (1, 0), value=len(own)))
+    lengths, shapes = shapes[:, 0], shapes[:, 1:]  # (W,), (W, dimensions of all tensors)
+    rows = _all_gather(F.pad(own, (0, int(lengths.max()) - len(own))))  # (W, longest)
+    dimensions = [x.ndim for x in tensors]
+    return [_cut(row, shape.split(dimensions)) for row, shape in zip(rows, shapes)]
+
+
+def _cut(row, shapes):
+    """Cut a row of numbers into tensors of these shapes; what follows them is padding."""
+    tensors = []
+    start = 0
+    for shape in shapes:
+        end = start + int(shape.prod())
+        tensors.append(row[start:end].view(shape.tolist()))
+        start = end
+    return tensors
 
 
 def _all_gather(x, device=None):
