@@ -7,9 +7,10 @@ other papers, METHODS, the table that train.py chooses from, and last what proce
 How the shares add up. Every loss but awc_loss takes this process's own rows (b), against the
 captions or concepts of all processes (N columns) where it compares them, and returns this process's
 share, Tensor () of at least float32: its part of the whole batch's loss. A loss of several terms
-returns a dict of shares. Summed over processes, the shares are the loss of the whole batch on one
-device. DistributedDataParallel averages gradients, so multiply by the world size before the
-backward. Then the gradient of every parameter is that of one process with the whole batch:
+returns a dict of shares. On one process the share is the loss. Summed over processes, the shares
+are the loss of the whole batch on one device. DistributedDataParallel averages gradients, so
+multiply by the world size before the backward. Then the gradient of every parameter is that of one
+process with the whole batch:
 
     texts = gather_features(text_features)
     offset = first_row(len(image_features))
@@ -111,8 +112,6 @@ def npc_loss(image_features, concept_features, labels, logit_scale, logit_bias=N
     Tensor ()
         This process's share, of at least float32. It is 0 (with a graph) without any concept.
     """
-    if count is None:
-        count = labels.shape[1]
     logits = _logits(image_features, concept_features, logit_scale)  # (b, N)
     return _contrast_share(logits, labels, logit_bias, count)
 
@@ -124,8 +123,6 @@ def xac_loss(similarity, labels, logit_scale, logit_bias=None, count=None):
     comes from pooling.concept_similarity of this process's patch tokens and all concepts. The rest
     is as in npc_loss, on z = logit_scale similarity (+ logit_bias).
     """
-    if count is None:
-        count = labels.shape[1]
     logits = logit_scale * _float(similarity)  # (b, N)
     return _contrast_share(logits, labels, logit_bias, count)
 
@@ -177,7 +174,7 @@ def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=Tru
         feature_ids = concept_ids
     elif not (dedupe and merge):
         raise ValueError("feature_ids come from share_concepts, which needs dedupe and merge")
-    image, _ = _real_pairs(pairs, concept_ids)
+    image, _ = _real_pairs(pairs, concept_ids)  # only counted here
     pair_counts, ids_of_all = zip(*_exchange(torch.tensor([len(image)]), feature_ids))
     given, counts, labels = _plan_columns(
         concept_ids, pairs, batch_size, torch.cat(pair_counts).tolist(), ids_of_all, dedupe, merge)
@@ -190,8 +187,11 @@ def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=Tru
 def _contrast_share(logits, labels, logit_bias, count):
     """The sigmoid loss with a bias. Without one, half by rows and half by columns.
 
-    The latter is CLIP's loss where each row and each column has one positive.
+    The latter is CLIP's loss where each row and each column has one positive. count divides the
+    former; None: the number of columns.
     """
+    if count is None:
+        count = labels.shape[1]
     if logit_bias is not None:
         return _sigmoid_share(logits + logit_bias, labels, count)
     rows, in_column = _positives(labels)
@@ -240,7 +240,7 @@ def _column_logsumexp(logits):
 
 def _positives(labels):
     """Count over all processes: the rows with a positive, and each column's positives (N,)."""
-    rows = (labels.any(1)).sum(0, keepdim=True)  # (1,)
+    rows = labels.any(1).sum(0, keepdim=True)  # (1,)
     sums = _global_sum(torch.cat([rows, labels.sum(0)]))  # (1 + N,)
     return sums[0], sums[1:]
 
@@ -254,7 +254,7 @@ def _diagonal(logits, offset):
 
 # ---- logits in full precision -----------------------------------------------------------------
 def _logits(rows, columns, logit_scale):
-    """(b, D), (N, D) -> (b, N), at least float32."""
+    """logit_scale rows @ columns.T: (b, D), (N, D) -> (b, N), at least float32."""
     rows, columns = _float(rows), _float(columns)
     if torch.compiler.is_compiling():  # which would break the graph at the flags
         with torch.autocast(rows.device.type, enabled=False):
@@ -653,15 +653,17 @@ def _distill_share(image_features, texts, negatives, valid, teacher, own):
 
     Without negatives (None) only the images' and the captions'.
     """
-    def distances(student, target):
-        return (_float(student) - _float(target)).square().sum(-1)
-
-    total = distances(image_features, teacher["image_features"]).sum()
-    total = total + distances(texts, teacher["text_features"][own]).sum()
+    total = _distances(image_features, teacher["image_features"]).sum()
+    total = total + _distances(texts, teacher["text_features"][own]).sum()
     if negatives is not None:
-        far = distances(negatives, teacher["negative_features"][own])  # (b, K)
+        far = _distances(negatives, teacher["negative_features"][own])  # (b, K)
         total = total + far.masked_fill(~valid, 0).sum()
     return total
+
+
+def _distances(x, y):
+    """|x - y|^2 of each row: (..., D), (..., D) -> (...)."""
+    return (_float(x) - _float(y)).square().sum(-1)
 
 
 def fsc_clip_loss(image_features, text_features, negative_features, mask, word_similarity,
@@ -707,17 +709,17 @@ def fsc_clip_loss(image_features, text_features, negative_features, mask, word_s
 def _focal_share(logits, valid, logit_bias, count):
     """FSC-CLIP's focal loss of rows (b, 1 + K), the true one first, over those with a negative."""
     is_candidate = F.pad(valid, (1, 0), value=True)
-    counts = is_candidate & valid.any(1, keepdim=True)
+    in_loss = is_candidate & valid.any(1, keepdim=True)
     if logit_bias is None:
         log_p = logits.masked_fill(~is_candidate, -torch.inf).log_softmax(dim=1)
-        losses = _focal(log_p.masked_fill(~counts, 0))
+        losses = _focal(log_p.masked_fill(~in_loss, 0))
         smoothed = 0.02 * losses / is_candidate.sum(1, keepdim=True)
         return (0.98 * losses[:, 0].sum() + smoothed.sum()) / count.clamp_min(1)
-    z = logits.masked_fill(~counts, 0) + logit_bias
+    z = logits.masked_fill(~in_loss, 0) + logit_bias
     is_first = torch.arange(z.shape[1], device=z.device) == 0
     z = torch.where(is_first, z, -z)
     losses = 0.99 * _focal(F.logsigmoid(z)) + 0.01 * _focal(F.logsigmoid(-z))
-    return (losses * counts).sum() / count.clamp_min(1)
+    return (losses * in_loss).sum() / count.clamp_min(1)
 
 
 def _focal(log_p):
@@ -815,7 +817,7 @@ def clic_loss(image_features, text_features, caption_features, mask, logit_scale
             pairs = pairs + siglip_loss(image_features, texts, logit_scale, logit_bias, offset)
         choices = _choices(image_features, texts[own], negative, valid, logit_scale)  # (b, 2)
         sneg = sneg + _choice_share(choices, logit_bias, B)
-    distances = (_float(captions[0][own]) - _float(captions[1][own])).square().sum(-1)  # (b,)
+    distances = _distances(captions[0][own], captions[1][own])  # (b,)
     return {
         "pairs": pairs / len(captions),
         "sneg": sneg / len(captions),
@@ -884,7 +886,6 @@ def _with_negative_images(image_features, text_features, negative_features, mask
 
 
 # ---- the methods: a function each, a row of METHODS each --------------------------------------
-# A method takes Features f and returns {term: this process's share}.
 @dataclass
 class Features:
     """What the loss of a method may read. What the method does not want is None.
@@ -924,6 +925,7 @@ class Features:
     unit_mask: torch.Tensor | None = None                       # (B, K) bool, false where none is
 
 
+# Each takes Features f and returns {term: this process's share}.
 def plain(f):
     """Images and captions alone: SigLIP's loss where the model has a bias, else CLIP's."""
     if f.logit_bias is None:

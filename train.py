@@ -33,6 +33,9 @@ import zipfile
 from dataclasses import asdict, replace
 from datetime import timedelta
 
+# In this order: arguments, processes and how they end, data, the checkpoint to go on from, model,
+# optimizer and loader; one training step, evaluation, checkpoints, the log; and last the loop.
+
 # ---- arguments -------------------------------------------------------------
 # They are parsed before torch and timm are imported, which takes seconds: --help and a flag that
 # does not exist answer at once.
@@ -666,9 +669,9 @@ def open_replay():
 replay = guard(open_replay)
 if replay is not None:
     check_lost(replay)
-if replay is not None and len(replay) < world_size * args.accum:
-    stop(f"--replay {args.replay} has {len(replay)} rows, fewer than {world_size} processes x "
-         f"--accum {args.accum}", 2)
+    if len(replay) < world_size * args.accum:
+        stop(f"--replay {args.replay} has {len(replay)} rows, fewer than {world_size} processes x "
+             f"--accum {args.accum}", 2)
 weighed = None      # rows of each source, and how many of them an epoch shows
 if args.data_weights is not None:
     weighed = guard(weigh_sources, dataset.source_sizes, args.data_weights)
@@ -1090,14 +1093,15 @@ def train_step(rows, inputs, plan):
     return terms
 
 
-def forward(network, inputs):
+def forward(clip, inputs):
+    """What CLIP.forward returns, of `network` or of the teacher."""
     inputs = dict(inputs)
     for name in ("images", "negative_images"):      # which come as bytes
         if name in inputs:
             pixels = normalize_images(inputs[name], model.config)
-            inputs[name] = pixels.to(next(network.parameters()).dtype)      # that of the weights
+            inputs[name] = pixels.to(next(clip.parameters()).dtype)     # that of the weights
     with precision():
-        return network(**inputs, return_patches=with_patches, return_words=with_words)
+        return clip(**inputs, return_patches=with_patches, return_words=with_words)
 
 
 def precision():
@@ -1328,7 +1332,7 @@ def without_exchange():
     return network.no_sync() if world_size > 1 else contextlib.nullcontext()
 
 
-train_step_on_one = train_step if args.accum == 1 else train_step_in_parts
+train_step_on_batch = train_step if args.accum == 1 else train_step_in_parts
 
 
 # ---- one training step with replay -------------------------------------------
@@ -1338,11 +1342,11 @@ def train_step_with_replay(rows, inputs, plan):
     DistributedDataParallel averages what has gathered in the gradients after each backward. What
     the first left is equal on all processes, and stays as it is in the second average.
     """
-    replayed = train_step_on_one(*rows["replay"])
+    replayed = train_step_on_batch(*rows["replay"])
     towers = [(p, anchor) for p, anchor in zip(model.parameters(), teacher.parameters())
               if p.grad is not None and p.ndim > 0]     # without logit_scale and logit_bias
     needs = fisher_weights([p.grad for p, _ in towers])
-    terms = train_step_on_one(rows, inputs, plan)
+    terms = train_step_on_batch(rows, inputs, plan)
     loss = terms["loss"] + replayed["loss"]
     terms = {**terms, **replayed}
     if weights["awc"]:
@@ -1355,7 +1359,7 @@ def train_step_with_replay(rows, inputs, plan):
     return {**terms, "loss": loss}
 
 
-step_function = train_step_with_replay if method.replay else train_step_on_one
+step_function = train_step_with_replay if method.replay else train_step_on_batch
 
 # ---- evaluation ------------------------------------------------------------
 benches = []
@@ -1389,9 +1393,9 @@ def evaluation_options():
 
 
 @errors_in_a_line()
-def score(scored_model):
-    """{benchmark: {subset: figures}} of the model, or of the teacher."""
-    return guard(evaluate.run, scored_model.eval(), benches, quiet=True, **evaluation_options())
+def score(clip):
+    """{benchmark: {subset: figures}}, of `model` or of the teacher."""
+    return guard(evaluate.run, clip.eval(), benches, quiet=True, **evaluation_options())
 
 
 def evaluation(step):
