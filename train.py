@@ -364,7 +364,17 @@ if args.compile is None:
 if args.workers is None:
     args.workers = default_workers()
 
-# ---- what cannot be --------------------------------------------------------
+if args.out_dir is None:
+    folder = args.model or re.sub(r"\W+", "-", args.init).strip("-")
+    if args.method != "c2lip":
+        folder += f"-{args.method}"
+    elif not with_concepts:
+        folder += "-baseline"
+    args.out_dir = os.path.join("out", folder)
+last_path = os.path.join(args.out_dir, "last.pt")
+log_path = os.path.join(args.out_dir, "log.jsonl")
+
+# ---- what cannot be done ---------------------------------------------------
 if args.init in MODELS and not os.path.exists(args.init):
     parser.error(f"--init {args.init} is the name of a model: give --model {args.init}, whose "
                  "public weights are the default")
@@ -399,16 +409,6 @@ if args.replay and not method.replay:
 if method.replay and not (weights["cd"] > 0 or weights["ita"] > 0):
     parser.error(f"--method {args.method} without --cd-weight and --ita-weight learns nothing from "
                  "--replay: give one of them a weight above 0")
-
-if args.out_dir is None:
-    folder = args.model or re.sub(r"\W+", "-", args.init).strip("-")
-    if args.method != "c2lip":
-        folder += f"-{args.method}"
-    elif not with_concepts:
-        folder += "-baseline"
-    args.out_dir = os.path.join("out", folder)
-last_path = os.path.join(args.out_dir, "last.pt")
-log_path = os.path.join(args.out_dir, "log.jsonl")
 
 # ---- processes and randomness ----------------------------------------------
 missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -1283,7 +1283,8 @@ def train_step_in_parts(rows, inputs, plan):
     backward(terms["loss"])
 
     *others, last = zip(parts, gradients_of_parts(leaves, sizes))
-    with without_exchange():
+    # processes exchange gradients once, after the last part
+    with network.no_sync() if world_size > 1 else contextlib.nullcontext():
         for part, gradients in others:
             send_back(part, gradients)
     send_back(*last)
@@ -1325,11 +1326,6 @@ def send_back(part, gradients):
     out = forward(network, part)
     names = [name for name in gradients if out[name].requires_grad]     # a frozen tower's do not
     torch.autograd.backward([out[name] for name in names], [gradients[name] for name in names])
-
-
-def without_exchange():
-    """Processes exchange gradients once, after the last part."""
-    return network.no_sync() if world_size > 1 else contextlib.nullcontext()
 
 
 train_step_on_batch = train_step if args.accum == 1 else train_step_in_parts
