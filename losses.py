@@ -1,11 +1,16 @@
 """Contrastive losses over images, captions, concepts and hard negatives, exact at any world size.
 
+What is copied most stands first: siglip_loss, clip_loss, npc_loss, xac_loss, and concept_columns,
+which makes the columns of the latter two. Then come what all losses are made of, the losses of
+other papers, METHODS, the table that train.py chooses from, and last what processes exchange.
+
 How the shares add up. Every loss but awc_loss takes this process's own rows (b), against the
 captions or concepts of all processes (N columns) where it compares them, and returns this process's
-share: its part of the whole batch's loss. Summed over processes, the shares are the loss of the
-whole batch on one device. DistributedDataParallel averages gradients, so multiply by the world size
-before the backward. Then the gradient of every parameter is that of one process with the whole
-batch:
+share, Tensor () of at least float32: its part of the whole batch's loss. A loss of several terms
+returns a dict of shares. On one process the share is the loss. Summed over processes, the shares
+are the loss of the whole batch on one device. DistributedDataParallel averages gradients, so
+multiply by the world size before the backward. Then the gradient of every parameter is that of one
+process with the whole batch:
 
     texts = gather_features(text_features)
     offset = first_row(len(image_features))
@@ -34,580 +39,6 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-
-
-# ---- between processes ------------------------------------------------------------------------
-def _distributed():
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _rank():
-    return dist.get_rank() if _distributed() else 0
-
-
-def _all_gather(x, device=None):
-    """Gather the same number of integers from each process: (n,) -> (W, n), on the CPU.
-
-    They travel between CPUs wherever the processes have a backend for that, as in
-    init_process_group("cpu:gloo,cuda:nccl"), because a GPU would have to be waited for.
-    """
-    if device is None:
-        device = "cpu" if "cpu" in dist.get_backend_config() else "cuda"
-    rows = torch.empty(dist.get_world_size(), len(x), dtype=x.dtype, device=device)
-    dist.all_gather(list(rows), x.to(device))
-    return rows.cpu()
-
-
-def row_counts(rows, device=None):
-    """Return the number of rows on each process, a list of ints. Waits for the other processes."""
-    if not _distributed():
-        return [rows]
-    return _all_gather(torch.tensor([rows]), device).flatten().tolist()
-
-
-def first_row(rows, device=None):
-    """Return the index of this process's first row among the rows of all processes."""
-    return sum(row_counts(rows, device)[:_rank()])
-
-
-def _exchange(*tensors):
-    """Show every process's own tensors of integers to all processes.
-
-    Every process gives as many tensors, with as many dimensions, of whatever sizes. Returns a list
-    over processes of lists of these tensors, on the CPU. Takes two collectives: the shapes, then
-    all numbers in one row.
-    """
-    tensors = [x.to("cpu", torch.int64) for x in tensors]
-    if not _distributed():
-        return [tensors]
-    dimensions = [x.ndim for x in tensors]
-    shapes = _all_gather(torch.cat([torch.tensor(x.shape) for x in tensors]))  # (W, sum)
-    shapes = [process.split(dimensions) for process in shapes]
-    sizes = [[int(shape.prod()) for shape in process] for process in shapes]
-    own = torch.cat([x.flatten() for x in tensors])
-    padded = own.new_zeros(max(map(sum, sizes)))
-    padded[:len(own)] = own
-    numbers = _all_gather(padded)
-    everyone = []
-    for row, its_sizes, its_shapes in zip(numbers, sizes, shapes):
-        parts = row[:sum(its_sizes)].split(its_sizes)
-        everyone.append([x.view(shape.tolist()) for x, shape in zip(parts, its_shapes)])
-    return everyone
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, counts):
-        ctx.counts, ctx.dtype = counts, x.dtype
-        padded = x.new_zeros(max(counts), *x.shape[1:])  # collectives want one shape everywhere
-        padded[:len(x)] = x
-        parts = [torch.empty_like(padded) for _ in counts]
-        if padded.numel():
-            dist.all_gather(parts, padded)
-        rows = [part[:n] for part, n in zip(parts, counts)]
-        return torch.cat(rows)  # (sum of counts, ...)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        # Every process used every row, so its gradient is the sum over processes. A sum of
-        # bfloat16 numbers would lose bits, hence float32 at least. all_reduce works in place,
-        # hence a copy.
-        dtype = torch.promote_types(grad.dtype, torch.float32)
-        grad = grad.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        if grad.numel():
-            dist.all_reduce(grad)
-        own = grad.split(ctx.counts)[dist.get_rank()]
-        return own.to(ctx.dtype), None
-
-
-def gather_features(x, counts=None):
-    """Gather the rows of all processes in rank order, with their gradient.
-
-    The backward is a collective on every process, also where x itself needs no gradient. It sums
-    the gradients that all processes have for these rows.
-
-    Parameters
-    ----------
-    x : Tensor (n, ...)
-        This process's rows. Processes may hold different numbers of rows, also none.
-    counts : list of int, optional
-        row_counts(n), where it is known already.
-
-    Returns
-    -------
-    Tensor (sum of n, ...)
-    """
-    if not _distributed():
-        return x
-    if counts is None:
-        counts = row_counts(len(x))
-    if x.is_floating_point() and torch.is_grad_enabled() and not x.requires_grad:
-        # Without this, a process with a frozen tower would miss the backward's collective, and the
-        # others would wait for it forever.
-        x = x.detach().requires_grad_()
-    return _Gather.apply(x, counts)
-
-
-def gather_together(tensors, counts):
-    """gather_features of several tensors, in one collective each way.
-
-    Parameters
-    ----------
-    tensors : list of Tensor (n, ...)
-        Features of this process, of one dtype. n and what follows may differ.
-    counts : list of lists of int
-        For each tensor, the number of its rows on each process, as row_counts gives it.
-
-    Returns
-    -------
-    list of Tensor (sum of n, ...)
-    """
-    if not _distributed():
-        return list(tensors)
-    widths = [x.shape[1:].numel() for x in tensors]  # numbers in a row
-    # sizes[i][r]: how many numbers of tensor i come from process r
-    sizes = [[n * width for n in rows] for rows, width in zip(counts, widths)]
-    numbers_of_process = [sum(column) for column in zip(*sizes)]
-    flat = torch.cat([x.flatten() for x in tensors])
-    everything = gather_features(flat, numbers_of_process)
-    pieces = [[] for _ in tensors]
-    start = 0
-    for process in range(len(numbers_of_process)):
-        for tensor_pieces, tensor_sizes in zip(pieces, sizes):
-            end = start + tensor_sizes[process]
-            tensor_pieces.append(everything[start:end])
-            start = end
-    return [torch.cat(parts).view(-1, *x.shape[1:]) for parts, x in zip(pieces, tensors)]
-
-
-def _global_sum(x):
-    """Sum over processes, the same number on each, without a gradient."""
-    x = x.detach().clone(memory_format=torch.contiguous_format)     # all_reduce works in place
-    if _distributed():
-        dist.all_reduce(x)
-    return x
-
-
-def _column_logsumexp(logits):
-    """logsumexp over the rows of all processes: (b, N) -> (N,).
-
-    Only N numbers of each process are exchanged.
-    """
-    if not _distributed():
-        return logits.logsumexp(dim=0)
-    own = logits.logsumexp(dim=0, keepdim=True)  # (1, N)
-    one_row_each = [1] * dist.get_world_size()
-    return gather_features(own, one_row_each).logsumexp(dim=0)  # (W, N) -> (N,)
-
-
-# ---- concepts as columns ----------------------------------------------------------------------
-# All that depends on ids is computed on the CPU, where the ids come from: on a GPU each of these
-# operations would have to wait for it.
-def _first_occurrences(ids):
-    """Mark each id where it occurs for the first time: (M,) -> (M,) bool."""
-    unique_ids, inverse = ids.unique(return_inverse=True)  # (S,), (M,)
-    places = torch.arange(len(ids))
-    first = torch.full_like(unique_ids, len(ids))
-    first.scatter_reduce_(0, inverse, places, "amin")  # (S,)
-    return first[inverse] == places
-
-
-def _real_pairs(pairs, concept_ids):
-    """Drop the padding: (P', 2) -> images (P,), rows of concepts (P,)."""
-    pairs = pairs[pairs[:, 0] >= 0]
-    pairs = pairs[concept_ids[pairs[:, 1]] >= 0]
-    return pairs[:, 0], pairs[:, 1]
-
-
-def _chosen(ids_of_all, first_only):
-    """Choose which ids become columns: not padding, and only first occurrences if so wanted.
-
-    ids_of_all: a list over processes of ids (U,). Returns a list over processes of indices (n,).
-    """
-    ids = torch.cat(ids_of_all)
-    is_chosen = ids >= 0
-    if first_only:
-        is_chosen = is_chosen & _first_occurrences(ids)
-    by_process = is_chosen.split([len(x) for x in ids_of_all])
-    return [x.nonzero().squeeze(1) for x in by_process]
-
-
-def _divide(tokens_of_all, ids_of_all, pad_id):
-    """Divide the different concepts equally, in the order in which they occur.
-
-    Takes lists over processes of tokens (U, L) and ids (U,). Returns such lists of the shares,
-    tokens (U', L') and ids (U',), where L' is the longest L.
-    """
-    chosen = _chosen(ids_of_all, first_only=True)
-    length = max(tokens.shape[1] for tokens in tokens_of_all)
-    padded = [F.pad(x, (0, length - x.shape[1]), value=pad_id) for x in tokens_of_all]
-    tokens = torch.cat([x[index] for x, index in zip(padded, chosen)])  # (S, L')
-    ids = torch.cat([x[index] for x, index in zip(ids_of_all, chosen)])  # (S,)
-    processes = len(ids_of_all)
-    return tokens.tensor_split(processes), ids.tensor_split(processes)
-
-
-def _id_labels(held_ids, image, column_ids, batch_size):
-    """Tell whether image m holds the string of column n.
-
-    held_ids (P,) and image (P,): the id of a string, which may be no column, and the image that
-    holds it. column_ids (N,): the id of each column's string. Returns (b, N) bool.
-    """
-    is_column = torch.isin(held_ids, column_ids)
-    held_ids, image = held_ids[is_column], image[is_column]
-    unique_ids, inverse = column_ids.unique(return_inverse=True)  # (S,), (N,)
-    holds = torch.zeros(batch_size, len(unique_ids), dtype=torch.bool)
-    holds[image, torch.searchsorted(unique_ids, held_ids)] = True  # (b, S)
-    return holds[:, inverse]
-
-
-def _pair_labels(image, counts, batch_size):
-    """Give each pair a column of its own: image (P,), pairs of each process -> (b, N) bool."""
-    labels = torch.zeros(batch_size, sum(counts), dtype=torch.bool)
-    start = sum(counts[:_rank()])
-    labels[image, start + torch.arange(len(image))] = True
-    return labels
-
-
-def _plan_columns(concept_ids, pairs, batch_size, pair_counts, ids_of_all, dedupe, merge):
-    """Find the columns that concept_columns describes, and this process's labels.
-
-    concept_ids (U,) and pairs (P, 2) are this process's. Lists over processes: pair_counts, the
-    number of real pairs, and ids_of_all, the ids of the features. Returns the rows of its
-    features that this process gives (n,), the number n of each process, and labels (b, N).
-    """
-    image, concept = _real_pairs(pairs, concept_ids)
-    if not dedupe:
-        return concept, pair_counts, _pair_labels(image, pair_counts, batch_size)
-    chosen = _chosen(ids_of_all, first_only=merge)
-    column_ids = torch.cat([ids[index] for ids, index in zip(ids_of_all, chosen)])  # (N,)
-    labels = _id_labels(concept_ids[concept], image, column_ids, batch_size)
-    return chosen[_rank()], [len(index) for index in chosen], labels
-
-
-def share_concepts(concept_tokens, concept_ids, pad_id=0):
-    """Divide the different concepts of all processes, so that each is encoded once and once only.
-
-    Parameters
-    ----------
-    concept_tokens : Tensor (U, L) int64
-        The concepts of this process. L may differ between processes.
-    concept_ids : Tensor (U,) int64
-        As in concept_columns.
-    pad_id : int
-        The token that fills shorter concepts up.
-
-    Returns
-    -------
-    tokens : Tensor (U', L') int64
-        This process's equal share, to be encoded.
-    ids : Tensor (U',) int64
-        Its ids. concept_columns takes what was encoded as concept_features, and these as
-        feature_ids.
-    """
-    tokens_of_all, ids_of_all = zip(*_exchange(concept_tokens, concept_ids))
-    tokens, ids = _divide(tokens_of_all, ids_of_all, pad_id)
-    device = concept_tokens.device
-    return tokens[_rank()].to(device), ids[_rank()].to(device)
-
-
-def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=True, merge=True,
-                    feature_ids=None):
-    """Make the columns of all processes, and this process's labels, of each process's concepts.
-
-    Three things can be a column:
-
-    dedupe and merge (the default)
-        A string. It is one column, wherever it comes from, and positive for every image that holds
-        it. The feature of its first occurrence stands for all and takes the whole gradient. This
-        is exact as long as equal strings have equal features (no dropout).
-    dedupe, but not merge
-        A row of concept_features, positive for every image that holds its string. For features
-        that differ between equal strings, as those do that are pooled from each caption's span.
-    not dedupe
-        A pair, positive for its own image only. The same phrase in other images counts as
-        negative, as in C2LIP's released code.
-
-    Parameters
-    ----------
-    concept_features : Tensor (U, D)
-        A row for each different string of this process (without merge, for each occurrence of a
-        string), or for each string of feature_ids.
-    concept_ids : Tensor (U,) int64
-        A hash of each string, at least 0 and equal for equal strings on all processes. (Those of
-        concepts.index_phrases are equal for spellings in other case, too: the first one's feature
-        stands for all.) A negative id marks padding. The ids and pairs may be on the CPU, and best
-        are.
-    pairs : Tensor (P, 2) int64
-        (image, row of concept_ids) of each concept of each of this process's images. A negative
-        image marks padding, and so does a concept that is padding.
-    batch_size : int
-        b, the number of this process's images.
-    feature_ids : Tensor (U',) int64, optional
-        The strings of concept_features, where share_concepts chose them. Needs dedupe and merge.
-
-    Returns
-    -------
-    features : Tensor (N, D)
-        The columns of all processes in rank order, with gradient.
-    labels : Tensor (b, N) bool
-        Whether the column is a concept of the image.
-    """
-    concept_ids, pairs = concept_ids.cpu(), pairs.cpu()
-    if feature_ids is None:
-        feature_ids = concept_ids
-    elif not (dedupe and merge):
-        raise ValueError("feature_ids come from share_concepts, which needs dedupe and merge")
-    image, _ = _real_pairs(pairs, concept_ids)
-    pair_counts, ids_of_all = zip(*_exchange(torch.tensor([len(image)]), feature_ids))
-    given, counts, labels = _plan_columns(
-        concept_ids, pairs, batch_size, torch.cat(pair_counts).tolist(), ids_of_all, dedupe, merge)
-    device = concept_features.device
-    features = concept_features.index_select(0, given.to(device))
-    return gather_features(features, counts), labels.to(device)
-
-
-# ---- the plan of a training step --------------------------------------------------------------
-@dataclass
-class Plan:
-    """What the processes have agreed on about a batch before the towers see it.
-
-    What share_concepts, concept_columns, first_row and row_counts do in a step, each with
-    collectives of its own, plan_batch does at once, in two, and on the CPU. So a GPU is never
-    waited for, and may still be computing the step before:
-
-        plan = plan_batch(len(images), concept_ids, pairs, concept_tokens).to(device)
-        ...                                 # encode images, captions and plan.tokens
-        texts, columns = gather_together(
-            [text_features, concept_features.index_select(0, plan.given)],
-            [plan.rows, plan.given_counts])
-        loss = npc_loss(image_features, columns, plan.labels, logit_scale, logit_bias)
-    """
-    rows: list                                      # the number of images of each process
-    tokens: torch.Tensor | None = None              # (U', L'), concepts for this process to encode
-    given: torch.Tensor | None = None               # (n,), rows of its concept features to gather
-    given_counts: list | None = None                # n of each process
-    labels: torch.Tensor | None = None              # (b, N) bool, this process's images and columns
-    pairs: int = 0                                  # (image, phrase) pairs of all processes
-    negative_mask: torch.Tensor | None = None       # (B, K) bool, of all processes, on the CPU
-    unit_mask: torch.Tensor | None = None           # (B, K') bool, the same
-
-    @property
-    def offset(self):
-        """The index of this process's first image among all."""
-        return sum(self.rows[:_rank()])
-
-    def to(self, device):
-        """Send the tensors but the masks to a device, without waiting for it."""
-        def send(x):
-            if x is None:
-                return None
-            if torch.device(device).type == "cuda":
-                x = x.pin_memory()  # else the copy would wait for the GPU's queue
-            return x.to(device, non_blocking=True)
-
-        return replace(self, tokens=send(self.tokens), given=send(self.given),
-                       labels=send(self.labels))
-
-
-def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, dedupe=True,
-               merge=True, negative_mask=None, pad_id=0, multiple=1, unit_mask=None):
-    """Exchange all that is known of a batch before the towers run. All tensors are on the CPU.
-
-    Parameters
-    ----------
-    batch_size : int
-        b, the number of this process's images.
-    concept_ids, pairs : Tensor (U,), (P, 2) int64, optional
-        As in concept_columns. None for a loss without concepts.
-    concept_tokens : Tensor (U', L) int64, optional
-        Where they are given, the processes divide the different concepts as in share_concepts,
-        which needs dedupe and merge. Where not, each process encodes its own. They may be only the
-        first U' of the U concepts: the others are no columns, but where one is a column of another
-        process or row, their pairs are positive there.
-    dedupe, merge : bool
-        As in concept_columns.
-    negative_mask : Tensor (b, K) bool, optional
-        This process's, to be gathered.
-    pad_id : int
-        The token that fills shorter concepts up.
-    multiple : int
-        Fill the number of shared concepts up to a multiple of it, for torch.compile.
-    unit_mask : Tensor (b, K') bool, optional
-        This process's, to be gathered.
-
-    Returns
-    -------
-    Plan
-        In its pairs, a phrase counts once for each image that holds it.
-    """
-    if concept_tokens is not None and not (dedupe and merge):
-        raise ValueError("concept_tokens are given, but only equal concepts of one feature can be "
-                         "shared: give dedupe=True and merge=True, or no concept_tokens")
-    sizes, ids = _sizes_and_ids(batch_size, concept_ids, pairs)
-    everyone = _exchange(
-        sizes,
-        ids if concept_tokens is None else ids[:len(concept_tokens)],
-        torch.zeros(0, 0) if concept_tokens is None else concept_tokens,
-        torch.zeros(0, 0) if negative_mask is None else negative_mask,
-        torch.zeros(0, 0) if unit_mask is None else unit_mask)
-    sizes, ids_of_all, tokens_of_all, masks, unit_masks = zip(*everyone)
-    rows, pair_counts, different_counts = torch.stack(sizes).T.tolist()
-    plan = Plan(rows)
-    if negative_mask is not None:
-        plan.negative_mask = torch.cat(masks).bool()
-    if unit_mask is not None:
-        plan.unit_mask = torch.cat(unit_masks).bool()
-    if concept_ids is None:
-        return plan
-    if concept_tokens is not None:
-        tokens_of_all, ids_of_all = _divide(tokens_of_all, ids_of_all, pad_id)
-        plan.tokens = _fill_up(tokens_of_all[_rank()], multiple, pad_id)
-    plan.given, plan.given_counts, plan.labels = _plan_columns(
-        concept_ids, pairs, batch_size, pair_counts, ids_of_all, dedupe, merge)
-    plan.pairs = sum(different_counts if dedupe else pair_counts)
-    return plan
-
-
-def _sizes_and_ids(batch_size, concept_ids, pairs):
-    """The numbers of images, of real pairs, and of different pairs (3,), and the ids (U,)."""
-    if concept_ids is None:
-        return torch.tensor([batch_size, 0, 0]), torch.zeros(0)
-    image, concept = _real_pairs(pairs, concept_ids)
-    different = torch.stack([image, concept_ids[concept]]).unique(dim=1)  # (2, P')
-    return torch.tensor([batch_size, len(image), different.shape[1]]), concept_ids
-
-
-def _fill_up(tokens, multiple, pad_id):
-    """Add rows of padding up to a multiple, and at least to that: (U, L) -> (U', L)."""
-    rows = max(len(tokens), 1 if multiple > 1 else 0)
-    rows = -(-rows // multiple) * multiple
-    return F.pad(tokens, (0, 0, 0, rows - len(tokens)), value=pad_id)
-
-
-# ---- from logits (b, N) and labels (b, N) to this process's share -----------------------------
-def _float(x):
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-@contextmanager
-def _full_precision(device):
-    """Neither autocast nor TF32 in what is computed here."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        name, exact = "fp32_precision", "ieee"
-    else:  # before torch 2.9
-        name, exact = "allow_tf32", False
-    allowed = getattr(matmul, name)
-    setattr(matmul, name, exact)
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        setattr(matmul, name, allowed)
-
-
-class _Product(torch.autograd.Function):
-    """rows @ columns.T in full precision: (b, D), (N, D) -> (b, N).
-
-    A function of its own, because the backward runs when the caller's flags are in force again.
-    """
-    @staticmethod
-    def forward(ctx, rows, columns):
-        ctx.save_for_backward(rows, columns)
-        with _full_precision(rows.device):
-            return rows @ columns.T
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, columns = ctx.saved_tensors
-        with _full_precision(grad.device):
-            return grad @ columns, grad.T @ rows
-
-
-def _logits(rows, columns, logit_scale):
-    """(b, D), (N, D) -> (b, N), at least float32."""
-    rows, columns = _float(rows), _float(columns)
-    if torch.compiler.is_compiling():  # which would break the graph at the flags
-        with torch.autocast(rows.device.type, enabled=False):
-            return logit_scale * (rows @ columns.T)
-    return logit_scale * _Product.apply(rows, columns)
-
-
-def _sigmoid_share(logits, labels, count):
-    """-sum log sigmoid(y z) / count, y = +1 where labels, else -1 (SigLIP, equation 1)."""
-    signed = torch.where(labels, logits, -logits)
-    count = torch.as_tensor(count).clamp_min(1)  # max(count, 1) would wait for a GPU
-    return -F.logsigmoid(signed).sum() / count
-
-
-def _rows_share(logits, labels, rows):
-    """mean_m mean_{n in P(m)} (logsumexp_k z_mk - z_mn).
-
-    m are the rows of all processes that have positive columns P(m), `rows` is their number.
-    """
-    in_row = labels.sum(1, keepdim=True)  # (b, 1)
-    surprise = logits.logsumexp(dim=1, keepdim=True) - logits  # (b, N), -log softmax
-    return (surprise * labels / (in_row * rows).clamp_min(1)).sum()
-
-
-def _columns_share(logits, labels, in_column):
-    """The same of columns: the mean over those with positive rows of the mean over these rows.
-
-    The softmax of a column runs over the rows of all processes.
-    in_column (N,): how many positive rows a column has, on all processes.
-    """
-    columns = (in_column > 0).sum()
-    surprise = _column_logsumexp(logits) - logits  # (b, N)
-    return (surprise * labels / (in_column * columns).clamp_min(1)).sum()
-
-
-def _positives(labels):
-    """Count over all processes: the rows with a positive, and each column's positives (N,)."""
-    rows = (labels.any(1)).sum(0, keepdim=True)  # (1,)
-    sums = _global_sum(torch.cat([rows, labels.sum(0)]))  # (1 + N,)
-    return sums[0], sums[1:]
-
-
-def _contrast_share(logits, labels, logit_bias, count):
-    """The sigmoid loss with a bias. Without one, half by rows and half by columns.
-
-    The latter is CLIP's loss where each row and each column has one positive.
-    """
-    if logit_bias is not None:
-        return _sigmoid_share(logits + logit_bias, labels, count)
-    rows, in_column = _positives(labels)
-    return 0.5 * (_columns_share(logits, labels, in_column) + _rows_share(logits, labels, rows))
-
-
-def _choices(rows, first, others, valid, scale):
-    """Logits of each row's own candidates, the first and K others, -inf where not valid.
-
-    (b, D), (b, D), (b, K, D), (b, K) -> (b, 1 + K)
-    """
-    candidates = torch.cat([first[:, None], others], dim=1)  # (b, 1 + K, D)
-    logits = scale * (_float(rows)[:, None] * _float(candidates)).sum(-1)
-    return logits.masked_fill(F.pad(~valid, (1, 0)), -torch.inf)
-
-
-def _choice_share(logits, logit_bias, count):
-    """-log softmax of each row's first column / count, or the sigmoid loss where there is a bias.
-
-    In the latter the first column is positive and the others are negative.
-    """
-    if logit_bias is None:
-        return (logits.logsumexp(dim=1) - logits[:, 0]).sum() / max(count, 1)
-    is_first = torch.arange(logits.shape[1], device=logits.device) == 0
-    return _sigmoid_share(logits + logit_bias, is_first, count)
-
-
-def _diagonal(logits, offset):
-    """Labels (b, N) bool, where row i's own column is offset + i."""
-    rows = torch.arange(logits.shape[0], device=logits.device)
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    return columns == rows[:, None] + offset
 
 
 # ---- images, captions and concepts ------------------------------------------------------------
@@ -681,8 +112,6 @@ def npc_loss(image_features, concept_features, labels, logit_scale, logit_bias=N
     Tensor ()
         This process's share, of at least float32. It is 0 (with a graph) without any concept.
     """
-    if count is None:
-        count = labels.shape[1]
     logits = _logits(image_features, concept_features, logit_scale)  # (b, N)
     return _contrast_share(logits, labels, logit_bias, count)
 
@@ -694,12 +123,186 @@ def xac_loss(similarity, labels, logit_scale, logit_bias=None, count=None):
     comes from pooling.concept_similarity of this process's patch tokens and all concepts. The rest
     is as in npc_loss, on z = logit_scale similarity (+ logit_bias).
     """
-    if count is None:
-        count = labels.shape[1]
     logits = logit_scale * _float(similarity)  # (b, N)
     return _contrast_share(logits, labels, logit_bias, count)
 
 
+def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=True, merge=True,
+                    feature_ids=None):
+    """Make the columns of all processes, and this process's labels, of each process's concepts.
+
+    Three things can be a column:
+
+    dedupe and merge (the default)
+        A string. It is one column, wherever it comes from, and positive for every image that holds
+        it. The feature of its first occurrence stands for all and takes the whole gradient. This
+        is exact as long as equal strings have equal features (no dropout).
+    dedupe, but not merge
+        A row of concept_features, positive for every image that holds its string. For features
+        that differ between equal strings, as those do that are pooled from each caption's span.
+    not dedupe
+        A pair, positive for its own image only. The same phrase in other images counts as
+        negative, as in C2LIP's released code.
+
+    Parameters
+    ----------
+    concept_features : Tensor (U, D)
+        A row for each different string of this process (without merge, for each occurrence of a
+        string), or for each string of feature_ids.
+    concept_ids : Tensor (U,) int64
+        A hash of each string, at least 0 and equal for equal strings on all processes. (Those of
+        concepts.index_phrases are equal for spellings in other case, too: the first one's feature
+        stands for all.) A negative id marks padding. The ids and pairs may be on the CPU, and best
+        are.
+    pairs : Tensor (P, 2) int64
+        (image, row of concept_ids) of each concept of each of this process's images. A negative
+        image marks padding, and so does a concept that is padding.
+    batch_size : int
+        b, the number of this process's images.
+    feature_ids : Tensor (U',) int64, optional
+        The strings of concept_features, where share_concepts chose them. Needs dedupe and merge.
+
+    Returns
+    -------
+    features : Tensor (N, D)
+        The columns of all processes in rank order, with gradient.
+    labels : Tensor (b, N) bool
+        Whether the column is a concept of the image.
+    """
+    concept_ids, pairs = concept_ids.cpu(), pairs.cpu()
+    if feature_ids is None:
+        feature_ids = concept_ids
+    elif not (dedupe and merge):
+        raise ValueError("feature_ids come from share_concepts, which needs dedupe and merge")
+    image, _ = _real_pairs(pairs, concept_ids)  # only counted here
+    pair_counts, ids_of_all = zip(*_exchange(torch.tensor([len(image)]), feature_ids))
+    given, counts, labels = _plan_columns(
+        concept_ids, pairs, batch_size, torch.cat(pair_counts).tolist(), ids_of_all, dedupe, merge)
+    device = concept_features.device
+    features = concept_features.index_select(0, given.to(device))
+    return gather_features(features, counts), labels.to(device)
+
+
+# ---- from logits (b, N) and labels (b, N) to this process's share -----------------------------
+def _contrast_share(logits, labels, logit_bias, count):
+    """The sigmoid loss with a bias. Without one, half by rows and half by columns.
+
+    The latter is CLIP's loss where each row and each column has one positive. count divides the
+    former; None: the number of columns.
+    """
+    if count is None:
+        count = labels.shape[1]
+    if logit_bias is not None:
+        return _sigmoid_share(logits + logit_bias, labels, count)
+    rows, in_column = _positives(labels)
+    return 0.5 * (_columns_share(logits, labels, in_column) + _rows_share(logits, labels, rows))
+
+
+def _sigmoid_share(logits, labels, count):
+    """-sum log sigmoid(y z) / count, y = +1 where labels, else -1 (SigLIP, equation 1)."""
+    signed = torch.where(labels, logits, -logits)
+    count = torch.as_tensor(count).clamp_min(1)  # max(count, 1) would wait for a GPU
+    return -F.logsigmoid(signed).sum() / count
+
+
+def _rows_share(logits, labels, rows):
+    """mean_m mean_{n in P(m)} (logsumexp_k z_mk - z_mn).
+
+    m are the rows of all processes that have positive columns P(m), `rows` is their number.
+    """
+    in_row = labels.sum(1, keepdim=True)  # (b, 1)
+    surprise = logits.logsumexp(dim=1, keepdim=True) - logits  # (b, N), -log softmax
+    return (surprise * labels / (in_row * rows).clamp_min(1)).sum()
+
+
+def _columns_share(logits, labels, in_column):
+    """The same of columns: the mean over those with positive rows of the mean over these rows.
+
+    The softmax of a column runs over the rows of all processes.
+    in_column (N,): how many positive rows a column has, on all processes.
+    """
+    columns = (in_column > 0).sum()
+    surprise = _column_logsumexp(logits) - logits  # (b, N)
+    return (surprise * labels / (in_column * columns).clamp_min(1)).sum()
+
+
+def _column_logsumexp(logits):
+    """logsumexp over the rows of all processes: (b, N) -> (N,).
+
+    Only N numbers of each process are exchanged.
+    """
+    if not _distributed():
+        return logits.logsumexp(dim=0)
+    own = logits.logsumexp(dim=0, keepdim=True)  # (1, N)
+    one_row_each = [1] * dist.get_world_size()
+    return gather_features(own, one_row_each).logsumexp(dim=0)  # (W, N) -> (N,)
+
+
+def _positives(labels):
+    """Count over all processes: the rows with a positive, and each column's positives (N,)."""
+    rows = labels.any(1).sum(0, keepdim=True)  # (1,)
+    sums = _global_sum(torch.cat([rows, labels.sum(0)]))  # (1 + N,)
+    return sums[0], sums[1:]
+
+
+def _diagonal(logits, offset):
+    """Labels (b, N) bool, where row i's own column is offset + i."""
+    rows = torch.arange(logits.shape[0], device=logits.device)
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    return columns == rows[:, None] + offset
+
+
+# ---- logits in full precision -----------------------------------------------------------------
+def _logits(rows, columns, logit_scale):
+    """logit_scale rows @ columns.T: (b, D), (N, D) -> (b, N), at least float32."""
+    rows, columns = _float(rows), _float(columns)
+    if torch.compiler.is_compiling():  # which would break the graph at the flags
+        with torch.autocast(rows.device.type, enabled=False):
+            return logit_scale * (rows @ columns.T)
+    return logit_scale * _Product.apply(rows, columns)
+
+
+class _Product(torch.autograd.Function):
+    """rows @ columns.T in full precision: (b, D), (N, D) -> (b, N).
+
+    A function of its own, because the backward runs when the caller's flags are in force again.
+    """
+    @staticmethod
+    def forward(ctx, rows, columns):
+        ctx.save_for_backward(rows, columns)
+        with _full_precision(rows.device):
+            return rows @ columns.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, columns = ctx.saved_tensors
+        with _full_precision(grad.device):
+            return grad @ columns, grad.T @ rows
+
+
+@contextmanager
+def _full_precision(device):
+    """Neither autocast nor TF32 in what is computed here."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        name, exact = "fp32_precision", "ieee"
+    else:  # before torch 2.9
+        name, exact = "allow_tf32", False
+    allowed = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        setattr(matmul, name, allowed)
+
+
+def _float(x):
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ---- captions in the place of concepts, and paraphrases ---------------------------------------
 def caption_xac_loss(similarity, logit_scale, logit_bias=None, offset=0, sentence_labels=None):
     """xac_loss with whole captions in the place of concepts, and sentences of them.
 
@@ -722,11 +325,6 @@ def caption_xac_loss(similarity, logit_scale, logit_bias=None, offset=0, sentenc
         As in siglip_loss. A caption is positive for its own image.
     sentence_labels : Tensor (b, S) bool, optional
         Whether the image's caption holds the sentence, as in npc_loss.
-
-    Returns
-    -------
-    Tensor ()
-        This process's share.
     """
     if sentence_labels is None:
         return xac_loss(similarity, _diagonal(similarity, offset), logit_scale, logit_bias)
@@ -735,7 +333,6 @@ def caption_xac_loss(similarity, logit_scale, logit_bias=None, offset=0, sentenc
     return xac_loss(similarity, labels, logit_scale, logit_bias)
 
 
-# ---- captions and their paraphrases -----------------------------------------------------------
 def paraphrase_loss(paraphrase_features, text_features, mask, logit_scale, logit_bias=None,
                     offset=0):
     """READ's sentence alignment: a second caption of an image finds the first among all captions.
@@ -757,14 +354,9 @@ def paraphrase_loss(paraphrase_features, text_features, mask, logit_scale, logit
     text_features : Tensor (B, D)
         Of all processes.
     mask : Tensor (b,) bool
-        Of this process, false where there is no second caption.
+        Of this process, false where there is no second caption. Without any the loss is 0.
     logit_scale, logit_bias, offset
         As in siglip_loss.
-
-    Returns
-    -------
-    Tensor ()
-        This process's share. It is 0 without any second caption.
     """
     mask = mask.to(paraphrase_features.device, non_blocking=True)[:, None]  # (b, 1)
     count = _global_sum(mask.sum())
@@ -817,7 +409,9 @@ def tecoa_loss(image_features, text_features, labels, logit_scale, logit_bias=No
     with logit_bias the sigmoid loss of the same pairs / B. The paper's texts are the names of
     classes, "This is a photo of a {}", of which an image has one. Here they are the captions of the
     batch. Where the data has classes, give each row that text as its caption: rows of one class
-    then are each other's, and a class weighs as much as the batch has rows of it.
+    then are each other's, and a class weighs as much as the batch has rows of it. The paper trains
+    the image tower alone; its released code holds logit_scale, too, and gives as its example an
+    attack of 2 steps with epsilon 1 / 255.
 
     Parameters
     ----------
@@ -827,12 +421,6 @@ def tecoa_loss(image_features, text_features, labels, logit_scale, logit_bias=No
         Of all processes.
     labels : Tensor (b, B) bool
         Whether a caption is the image's own, or equal to it.
-
-    Returns
-    -------
-    Tensor ()
-        This process's share. The paper trains the image tower alone; its released code holds
-        logit_scale, too, and gives as its example an attack of 2 steps with epsilon 1 / 255.
     """
     logits = _logits(image_features, text_features, logit_scale)  # (b, B)
     if logit_bias is not None:
@@ -914,13 +502,6 @@ def awc_loss(parameters, anchors, weights):
 
 
 # ---- hard negatives ---------------------------------------------------------------------------
-def _valid(features, mask):
-    """Choose the rows where the mask is true: (..., D), (...) -> (V, D)."""
-    index = mask.flatten().nonzero().squeeze(1)  # (V,)
-    rows = features.flatten(0, mask.ndim - 1)
-    return rows.index_select(0, index.to(features.device, non_blocking=True))
-
-
 def negclip_loss(image_features, text_features, negative_features, mask, logit_scale,
                  logit_bias=None, offset=0):
     """NegCLIP: negative captions as more columns.
@@ -943,15 +524,17 @@ def negclip_loss(image_features, text_features, negative_features, mask, logit_s
         Of all processes, false where there is no negative.
     logit_scale, logit_bias, offset
         As in siglip_loss.
-
-    Returns
-    -------
-    Tensor ()
-        This process's share.
     """
     texts = torch.cat([text_features, _valid(negative_features, mask)])  # (B + V, D)
     logits = _logits(image_features, texts, logit_scale)  # (b, B + V)
     return _contrast_share(logits, _diagonal(logits, offset), logit_bias, len(text_features))
+
+
+def _valid(features, mask):
+    """Choose the rows where the mask is true: (..., D), (...) -> (V, D)."""
+    index = mask.flatten().nonzero().squeeze(1)  # (V,)
+    rows = features.flatten(0, mask.ndim - 1)
+    return rows.index_select(0, index.to(features.device, non_blocking=True))
 
 
 def ce_clip_loss(image_features, text_features, negative_features, mask, thresholds, logit_scale,
@@ -1005,6 +588,27 @@ def ce_clip_loss(image_features, text_features, negative_features, mask, thresho
     }
 
 
+def _choices(rows, first, others, valid, scale):
+    """Logits of each row's own candidates, the first and K others, -inf where not valid.
+
+    (b, D), (b, D), (b, K, D), (b, K) -> (b, 1 + K)
+    """
+    candidates = torch.cat([first[:, None], others], dim=1)  # (b, 1 + K, D)
+    logits = scale * (_float(rows)[:, None] * _float(candidates)).sum(-1)
+    return logits.masked_fill(F.pad(~valid, (1, 0)), -torch.inf)
+
+
+def _choice_share(logits, logit_bias, count):
+    """-log softmax of each row's first column / count, or the sigmoid loss where there is a bias.
+
+    In the latter the first column is positive and the others are negative.
+    """
+    if logit_bias is None:
+        return (logits.logsumexp(dim=1) - logits[:, 0]).sum() / max(count, 1)
+    is_first = torch.arange(logits.shape[1], device=logits.device) == 0
+    return _sigmoid_share(logits + logit_bias, is_first, count)
+
+
 def degla_loss(image_features, text_features, negative_features, mask, teacher, logit_scale,
                logit_bias=None, offset=0):
     """DeGLA: two contrasts with a caption's own negatives, and distillation from averaged weights.
@@ -1042,6 +646,24 @@ def degla_loss(image_features, text_features, negative_features, mask, teacher, 
     if teacher is not None:
         terms["distill"] = _distill_share(image_features, texts, negatives, valid, teacher, own)
     return terms
+
+
+def _distill_share(image_features, texts, negatives, valid, teacher, own):
+    """Squared distances of this process's features from the teacher's, summed.
+
+    Without negatives (None) only the images' and the captions'.
+    """
+    total = _distances(image_features, teacher["image_features"]).sum()
+    total = total + _distances(texts, teacher["text_features"][own]).sum()
+    if negatives is not None:
+        far = _distances(negatives, teacher["negative_features"][own])  # (b, K)
+        total = total + far.masked_fill(~valid, 0).sum()
+    return total
+
+
+def _distances(x, y):
+    """|x - y|^2 of each row: (..., D), (..., D) -> (...)."""
+    return (_float(x) - _float(y)).square().sum(-1)
 
 
 def fsc_clip_loss(image_features, text_features, negative_features, mask, word_similarity,
@@ -1084,6 +706,27 @@ def fsc_clip_loss(image_features, text_features, negative_features, mask, word_s
     return terms
 
 
+def _focal_share(logits, valid, logit_bias, count):
+    """FSC-CLIP's focal loss of rows (b, 1 + K), the true one first, over those with a negative."""
+    is_candidate = F.pad(valid, (1, 0), value=True)
+    in_loss = is_candidate & valid.any(1, keepdim=True)
+    if logit_bias is None:
+        log_p = logits.masked_fill(~is_candidate, -torch.inf).log_softmax(dim=1)
+        losses = _focal(log_p.masked_fill(~in_loss, 0))
+        smoothed = 0.02 * losses / is_candidate.sum(1, keepdim=True)
+        return (0.98 * losses[:, 0].sum() + smoothed.sum()) / count.clamp_min(1)
+    z = logits.masked_fill(~in_loss, 0) + logit_bias
+    is_first = torch.arange(z.shape[1], device=z.device) == 0
+    z = torch.where(is_first, z, -z)
+    losses = 0.99 * _focal(F.logsigmoid(z)) + 0.01 * _focal(F.logsigmoid(-z))
+    return (losses * in_loss).sum() / count.clamp_min(1)
+
+
+def _focal(log_p):
+    """(1 - p)^2 (-log p)"""
+    return -log_p * torch.expm1(log_p).square()
+
+
 def cs_clip_loss(image_features, unit_features, foil_features, mask, logit_scale, logit_bias=None,
                  offset=0):
     """CS-CLIP: parts of a caption, each with a false version of it that its own image rejects.
@@ -1111,11 +754,6 @@ def cs_clip_loss(image_features, unit_features, foil_features, mask, logit_scale
         Of all processes, false where there is no unit.
     logit_scale, logit_bias, offset
         As in siglip_loss.
-
-    Returns
-    -------
-    Tensor ()
-        This process's share.
     """
     own = slice(offset, offset + len(image_features))
     total = 0
@@ -1136,43 +774,6 @@ def cs_clip_loss(image_features, unit_features, foil_features, mask, logit_scale
         columns = _columns_share(to_units, labels[:, :count], one_each)
         total = total + 0.5 * (columns + _rows_share(logits, labels, count))
     return total / mask.any(0).sum().clamp_min(1)
-
-
-def _focal(log_p):
-    """(1 - p)^2 (-log p)"""
-    return -log_p * torch.expm1(log_p).square()
-
-
-def _focal_share(logits, valid, logit_bias, count):
-    """FSC-CLIP's focal loss of rows (b, 1 + K), the true one first, over those with a negative."""
-    is_candidate = F.pad(valid, (1, 0), value=True)
-    counts = is_candidate & valid.any(1, keepdim=True)
-    if logit_bias is None:
-        log_p = logits.masked_fill(~is_candidate, -torch.inf).log_softmax(dim=1)
-        losses = _focal(log_p.masked_fill(~counts, 0))
-        smoothed = 0.02 * losses / is_candidate.sum(1, keepdim=True)
-        return (0.98 * losses[:, 0].sum() + smoothed.sum()) / count.clamp_min(1)
-    z = logits.masked_fill(~counts, 0) + logit_bias
-    is_first = torch.arange(z.shape[1], device=z.device) == 0
-    z = torch.where(is_first, z, -z)
-    losses = 0.99 * _focal(F.logsigmoid(z)) + 0.01 * _focal(F.logsigmoid(-z))
-    return (losses * counts).sum() / count.clamp_min(1)
-
-
-def _distill_share(image_features, texts, negatives, valid, teacher, own):
-    """Squared distances of this process's features from the teacher's, summed.
-
-    Without negatives (None) only the images' and the captions'.
-    """
-    def distances(student, target):
-        return (_float(student) - _float(target)).square().sum(-1)
-
-    total = distances(image_features, teacher["image_features"]).sum()
-    total = total + distances(texts, teacher["text_features"][own]).sum()
-    if negatives is not None:
-        far = distances(negatives, teacher["negative_features"][own])  # (b, K)
-        total = total + far.masked_fill(~valid, 0).sum()
-    return total
 
 
 def clic_loss(image_features, text_features, caption_features, mask, logit_scale, logit_bias=None,
@@ -1216,26 +817,12 @@ def clic_loss(image_features, text_features, caption_features, mask, logit_scale
             pairs = pairs + siglip_loss(image_features, texts, logit_scale, logit_bias, offset)
         choices = _choices(image_features, texts[own], negative, valid, logit_scale)  # (b, 2)
         sneg = sneg + _choice_share(choices, logit_bias, B)
-    distances = (_float(captions[0][own]) - _float(captions[1][own])).square().sum(-1)  # (b,)
+    distances = _distances(captions[0][own], captions[1][own])  # (b,)
     return {
         "pairs": pairs / len(captions),
         "sneg": sneg / len(captions),
         "uni": distances.sum() / max(B, 1),
     }
-
-
-def _with_negative_images(image_features, text_features, negative_features, mask,
-                          negative_image_features, image_mask, logit_scale, offset):
-    """[I; I-] against [T; T-], valid ones only: logits and true pairs, both (b + v, B + V)."""
-    b, B = len(image_features), len(text_features)
-    images = torch.cat([image_features, _valid(negative_image_features, image_mask)])  # (b + v, D)
-    texts = torch.cat([text_features, _valid(negative_features, mask)])  # (B + V, D)
-    logits = _logits(images, texts, logit_scale)
-    row_of_image = image_mask.nonzero() + offset  # (v, 1)
-    row_of_text = mask.nonzero()[:, 0]  # (V,)
-    own_texts = _diagonal(logits[:b, :B], offset)
-    own_negatives = (row_of_image == row_of_text).to(logits.device, non_blocking=True)  # (v, V)
-    return logits, torch.block_diag(own_texts, own_negatives)
 
 
 def con_clip_loss(image_features, text_features, negative_features, mask, negative_image_features,
@@ -1284,6 +871,20 @@ def triplet_clip_loss(image_features, text_features, negative_features, mask,
     return straight + swapped
 
 
+def _with_negative_images(image_features, text_features, negative_features, mask,
+                          negative_image_features, image_mask, logit_scale, offset):
+    """[I; I-] against [T; T-], valid ones only: logits and true pairs, both (b + v, B + V)."""
+    b, B = len(image_features), len(text_features)
+    images = torch.cat([image_features, _valid(negative_image_features, image_mask)])  # (b + v, D)
+    texts = torch.cat([text_features, _valid(negative_features, mask)])  # (B + V, D)
+    logits = _logits(images, texts, logit_scale)
+    row_of_image = image_mask.nonzero() + offset  # (v, 1)
+    row_of_text = mask.nonzero()[:, 0]  # (V,)
+    own_texts = _diagonal(logits[:b, :B], offset)
+    own_negatives = (row_of_image == row_of_text).to(logits.device, non_blocking=True)  # (v, V)
+    return logits, torch.block_diag(own_texts, own_negatives)
+
+
 # ---- the methods: a function each, a row of METHODS each --------------------------------------
 @dataclass
 class Features:
@@ -1324,37 +925,36 @@ class Features:
     unit_mask: torch.Tensor | None = None                       # (B, K) bool, false where none is
 
 
-def c2lip(features):
+# Each takes Features f and returns {term: this process's share}.
+def plain(f):
+    """Images and captions alone: SigLIP's loss where the model has a bias, else CLIP's."""
+    if f.logit_bias is None:
+        contrastive = clip_loss(f.image_features, f.text_features, f.logit_scale, f.offset)
+    else:
+        contrastive = siglip_loss(f.image_features, f.text_features, f.logit_scale, f.logit_bias,
+                                  f.offset)
+    return {"contrastive": contrastive}
+
+
+def c2lip(f):
     """C2LIP: images and captions, images and concepts, attention-pooled images and concepts."""
-    terms = {"contrastive": _image_text_share(features)}
-    if features.concept_features is not None:
-        terms["npc"] = _npc_share(features)
-    if features.concept_similarity is not None:
-        terms["xac"] = _xac_share(features)
+    terms = plain(f)
+    if f.concept_features is not None:
+        terms["npc"] = _npc_share(f)
+    if f.concept_similarity is not None:
+        terms["xac"] = _xac_share(f)
     return terms
 
 
-def siglip(features):
-    """Images and captions alone, SigLIP's sigmoid loss (the method's default for --loss)."""
-    return {"contrastive": _image_text_share(features)}
-
-
-def clip(features):
-    """Images and captions alone, CLIP's softmax loss (the method's default for --loss)."""
-    return {"contrastive": _image_text_share(features)}
-
-
-def tecoa(features):
+def tecoa(f):
     """TeCoA: images that an attack has changed, against captions."""
-    f = features
     contrastive = tecoa_loss(f.image_features, f.text_features, _caption_labels(f), f.logit_scale,
                              f.logit_bias)
     return {"contrastive": contrastive}
 
 
-def gift(features):
+def gift(f):
     """GIFT: new pairs are contrasted, replayed pairs distilled from the model before."""
-    f = features
     labels = _caption_labels(f)
     if f.replayed:
         return gift_loss(f.image_features, f.text_features, f.teacher, labels, f.logit_scale,
@@ -1363,132 +963,81 @@ def gift(features):
     return {"contrastive": _contrast_share(logits, labels, f.logit_bias, len(f.text_features))}
 
 
-def negclip(features):
+def negclip(f):
     """NegCLIP: swapped captions as negatives, similar images with theirs as more rows."""
-    f = features
     contrastive = negclip_loss(f.image_features, f.text_features, f.negative_features,
                                f.negative_mask, f.logit_scale, f.logit_bias, f.offset)
     return {"contrastive": contrastive}
 
 
-def ce_clip(features):
+def ce_clip(f):
     """CE-CLIP: negatives of four kinds, and a threshold for each, which is returned as well."""
-    f = features
     return ce_clip_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
                         f.thresholds, f.logit_scale, f.logit_bias, f.offset)
 
 
-def degla(features):
+def degla(f):
     """DeGLA: negatives of four kinds, and a teacher of averaged weights."""
-    f = features
     return degla_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
                       f.teacher, f.logit_scale, f.logit_bias, f.offset)
 
 
-def clic(features):
+def clic(f):
     """CLIC: every other batch is of images joined in pairs, the others as for clip or siglip."""
-    f = features
     if f.negative_features is None:
-        return {"contrastive": _image_text_share(f)}
+        return plain(f)
     return clic_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
                      f.logit_scale, f.logit_bias, f.offset)
 
 
-def fsc_clip(features):
+def fsc_clip(f):
     """FSC-CLIP: a focal loss over a caption and its negatives, and one over their words."""
-    f = features
     terms = fsc_clip_loss(f.image_features, f.text_features, f.negative_features, f.negative_mask,
                           f.word_similarity, f.word_mask, f.logit_scale, f.logit_bias, f.offset)
-    return {"contrastive": _image_text_share(f), **terms}
+    return {**plain(f), **terms}
 
 
-def cs_clip(features):
+def cs_clip(f):
     """CS-CLIP: swapped captions as negatives, and parts of captions, each with a foil."""
-    f = features
-    terms = negclip(features)
+    terms = negclip(f)
     if f.unit_features is not None:
         terms["units"] = cs_clip_loss(f.image_features, f.unit_features, f.foil_features,
                                       f.unit_mask, f.logit_scale, f.logit_bias, f.offset)
     return terms
 
 
-def con_clip(features):
+def con_clip(f):
     """CoN-CLIP: negated captions, and images that they are true of."""
-    f = features
     contrastive = con_clip_loss(f.image_features, f.text_features, f.negative_features,
                                 f.negative_mask, f.negative_image_features, f.negative_image_mask,
                                 f.logit_scale, f.logit_bias, f.offset)
     return {"contrastive": contrastive}
 
 
-def triplet_clip(features):
+def triplet_clip(f):
     """TripletCLIP: swapped captions, and images that they are true of."""
-    f = features
     contrastive = triplet_clip_loss(f.image_features, f.text_features, f.negative_features,
                                     f.negative_mask, f.negative_image_features,
                                     f.negative_image_mask, f.logit_scale, f.logit_bias, f.offset)
     return {"contrastive": contrastive}
 
 
-# The terms that any method may take besides its own.
-EXTRA_TERMS = ("npc", "xac", "caption_xac", "paraphrase", "distill")
+def _npc_share(f):
+    return npc_loss(f.image_features, f.concept_features, f.concept_labels, f.logit_scale,
+                    f.logit_bias, f.concept_count)
 
 
-def extra_terms(features, weights):
-    """Those of EXTRA_TERMS that have a weight.
-
-    weights is {term: weight} of the terms that the method does not give itself. Returns {term: this
-    process's share} of those terms that have a weight other than 0 and whose inputs are there.
-    """
-    terms = {}
-    if weights.get("npc") and features.concept_features is not None:
-        terms["npc"] = _npc_share(features)
-    if weights.get("xac") and features.concept_similarity is not None:
-        terms["xac"] = _xac_share(features)
-    if weights.get("caption_xac") and features.caption_similarity is not None:
-        terms["caption_xac"] = caption_xac_loss(
-            features.caption_similarity, features.logit_scale, features.logit_bias,
-            features.offset, features.sentence_labels)
-    if weights.get("paraphrase") and features.paraphrase_features is not None:
-        terms["paraphrase"] = paraphrase_loss(
-            features.paraphrase_features, features.text_features, features.paraphrase_mask,
-            features.logit_scale, features.logit_bias, features.offset)
-    if weights.get("distill") and features.teacher is not None:
-        own = slice(features.offset, features.offset + len(features.image_features))
-        negatives, valid = None, None
-        if features.negative_features is not None:
-            negatives = features.negative_features[own]
-            valid = features.negative_mask[own].to(negatives.device, non_blocking=True)
-        terms["distill"] = _distill_share(features.image_features, features.text_features[own],
-                                          negatives, valid, features.teacher, own)
-    return terms
+def _xac_share(f):
+    return xac_loss(f.concept_similarity, f.concept_labels, f.logit_scale, f.logit_bias,
+                    f.concept_count)
 
 
-def _image_text_share(features):
-    """siglip_loss where the model has a bias, else clip_loss."""
-    f = features
-    if f.logit_bias is None:
-        return clip_loss(f.image_features, f.text_features, f.logit_scale, f.offset)
-    return siglip_loss(f.image_features, f.text_features, f.logit_scale, f.logit_bias, f.offset)
-
-
-def _caption_labels(features):
+def _caption_labels(f):
     """Which captions are an image's own (b, B): its row's, and equal ones where they are known."""
-    f = features
     if f.caption_labels is not None:
         return f.caption_labels
     return _diagonal(f.image_features.new_empty(len(f.image_features), len(f.text_features)),
                      f.offset)
-
-
-def _npc_share(features):
-    return npc_loss(features.image_features, features.concept_features, features.concept_labels,
-                    features.logit_scale, features.logit_bias, features.concept_count)
-
-
-def _xac_share(features):
-    return xac_loss(features.concept_similarity, features.concept_labels,
-                    features.logit_scale, features.logit_bias, features.concept_count)
 
 
 @dataclass(frozen=True)
@@ -1497,7 +1046,7 @@ class Method:
 
     A method wants concepts where its weights name npc or xac.
     """
-    # Takes Features, returns {term: this process's share}. ce_clip also returns "thresholds".
+    # One of the functions above. ce_clip also returns "thresholds".
     loss: Callable
     # {term: default weight}. The weight of contrastive is 1.
     weights: dict = field(default_factory=dict)
@@ -1526,8 +1075,8 @@ class Method:
 # All methods, with the published weights of their terms.
 METHODS = {
     "c2lip": Method(c2lip, {"npc": 1.0, "xac": 0.01}),
-    "siglip": Method(siglip, defaults={"loss": "siglip"}),
-    "clip": Method(clip, defaults={"loss": "clip"}),
+    "siglip": Method(plain, defaults={"loss": "siglip"}),
+    "clip": Method(plain, defaults={"loss": "clip"}),
     "tecoa": Method(tecoa, same_captions=True, defaults={"freeze": "text", "attack_steps": 2}),
     "gift": Method(gift, {"cd": 1.0, "ita": 0.25, "awc": 1.0}, replay=True, same_captions=True,
                    teacher=True),
@@ -1565,3 +1114,423 @@ TERMS = {
     "units": "An image finds a part of its caption among all, and not its false version (CS-CLIP).",
     "distill": "Squared distance of all features from those of the teacher (DeGLA).",
 }
+
+# The terms that any method may take besides its own.
+EXTRA_TERMS = ("npc", "xac", "caption_xac", "paraphrase", "distill")
+
+
+def extra_terms(f, weights):
+    """Those of EXTRA_TERMS that have a weight.
+
+    weights is {term: weight} of the terms that the method does not give itself. Returns {term: this
+    process's share} of those terms that have a weight other than 0 and whose inputs are there.
+    """
+    terms = {}
+    if weights.get("npc") and f.concept_features is not None:
+        terms["npc"] = _npc_share(f)
+    if weights.get("xac") and f.concept_similarity is not None:
+        terms["xac"] = _xac_share(f)
+    if weights.get("caption_xac") and f.caption_similarity is not None:
+        terms["caption_xac"] = caption_xac_loss(
+            f.caption_similarity, f.logit_scale, f.logit_bias, f.offset, f.sentence_labels)
+    if weights.get("paraphrase") and f.paraphrase_features is not None:
+        terms["paraphrase"] = paraphrase_loss(
+            f.paraphrase_features, f.text_features, f.paraphrase_mask, f.logit_scale,
+            f.logit_bias, f.offset)
+    if weights.get("distill") and f.teacher is not None:
+        own = slice(f.offset, f.offset + len(f.image_features))
+        negatives, valid = None, None
+        if f.negative_features is not None:
+            negatives = f.negative_features[own]
+            valid = f.negative_mask[own].to(negatives.device, non_blocking=True)
+        terms["distill"] = _distill_share(f.image_features, f.text_features[own], negatives, valid,
+                                          f.teacher, own)
+    return terms
+
+
+# ---- what the processes agree on about a batch ------------------------------------------------
+@dataclass
+class Plan:
+    """What the processes have agreed on about a batch before the towers see it.
+
+    What share_concepts, concept_columns, first_row and row_counts do in a step, each with
+    collectives of its own, plan_batch does at once, in two, and on the CPU. So a GPU is never
+    waited for, and may still be computing the step before:
+
+        plan = plan_batch(len(images), concept_ids, pairs, concept_tokens).to(device)
+        ...                                 # encode images, captions and plan.tokens
+        texts, columns = gather_together(
+            [text_features, concept_features.index_select(0, plan.given)],
+            [plan.rows, plan.given_counts])
+        loss = npc_loss(image_features, columns, plan.labels, logit_scale, logit_bias)
+    """
+    rows: list                                      # the number of images of each process
+    tokens: torch.Tensor | None = None              # (U', L'), concepts for this process to encode
+    given: torch.Tensor | None = None               # (n,), rows of its concept features to gather
+    given_counts: list | None = None                # n of each process
+    labels: torch.Tensor | None = None              # (b, N) bool, this process's images and columns
+    pairs: int = 0                                  # (image, phrase) pairs of all processes
+    negative_mask: torch.Tensor | None = None       # (B, K) bool, of all processes, on the CPU
+    unit_mask: torch.Tensor | None = None           # (B, K') bool, the same
+
+    @property
+    def offset(self):
+        """The index of this process's first image among all."""
+        return sum(self.rows[:_rank()])
+
+    def to(self, device):
+        """Send the tensors but the masks to a device, without waiting for it."""
+        def send(x):
+            if x is None:
+                return None
+            if torch.device(device).type == "cuda":
+                x = x.pin_memory()  # else the copy would wait for the GPU's queue
+            return x.to(device, non_blocking=True)
+
+        return replace(self, tokens=send(self.tokens), given=send(self.given),
+                       labels=send(self.labels))
+
+
+def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, dedupe=True,
+               merge=True, negative_mask=None, pad_id=0, multiple=1, unit_mask=None):
+    """Exchange all that is known of a batch before the towers run. All tensors are on the CPU.
+
+    Parameters
+    ----------
+    batch_size : int
+        b, the number of this process's images.
+    concept_ids, pairs : Tensor (U,), (P, 2) int64, optional
+        As in concept_columns. None for a loss without concepts.
+    concept_tokens : Tensor (U', L) int64, optional
+        Where they are given, the processes divide the different concepts as in share_concepts,
+        which needs dedupe and merge. Where not, each process encodes its own. They may be only the
+        first U' of the U concepts: the others are no columns, but where one is a column of another
+        process or row, their pairs are positive there.
+    dedupe, merge : bool
+        As in concept_columns.
+    negative_mask : Tensor (b, K) bool, optional
+        This process's, to be gathered.
+    pad_id : int
+        The token that fills shorter concepts up.
+    multiple : int
+        Fill the number of shared concepts up to a multiple of it, for torch.compile.
+    unit_mask : Tensor (b, K') bool, optional
+        This process's, to be gathered.
+
+    Returns
+    -------
+    Plan
+        In its pairs, a phrase counts once for each image that holds it.
+    """
+    if concept_tokens is not None and not (dedupe and merge):
+        raise ValueError("concept_tokens are given, but only equal concepts of one feature can be "
+                         "shared: give dedupe=True and merge=True, or no concept_tokens")
+    sizes = _sizes(batch_size, concept_ids, pairs)
+    encoded_ids = concept_ids
+    if concept_tokens is not None:
+        encoded_ids = concept_ids[:len(concept_tokens)]
+    own = (sizes, encoded_ids, concept_tokens, negative_mask, unit_mask)
+    everyone = _exchange(*[torch.zeros(0, 0) if x is None else x for x in own])
+    sizes_of_all, ids_of_all, tokens_of_all, masks, unit_masks = zip(*everyone)
+    rows, pair_counts, different_counts = torch.stack(sizes_of_all).T.tolist()
+    plan = Plan(rows)
+    if negative_mask is not None:
+        plan.negative_mask = torch.cat(masks).bool()
+    if unit_mask is not None:
+        plan.unit_mask = torch.cat(unit_masks).bool()
+    if concept_ids is None:
+        return plan
+    if concept_tokens is not None:
+        tokens_of_all, ids_of_all = _divide(tokens_of_all, ids_of_all, pad_id)
+        plan.tokens = _fill_up(tokens_of_all[_rank()], multiple, pad_id)
+    plan.given, plan.given_counts, plan.labels = _plan_columns(
+        concept_ids, pairs, batch_size, pair_counts, ids_of_all, dedupe, merge)
+    plan.pairs = sum(different_counts if dedupe else pair_counts)
+    return plan
+
+
+def _sizes(batch_size, concept_ids, pairs):
+    """The numbers of images, of real pairs, and of different pairs: (3,)."""
+    if concept_ids is None:
+        return torch.tensor([batch_size, 0, 0])
+    image, concept = _real_pairs(pairs, concept_ids)
+    different = torch.stack([image, concept_ids[concept]]).unique(dim=1)  # (2, P')
+    return torch.tensor([batch_size, len(image), different.shape[1]])
+
+
+def _fill_up(tokens, multiple, pad_id):
+    """Add rows of padding up to a multiple, and at least to that: (U, L) -> (U', L)."""
+    missing = -len(tokens) % multiple
+    if len(tokens) == 0 and multiple > 1:
+        missing = multiple
+    return F.pad(tokens, (0, 0, 0, missing), value=pad_id)
+
+
+def share_concepts(concept_tokens, concept_ids, pad_id=0):
+    """Divide the different concepts of all processes, so that each is encoded once and once only.
+
+    Parameters
+    ----------
+    concept_tokens : Tensor (U, L) int64
+        The concepts of this process. L may differ between processes.
+    concept_ids : Tensor (U,) int64
+        As in concept_columns.
+    pad_id : int
+        The token that fills shorter concepts up.
+
+    Returns
+    -------
+    tokens : Tensor (U', L') int64
+        This process's equal share, to be encoded.
+    ids : Tensor (U',) int64
+        Its ids. concept_columns takes what was encoded as concept_features, and these as
+        feature_ids.
+    """
+    tokens_of_all, ids_of_all = zip(*_exchange(concept_tokens, concept_ids))
+    tokens, ids = _divide(tokens_of_all, ids_of_all, pad_id)
+    device = concept_tokens.device
+    return tokens[_rank()].to(device), ids[_rank()].to(device)
+
+
+def _divide(tokens_of_all, ids_of_all, pad_id):
+    """Divide the different concepts equally, in the order in which they occur.
+
+    Takes lists over processes of tokens (U, L) and ids (U,). Returns such lists of the shares,
+    tokens (U', L') and ids (U',), where L' is the longest L.
+    """
+    chosen = _chosen(ids_of_all, first_only=True)
+    length = max(tokens.shape[1] for tokens in tokens_of_all)
+    padded = [F.pad(x, (0, length - x.shape[1]), value=pad_id) for x in tokens_of_all]
+    tokens = torch.cat([x[index] for x, index in zip(padded, chosen)])  # (S, L')
+    ids = torch.cat([x[index] for x, index in zip(ids_of_all, chosen)])  # (S,)
+    processes = len(ids_of_all)
+    return tokens.tensor_split(processes), ids.tensor_split(processes)
+
+
+# ---- concepts as columns ----------------------------------------------------------------------
+# All that depends on ids is computed on the CPU, where the ids come from: on a GPU each of these
+# operations would have to wait for it.
+def _plan_columns(concept_ids, pairs, batch_size, pair_counts, ids_of_all, dedupe, merge):
+    """Find the columns that concept_columns describes, and this process's labels.
+
+    concept_ids (U,) and pairs (P, 2) are this process's. Lists over processes: pair_counts, the
+    number of real pairs, and ids_of_all, the ids of the features. Returns the rows of its
+    features that this process gives (n,), the number n of each process, and labels (b, N).
+    """
+    image, concept = _real_pairs(pairs, concept_ids)
+    if not dedupe:
+        return concept, pair_counts, _pair_labels(image, pair_counts, batch_size)
+    chosen = _chosen(ids_of_all, first_only=merge)
+    column_ids = torch.cat([ids[index] for ids, index in zip(ids_of_all, chosen)])  # (N,)
+    labels = _id_labels(concept_ids[concept], image, column_ids, batch_size)
+    return chosen[_rank()], [len(index) for index in chosen], labels
+
+
+def _real_pairs(pairs, concept_ids):
+    """Drop the padding: (P', 2) -> images (P,), rows of concepts (P,)."""
+    pairs = pairs[pairs[:, 0] >= 0]
+    pairs = pairs[concept_ids[pairs[:, 1]] >= 0]
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _chosen(ids_of_all, first_only):
+    """Choose which ids become columns: not padding, and only first occurrences if so wanted.
+
+    ids_of_all: a list over processes of ids (U,). Returns a list over processes of indices (n,).
+    """
+    ids = torch.cat(ids_of_all)
+    is_chosen = ids >= 0
+    if first_only:
+        is_chosen = is_chosen & _first_occurrences(ids)
+    by_process = is_chosen.split([len(x) for x in ids_of_all])
+    return [x.nonzero().squeeze(1) for x in by_process]
+
+
+def _first_occurrences(ids):
+    """Mark each id where it occurs for the first time: (M,) -> (M,) bool."""
+    unique_ids, inverse = ids.unique(return_inverse=True)  # (S,), (M,)
+    places = torch.arange(len(ids))
+    first = torch.full_like(unique_ids, len(ids))
+    first.scatter_reduce_(0, inverse, places, "amin")  # (S,)
+    return first[inverse] == places
+
+
+def _id_labels(held_ids, image, column_ids, batch_size):
+    """Tell whether image m holds the string of column n: (b, N) bool.
+
+    column_ids (N,) are the strings of the columns; held_ids (P,) are strings that images hold,
+    also such as are no column, and image (P,) the images that hold them.
+    """
+    # The S different strings get the numbers 0 to S - 1, the same in columns and in images.
+    strings, numbers = torch.cat([column_ids, held_ids]).unique(return_inverse=True)
+    column_numbers, held_numbers = numbers.split([len(column_ids), len(held_ids)])
+    holds = torch.zeros(batch_size, len(strings), dtype=torch.bool)  # (b, S)
+    holds[image, held_numbers] = True
+    return holds[:, column_numbers]
+
+
+def _pair_labels(image, counts, batch_size):
+    """Give each pair a column of its own: image (P,), pairs of each process -> (b, N) bool."""
+    labels = torch.zeros(batch_size, sum(counts), dtype=torch.bool)
+    start = sum(counts[:_rank()])
+    labels[image, start + torch.arange(len(image))] = True
+    return labels
+
+
+# ---- between processes ------------------------------------------------------------------------
+def gather_features(x, counts=None):
+    """Gather the rows of all processes in rank order, with their gradient.
+
+    The backward is a collective on every process, also where x itself needs no gradient. It sums
+    the gradients that all processes have for these rows.
+
+    Parameters
+    ----------
+    x : Tensor (n, ...)
+        This process's rows. Processes may hold different numbers of rows, also none.
+    counts : list of int, optional
+        row_counts(n), where it is known already.
+
+    Returns
+    -------
+    Tensor (sum of n, ...)
+    """
+    if not _distributed():
+        return x
+    if counts is None:
+        counts = row_counts(len(x))
+    if x.is_floating_point() and torch.is_grad_enabled() and not x.requires_grad:
+        # Without this, a process with a frozen tower would miss the backward's collective, and the
+        # others would wait for it forever.
+        x = x.detach().requires_grad_()
+    return _Gather.apply(x, counts)
+
+
+def gather_together(tensors, counts):
+    """gather_features of several tensors, in one collective each way.
+
+    Parameters
+    ----------
+    tensors : list of Tensor (n, ...)
+        Features of this process, of one dtype. n and what follows may differ.
+    counts : list of lists of int
+        For each tensor, the number of its rows on each process, as row_counts gives it.
+
+    Returns
+    -------
+    list of Tensor (sum of n, ...)
+    """
+    if not _distributed():
+        return list(tensors)
+    widths = [x.shape[1:].numel() for x in tensors]  # numbers in a row
+    sizes = []  # numbers of each tensor of process 0, then of each of process 1, and so on
+    numbers_of_process = []
+    for rows in zip(*counts):
+        own_sizes = [n * width for n, width in zip(rows, widths)]
+        sizes += own_sizes
+        numbers_of_process.append(sum(own_sizes))
+    flat = torch.cat([x.flatten() for x in tensors])
+    pieces = gather_features(flat, numbers_of_process).split(sizes)
+    gathered = []
+    for i, x in enumerate(tensors):
+        of_all = torch.cat(pieces[i::len(tensors)])  # tensor i of each process
+        gathered.append(of_all.view(-1, *x.shape[1:]))
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    """gather_features where there are several processes; counts: the rows of each."""
+    @staticmethod
+    def forward(ctx, x, counts):
+        ctx.counts, ctx.dtype = counts, x.dtype
+        padded = x.new_zeros(max(counts), *x.shape[1:])  # collectives want one shape everywhere
+        padded[:len(x)] = x
+        parts = [torch.empty_like(padded) for _ in counts]
+        if padded.numel():
+            dist.all_gather(parts, padded)
+        rows = [part[:n] for part, n in zip(parts, counts)]
+        return torch.cat(rows)  # (sum of counts, ...)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        # Every process used every row, so its gradient is the sum over processes. A sum of
+        # bfloat16 numbers would lose bits, hence float32 at least. all_reduce works in place,
+        # hence a copy.
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        grad = grad.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if grad.numel():
+            dist.all_reduce(grad)
+        own = grad.split(ctx.counts)[dist.get_rank()]
+        return own.to(ctx.dtype), None
+
+
+def _global_sum(x):
+    """Sum over processes, the same number on each, without a gradient."""
+    x = x.detach().clone(memory_format=torch.contiguous_format)     # all_reduce works in place
+    if _distributed():
+        dist.all_reduce(x)
+    return x
+
+
+def row_counts(rows, device=None):
+    """Return the number of rows on each process, a list of ints. Waits for the other processes."""
+    if not _distributed():
+        return [rows]
+    return _all_gather(torch.tensor([rows]), device).flatten().tolist()
+
+
+def first_row(rows, device=None):
+    """Return the index of this process's first row among the rows of all processes."""
+    return sum(row_counts(rows, device)[:_rank()])
+
+
+def _exchange(*tensors):
+    """Show every process's own tensors of integers to all processes.
+
+    Every process gives as many tensors, with as many dimensions, of whatever sizes. Returns a list
+    over processes of lists of these tensors, on the CPU. Takes two collectives: how many numbers
+    and which shapes each process has, then all its numbers in one row.
+    """
+    tensors = [x.to("cpu", torch.int64) for x in tensors]
+    if not _distributed():
+        return [tensors]
+    own = torch.cat([x.flatten() for x in tensors])
+    own_shapes = torch.cat([torch.tensor(x.shape) for x in tensors])
+    shapes = _all_gather(F.pad(own_shapes, (1, 0), value=len(own)))
+    lengths, shapes = shapes[:, 0], shapes[:, 1:]  # (W,), (W, dimensions of all tensors)
+    rows = _all_gather(F.pad(own, (0, int(lengths.max()) - len(own))))  # (W, longest)
+    dimensions = [x.ndim for x in tensors]
+    return [_cut(row, shape.split(dimensions)) for row, shape in zip(rows, shapes)]
+
+
+def _cut(row, shapes):
+    """Cut a row of numbers into tensors of these shapes; what follows them is padding."""
+    tensors = []
+    start = 0
+    for shape in shapes:
+        end = start + int(shape.prod())
+        tensors.append(row[start:end].view(shape.tolist()))
+        start = end
+    return tensors
+
+
+def _all_gather(x, device=None):
+    """Gather the same number of integers from each process: (n,) -> (W, n), on the CPU.
+
+    They travel between CPUs wherever the processes have a backend for that, as in
+    init_process_group("cpu:gloo,cuda:nccl"), because a GPU would have to be waited for.
+    """
+    if device is None:
+        device = "cpu" if "cpu" in dist.get_backend_config() else "cuda"
+    rows = torch.empty(dist.get_world_size(), len(x), dtype=x.dtype, device=device)
+    dist.all_gather(list(rows), x.to(device))
+    return rows.cpu()
+
+
+def _distributed():
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _rank():
+    return dist.get_rank() if _distributed() else 0

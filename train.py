@@ -33,6 +33,9 @@ import zipfile
 from dataclasses import asdict, replace
 from datetime import timedelta
 
+# In this order: arguments, processes and how they end, data, the checkpoint to go on from, model,
+# optimizer and loader; one training step, evaluation, checkpoints, the log; and last the loop.
+
 # ---- arguments -------------------------------------------------------------
 # They are parsed before torch and timm are imported, which takes seconds: --help and a flag that
 # does not exist answer at once.
@@ -65,6 +68,11 @@ def read_table(file, name):
             return {key.value: getattr(value, "value", None)
                     for key, value in zip(table.keys, table.values)}
     raise ValueError(f"{file} has no table {name}")
+
+
+def flag_of(name):
+    """The flag of an argument: --val-data of val_data."""
+    return "--" + name.replace("_", "-")
 
 
 TERMS = read_table("losses.py", "TERMS")    # {term: what it does}
@@ -147,7 +155,7 @@ group.add_argument("--loss", choices=("siglip", "clip"),
                    help="Sigmoid (siglip) or softmax (clip). Default: the one that the weights "
                         "were trained with.")
 for term, text in TERMS.items():
-    group.add_argument(f"--{term.replace('_', '-')}-weight", type=float, metavar="W",
+    group.add_argument(flag_of(f"{term}_weight"), type=float, metavar="W",
                        help=f"{text} Default: what --method gives it, and 0 for other methods.")
 group.add_argument("--caption-xac-sentences", type=int, default=0, metavar="N",
                    help="For --caption-xac-weight: a caption of several sentences also gives so "
@@ -329,20 +337,17 @@ for name, value in {"freeze": "none", **preset, **method.defaults}.items():
     if getattr(args, name) is None:
         setattr(args, name, value)
 weights = {"contrastive": 1.0, **dict.fromkeys(TERMS, 0.0), **method.weights}
+allowed_terms = {*method.weights, *EXTRA_TERMS}
 for term in TERMS:
-    if getattr(args, f"{term}_weight") is None:
-        setattr(args, f"{term}_weight", weights[term])
-    weights[term] = getattr(args, f"{term}_weight")
+    name = f"{term}_weight"
+    if getattr(args, name) is None:
+        setattr(args, name, weights[term])
+    weights[term] = getattr(args, name)
     if not 0 <= weights[term] < math.inf:
-        parser.error(f"--{term.replace('_', '-')}-weight {weights[term]:g}: expected a number of "
-                     "at least 0")
-    takes = {*method.weights, *EXTRA_TERMS}
-    if weights[term] and term not in takes:
-        parser.error(f"--{term.replace('_', '-')}-weight {weights[term]:g}: --method {args.method} "
-                     f"has no such term. It takes {', '.join(sorted(takes))}")
-if args.caption_xac_sentences > 0 and not weights["caption_xac"]:
-    parser.error(f"--caption-xac-sentences {args.caption_xac_sentences}: sentences are for the "
-                 "term that --caption-xac-weight adds: give it a weight above 0")
+        parser.error(f"{flag_of(name)} {weights[term]:g}: expected a number of at least 0")
+    if weights[term] and term not in allowed_terms:
+        parser.error(f"{flag_of(name)} {weights[term]:g}: --method {args.method} has no such term. "
+                     f"It takes {', '.join(sorted(allowed_terms))}")
 args.negatives = method.negatives       # for the log
 
 with_concepts = weights["npc"] > 0 or weights["xac"] > 0
@@ -359,6 +364,17 @@ if args.compile is None:
 if args.workers is None:
     args.workers = default_workers()
 
+if args.out_dir is None:
+    folder = args.model or re.sub(r"\W+", "-", args.init).strip("-")
+    if args.method != "c2lip":
+        folder += f"-{args.method}"
+    elif not with_concepts:
+        folder += "-baseline"
+    args.out_dir = os.path.join("out", folder)
+last_path = os.path.join(args.out_dir, "last.pt")
+log_path = os.path.join(args.out_dir, "log.jsonl")
+
+# ---- what cannot be done ---------------------------------------------------
 if args.init in MODELS and not os.path.exists(args.init):
     parser.error(f"--init {args.init} is the name of a model: give --model {args.init}, whose "
                  "public weights are the default")
@@ -375,33 +391,26 @@ FROM_ZERO = {"weight_decay": math.inf, "warmup": math.inf, "workers": math.inf,
 for name in POSITIVE:
     value = getattr(args, name)
     if value is not None and not 0 < value < math.inf:
-        parser.error(f"--{name.replace('_', '-')} {value}: expected a number above 0")
+        parser.error(f"{flag_of(name)} {value}: expected a number above 0")
 for name, largest in FROM_ZERO.items():
     value = getattr(args, name)
     if value is not None and not 0 <= value <= largest:
         limits = "of at least 0" if largest == math.inf else f"from 0 to {largest}"
-        parser.error(f"--{name.replace('_', '-')} {value}: expected a number {limits}")
+        parser.error(f"{flag_of(name)} {value}: expected a number {limits}")
 for name, value in vars(args).items():
     if isinstance(value, float) and math.isnan(value):
-        parser.error(f"--{name.replace('_', '-')} nan: expected a number")
+        parser.error(f"{flag_of(name)} nan: expected a number")
 
+if args.caption_xac_sentences > 0 and not weights["caption_xac"]:
+    parser.error(f"--caption-xac-sentences {args.caption_xac_sentences}: sentences are for the "
+                 "term that --caption-xac-weight adds: give it a weight above 0")
 if args.replay and not method.replay:
     parser.error(f"--replay {args.replay}: --method {args.method} has no use for it, gift has")
 if method.replay and not (weights["cd"] > 0 or weights["ita"] > 0):
     parser.error(f"--method {args.method} without --cd-weight and --ita-weight learns nothing from "
                  "--replay: give one of them a weight above 0")
 
-if args.out_dir is None:
-    folder = args.model or re.sub(r"\W+", "-", args.init).strip("-")
-    if args.method != "c2lip":
-        folder += f"-{args.method}"
-    elif not with_concepts:
-        folder += "-baseline"
-    args.out_dir = os.path.join("out", folder)
-last_path = os.path.join(args.out_dir, "last.pt")
-log_path = os.path.join(args.out_dir, "log.jsonl")
-
-# ---- processes, randomness, signals ----------------------------------------
+# ---- processes and randomness ----------------------------------------------
 missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
            if name not in os.environ]
 if int(os.environ.get("WORLD_SIZE", 1)) > 1 and missing:
@@ -431,7 +440,36 @@ def print0(text):
         tqdm.write(text)
 
 
-bar = None      # of progress, once training has begun
+def summed(x):
+    """The sum of a tensor over all processes."""
+    if world_size > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def from_process_0(function):
+    """What the function returns there, on all processes; its error ends all, with one line."""
+    answer, error = None, None
+    if rank == 0:
+        try:
+            answer = function()
+        except (ValueError, OSError) as problem:
+            error = str(problem)
+    if world_size > 1:
+        shared = [answer, error]
+        dist.broadcast_object_list(shared)
+        answer, error = shared
+    if error is not None:
+        stop_all(error)
+    return answer
+
+
+def wait_for_others(minutes):
+    """How long this process waits for the others from now on, before it takes one as hung."""
+    if world_size > 1:
+        # PyTorch before 2.9 has it under the second name alone
+        set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+        set_timeout(timedelta(minutes=minutes))
 
 
 def torchrun_set_threads():
@@ -452,6 +490,10 @@ if torchrun_set_threads():
     if cores > 1:
         print0(f"{cores} threads a process, as many as it has cores, instead of the one that "
                "torchrun sets; OMP_NUM_THREADS in the environment is kept")
+
+
+# ---- how it ends -----------------------------------------------------------
+bar = None      # of progress, once training has begun
 
 
 def stop(message, status=1):
@@ -478,14 +520,57 @@ def guard(function, *arguments, **keywords):
         stop(error)
 
 
-def wait_for_others(minutes):
-    """How long this process waits for the others from now on, before it takes one as hung."""
+WORKER_DIED = ("a process that reads data was killed, most often for want of memory: give fewer "
+               "--workers")
+
+
+@contextlib.contextmanager
+def errors_in_a_line():
+    """The same around a step or an evaluation; before the end the last whole step is saved."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        why = explanation(error)
+        if why is None:
+            raise
+        saved_words = save_what_is_done()
+        if interrupted and why == WORKER_DIED:      # in an evaluation: the signal came to all
+            stop(f"interrupted. {saved_words}", 0)
+        stop(f"{why}. {saved_words}")
+
+
+def explanation(error):
+    """What a user can understand of an error, or None."""
+    # a worker that died while it sent a batch only leaves a connection that is broken
+    if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
+        return WORKER_DIED
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return ("the GPU has too little memory for this batch: give --accum 2 or more, or "
+                "--grad-checkpointing, which change no figure, or a smaller --batch-size")
+    # the exchange with a process that hangs or has died
+    if isinstance(error, dist.DistError) or (world_size > 1 and "gloo" in str(error)):
+        reason = " ".join(str(error).split())[-100:]
+        return (f"process {rank} waited in vain for another one, which has died or did not answer "
+                f"within --timeout {args.timeout:g} minutes ({reason})")
+    return None
+
+
+def end():
+    """Ends the process, with status 0.
+
+    The interpreter's own end would wait for ever for the loader's workers, which ignore SIGTERM, by
+    which it ends them. With gloo's threads it aborts now and then.
+    """
     if world_size > 1:
-        # PyTorch before 2.9 has it under the second name alone
-        set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
-        set_timeout(timedelta(minutes=minutes))
+        dist.destroy_process_group()
+    if world_size > 1 or args.workers:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)     # the workers see within five seconds that they are alone, and end
+    sys.exit()
 
 
+# ---- signals ---------------------------------------------------------------
 first_step = 0          # of this run: that of the checkpoint it goes on from
 done = 0                # the last whole step
 interrupted = []        # signals that came
@@ -528,13 +613,6 @@ if world_size > 1:
     signal_writer.setblocking(False)
     signal.set_wakeup_fd(signal_writer.fileno())
     threading.Thread(target=watch_for_signals, args=(signal_reader,), daemon=True).start()
-
-
-def summed(x):
-    """The sum of a tensor over all processes."""
-    if world_size > 1:
-        dist.all_reduce(x)
-    return x
 
 
 # ---- data ------------------------------------------------------------------
@@ -591,9 +669,9 @@ def open_replay():
 replay = guard(open_replay)
 if replay is not None:
     check_lost(replay)
-if replay is not None and len(replay) < world_size * args.accum:
-    stop(f"--replay {args.replay} has {len(replay)} rows, fewer than {world_size} processes x "
-         f"--accum {args.accum}", 2)
+    if len(replay) < world_size * args.accum:
+        stop(f"--replay {args.replay} has {len(replay)} rows, fewer than {world_size} processes x "
+             f"--accum {args.accum}", 2)
 weighed = None      # rows of each source, and how many of them an epoch shows
 if args.data_weights is not None:
     weighed = guard(weigh_sources, dataset.source_sizes, args.data_weights)
@@ -666,23 +744,6 @@ def check_choice(path, found):
         "choose another --out-dir, or discard what is newer (--overwrite)")
 
 
-def from_process_0(function):
-    """What the function returns there, on all processes; its error ends all, with one line."""
-    answer, error = None, None
-    if rank == 0:
-        try:
-            answer = function()
-        except (ValueError, OSError) as problem:
-            error = str(problem)
-    if world_size > 1:
-        shared = [answer, error]
-        dist.broadcast_object_list(shared)
-        answer, error = shared
-    if error is not None:
-        stop_all(error)
-    return answer
-
-
 # A run that goes on with other arguments would be neither the old run nor a new one.
 MAY_CHANGE = {      # these may differ,
     "lr", "warmup", "steps", "epochs", "grad_clip", "max_skips", "max_bad", "eval_every",
@@ -718,12 +779,11 @@ def compare_arguments(saved_args):
         was = saved_args.get(name, without)
         if was == value or name in SILENT:
             continue
-        flag = "--" + name.replace("_", "-")
         if name not in MAY_CHANGE:
-            stop_all(f"--resume {args.resume} was trained with {flag} {was}, now it is {value}: go "
-                     "on with what it had, or begin a new run from its weights, --init "
-                     f"{args.resume}")
-        allowed.append(f"{flag} {value} instead of {was}")
+            stop_all(f"--resume {args.resume} was trained with {flag_of(name)} {was}, now it is "
+                     f"{value}: go on with what it had, or begin a new run from its weights, "
+                     f"--init {args.resume}")
+        allowed.append(f"{flag_of(name)} {value} instead of {was}")
     return allowed
 
 
@@ -744,8 +804,7 @@ OWN = {"device", "workers", "out_dir", "data_dir", "image_root", "val_image_root
 
 def check_agreement():
     """Each node has its own command line and disk: stops where one differs from process 0."""
-    mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
-            if name not in OWN}
+    mine = {flag_of(name): value for name, value in vars(args).items() if name not in OWN}
     mine["data of so many rows:"] = len(dataset)
     mine["--resume"] = digest(args.resume)
     theirs = [None] * world_size
@@ -974,13 +1033,10 @@ def batches():
         yield rows, inputs, plan
 
 
+@errors_in_a_line()
 def next_batch(iterator, step):
     """Rows, inputs and plan of one batch, see batches."""
-    try:
-        rows = next(iterator)
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        end_with_a_line(error)
-        raise
+    rows = next(iterator)
     if not rows["keys"]:
         check_rows(rows, step)      # which ends training
     plan = agree(
@@ -1009,13 +1065,8 @@ def next_batch(iterator, step):
 
 def agree(*arguments, **keywords):
     """The plan of a batch, or of its sentences, after an exchange with the other processes."""
-    try:
-        plan = plan_batch(*arguments, pad_id=model.config.pad_id, multiple=rows_multiple,
-                          **keywords)
-        return plan.to(args.device)
-    except RuntimeError as error:
-        end_with_a_line(error)
-        raise
+    plan = plan_batch(*arguments, pad_id=model.config.pad_id, multiple=rows_multiple, **keywords)
+    return plan.to(args.device)
 
 
 def same_captions(rows, plan):
@@ -1026,6 +1077,12 @@ def same_captions(rows, plan):
 
 
 # ---- one training step -----------------------------------------------------
+SCALARS = ("logit_scale", "logit_bias")     # outputs that are the same in every part of a batch
+# The fields of Features that this process has under their own names, in outputs and in rows.
+OWN_OUTPUTS = (*SCALARS, "image_features", "negative_image_features", "paraphrase_features")
+OWN_ROWS = ("caption_labels", "negative_image_mask", "paraphrase_mask", "word_mask", "replayed")
+
+
 def train_step(rows, inputs, plan):
     """Leaves the gradient of the whole batch in the parameters; returns this process's terms."""
     inputs = attack(inputs, rows, plan)
@@ -1036,14 +1093,15 @@ def train_step(rows, inputs, plan):
     return terms
 
 
-def forward(network, inputs):
+def forward(clip, inputs):
+    """What CLIP.forward returns, of `network` or of the teacher."""
     inputs = dict(inputs)
     for name in ("images", "negative_images"):      # which come as bytes
         if name in inputs:
             pixels = normalize_images(inputs[name], model.config)
-            inputs[name] = pixels.to(next(network.parameters()).dtype)      # that of the weights
+            inputs[name] = pixels.to(next(clip.parameters()).dtype)     # that of the weights
     with precision():
-        return network(**inputs, return_patches=with_patches, return_words=with_words)
+        return clip(**inputs, return_patches=with_patches, return_words=with_words)
 
 
 def precision():
@@ -1052,6 +1110,107 @@ def precision():
     return torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
+def loss_terms(out, rows, plan, taught):
+    """This process's share of each loss term, and of their weighted sum, "loss".
+
+    Its own images are compared with the captions and concepts of all processes. Summed over the
+    processes, the shares are the loss of the whole batch.
+    """
+    global thresholds
+    features = features_of(out, rows, plan, taught)
+    terms = method.loss(features)
+    thresholds = terms.pop("thresholds", thresholds)
+    if not features.replayed:       # a batch of replay has the method's own terms alone
+        added = {name: weight for name, weight in weights.items() if name not in terms}
+        terms = {**terms, **extra_terms(features, added)}
+    terms = {name: term for name, term in terms.items() if weights[name]}
+    terms["loss"] = sum(weights[name] * term for name, term in terms.items())
+    for name in SCALARS:    # each gets a gradient, of 0 if need be, which DDP and --accum ask for
+        if out[name] is not None:
+            terms["loss"] = terms["loss"] + 0 * out[name]
+    return terms
+
+
+def features_of(out, rows, plan, taught):
+    """What the losses read. Outputs and rows hold only what the method wants, so they decide."""
+    features = Features(
+        **pick(out, OWN_OUTPUTS),
+        **pick(rows, OWN_ROWS),
+        **gather_texts(out, rows, plan),
+        offset=plan.offset,
+        concept_labels=plan.labels,
+        negative_mask=plan.negative_mask,
+        unit_mask=plan.unit_mask,
+        thresholds=thresholds)
+    if args.concept_count == "all":
+        features.concept_count = plan.pairs
+    if "unit_features" in out:
+        features.foil_features = out["unit_features"][:, :, 1]                  # (b, K, D)
+    if taught is not None:
+        features.teacher = gather_taught(taught, plan)
+    if "sentence_plan" in rows:
+        features.sentence_labels = rows["sentence_plan"].labels                 # (b, S)
+    if not features.replayed:
+        add_similarities(features, out)
+    return features
+
+
+def gather_texts(out, rows, plan):
+    """Texts of all processes, of each kind that there is, in one exchange: {name: features}."""
+    texts = {"text_features": out["text_features"]}
+    counts = [plan.rows]
+    if "concept_features" in out:
+        texts["concept_features"] = out["concept_features"].index_select(0, plan.given)
+        counts.append(plan.given_counts)
+    if "negative_features" in out:
+        texts["negative_features"] = out["negative_features"]
+        counts.append(plan.rows)
+    if "unit_features" in out:
+        texts["unit_features"] = out["unit_features"][:, :, 0]
+        counts.append(plan.rows)
+    if "sentence_features" in out:
+        given = rows["sentence_plan"].given
+        texts["sentence_features"] = out["sentence_features"].index_select(0, given)
+        counts.append(rows["sentence_plan"].given_counts)
+    return dict(zip(texts, gather_together(list(texts.values()), counts)))
+
+
+def add_similarities(features, out):
+    """Adds how near this process's images are to texts, once they are pooled by them.
+
+    By the words of an image's own texts; and, in one pass, by all concepts, captions and sentences.
+    """
+    if with_words:
+        words = out["word_features"]                                            # (b, 1 + K, L, D)
+        similarity = token_similarity(out["patch_tokens"], words.flatten(1, 2))
+        features.word_similarity = similarity.view(words.shape[:3])             # (b, 1 + K, L)
+    queries = {}
+    if weights["xac"]:
+        queries["concept_similarity"] = features.concept_features               # (N, D)
+    if weights["caption_xac"]:
+        queries["caption_similarity"] = features.text_features                  # (B, D)
+    if features.sentence_features is not None:
+        texts = torch.cat([features.text_features, features.sentence_features])
+        queries["caption_similarity"] = texts                                   # (B + S, D)
+    if not queries:
+        return
+    similarity = concept_similarity(out["patch_tokens"], torch.cat(list(queries.values())))
+    parts = similarity.split([len(query) for query in queries.values()], dim=1)
+    for name, part in zip(queries, parts):
+        setattr(features, name, part)                                           # (b, N), (b, B + S)
+
+
+def pick(table, names):
+    """The entries of a table that have one of these names."""
+    return {name: table[name] for name in names if name in table}
+
+
+def backward(loss):
+    """DDP averages gradients over the processes, but the losses are shares of a sum."""
+    (loss * world_size).backward()
+
+
+# ---- what some steps have besides: an attack, a teacher ---------------------
 def attack(inputs, rows, plan):
     """The inputs with images that an attack has turned away from their captions, if so wanted.
 
@@ -1093,105 +1252,6 @@ def teach(parts, rows):
     return {name: torch.cat([out[name] for out in outs]) for name in names}
 
 
-def loss_terms(out, rows, plan, taught):
-    """This process's share of each loss term, and of their weighted sum, "loss".
-
-    Its own images are compared with the captions and concepts of all processes. Summed over the
-    processes, the shares are the loss of the whole batch.
-    """
-    global thresholds
-    features = features_of(out, rows, plan, taught)
-    terms = method.loss(features)
-    thresholds = terms.pop("thresholds", thresholds)
-    if not features.replayed:       # a batch of replay has the method's own terms alone
-        added = {name: weight for name, weight in weights.items() if name not in terms}
-        terms = {**terms, **extra_terms(features, added)}
-    terms = {name: term for name, term in terms.items() if weights[name]}
-    terms["loss"] = sum(weights[name] * term for name, term in terms.items())
-    for name in SCALARS:    # each gets a gradient, of 0 if need be, which DDP and --accum ask for
-        if out[name] is not None:
-            terms["loss"] = terms["loss"] + 0 * out[name]
-    return terms
-
-
-SCALARS = ("logit_scale", "logit_bias")     # of the outputs: the same in every part of a batch
-# The fields of Features that this process has under their own names, in outputs and in rows.
-OWN_OUTPUTS = (*SCALARS, "image_features", "negative_image_features", "paraphrase_features")
-OWN_ROWS = ("caption_labels", "negative_image_mask", "paraphrase_mask", "word_mask", "replayed")
-
-
-def features_of(out, rows, plan, taught):
-    """What the losses read. Outputs and rows hold only what the method wants, so they decide."""
-    features = Features(
-        **pick(out, OWN_OUTPUTS),
-        **pick(rows, OWN_ROWS),
-        **gather_texts(out, rows, plan),
-        offset=plan.offset,
-        concept_labels=plan.labels,
-        negative_mask=plan.negative_mask,
-        unit_mask=plan.unit_mask,
-        thresholds=thresholds)
-    if args.concept_count == "all":
-        features.concept_count = plan.pairs
-    if "unit_features" in out:
-        features.foil_features = out["unit_features"][:, :, 1]                  # (b, K, D)
-    if taught is not None:
-        features.teacher = gather_taught(taught, plan)
-    if "sentence_plan" in rows:
-        features.sentence_labels = rows["sentence_plan"].labels                 # (b, S)
-    if not features.replayed:
-        add_similarities(features, out)
-    return features
-
-
-def pick(table, names):
-    """The entries of a table that have one of these names."""
-    return {name: table[name] for name in names if name in table}
-
-
-def add_similarities(features, out):
-    """This process's images pooled by the words of their own texts; and, in one pass, by all
-    concepts, captions and sentences: how near each pooled image is to what it was pooled by."""
-    if with_words:
-        words = out["word_features"]                                            # (b, 1 + K, L, D)
-        similarity = token_similarity(out["patch_tokens"], words.flatten(1, 2))
-        features.word_similarity = similarity.view(words.shape[:3])             # (b, 1 + K, L)
-    queries = {}
-    if weights["xac"]:
-        queries["concept_similarity"] = features.concept_features               # (N, D)
-    if weights["caption_xac"]:
-        queries["caption_similarity"] = features.text_features                  # (B, D)
-    if features.sentence_features is not None:
-        texts = torch.cat([features.text_features, features.sentence_features])
-        queries["caption_similarity"] = texts                                   # (B + S, D)
-    if not queries:
-        return
-    similarity = concept_similarity(out["patch_tokens"], torch.cat(list(queries.values())))
-    parts = similarity.split([len(query) for query in queries.values()], dim=1)
-    for name, part in zip(queries, parts):
-        setattr(features, name, part)                                           # (b, N), (b, B + S)
-
-
-def gather_texts(out, rows, plan):
-    """Texts of all processes, of each kind that there is, in one exchange: {name: features}."""
-    texts = {"text_features": out["text_features"]}
-    counts = [plan.rows]
-    if "concept_features" in out:
-        texts["concept_features"] = out["concept_features"].index_select(0, plan.given)
-        counts.append(plan.given_counts)
-    if "negative_features" in out:
-        texts["negative_features"] = out["negative_features"]
-        counts.append(plan.rows)
-    if "unit_features" in out:
-        texts["unit_features"] = out["unit_features"][:, :, 0]
-        counts.append(plan.rows)
-    if "sentence_features" in out:
-        given = rows["sentence_plan"].given
-        texts["sentence_features"] = out["sentence_features"].index_select(0, given)
-        counts.append(rows["sentence_plan"].given_counts)
-    return dict(zip(texts, gather_together(list(texts.values()), counts)))
-
-
 @torch.no_grad()
 def gather_taught(taught, plan):
     """The teacher's captions and negatives of all processes, and its images of this one."""
@@ -1200,11 +1260,6 @@ def gather_taught(taught, plan):
         if name in taught:
             gathered[name] = gather_features(taught[name], plan.rows)
     return gathered
-
-
-def backward(loss):
-    """DDP averages gradients over the processes, but the losses are shares of a sum."""
-    (loss * world_size).backward()
 
 
 # ---- one training step in parts, to save memory: --accum above 1 ------------
@@ -1216,8 +1271,7 @@ def train_step_in_parts(rows, inputs, plan):
     each part again, with its piece of that gradient.
     """
     inputs = attack(inputs, rows, plan)
-    pieces = {name: x.tensor_split(args.accum) for name, x in inputs.items()}
-    parts = [{name: pieces[name][i] for name in pieces} for i in range(args.accum)]
+    parts = in_parts({name: x.tensor_split(args.accum) for name, x in inputs.items()})
     taught = teach(parts, rows)
     with torch.no_grad():
         outs = [forward(network, part) for part in parts]
@@ -1228,24 +1282,18 @@ def train_step_in_parts(rows, inputs, plan):
     terms = loss_terms(leaves, rows, plan, taught)
     backward(terms["loss"])
 
-    # of a batch of replay the loss reads no patch tokens, which then have none
-    gradients = {name: leaves[name].grad.split(sizes[name]) for name in sizes
-                 if leaves[name].grad is not None}
-    for i, part in enumerate(parts):
-        is_last = i == args.accum - 1
-        exchange = contextlib.nullcontext()
-        if world_size > 1 and not is_last:
-            exchange = network.no_sync()    # processes exchange gradients once, after the last part
-        with exchange:
-            out = forward(network, part)
-            # the scalar whose gradient is, for every parameter, what backward() would have sent on
-            total = sum((out[name] * gradients[name][i]).sum() for name in gradients)
-            if is_last:
-                for name in SCALARS:
-                    if out[name] is not None:
-                        total = total + out[name] * leaves[name].grad
-            total.backward()
+    *others, last = zip(parts, gradients_of_parts(leaves, sizes))
+    # processes exchange gradients once, after the last part
+    with network.no_sync() if world_size > 1 else contextlib.nullcontext():
+        for part, gradients in others:
+            send_back(part, gradients)
+    send_back(*last)
     return terms
+
+
+def in_parts(pieces):
+    """{name: its pieces} -> for each part {name: its piece}."""
+    return [dict(zip(pieces, part)) for part in zip(*pieces.values())]
 
 
 def join_parts(outs):
@@ -1260,6 +1308,29 @@ def join_parts(outs):
     return leaves
 
 
+def gradients_of_parts(leaves, sizes):
+    """For each part the gradients of its outputs, {name: gradient}."""
+    pieces = {}
+    for name in sizes:
+        if leaves[name].grad is not None:   # the loss of a batch of replay reads no patch tokens
+            pieces[name] = leaves[name].grad.split(sizes[name])
+    gradients = in_parts(pieces)
+    for name in SCALARS:    # the same in all parts, so that the last one has their whole gradient
+        if leaves[name] is not None:
+            gradients[-1][name] = leaves[name].grad
+    return gradients
+
+
+def send_back(part, gradients):
+    """A part once more, with a graph, and the gradients of its outputs back through it."""
+    out = forward(network, part)
+    names = [name for name in gradients if out[name].requires_grad]     # a frozen tower's do not
+    torch.autograd.backward([out[name] for name in names], [gradients[name] for name in names])
+
+
+train_step_on_batch = train_step if args.accum == 1 else train_step_in_parts
+
+
 # ---- one training step with replay -------------------------------------------
 def train_step_with_replay(rows, inputs, plan):
     """GIFT's step: first the batch of replay, whose gradient tells which weights it needs.
@@ -1267,11 +1338,11 @@ def train_step_with_replay(rows, inputs, plan):
     DistributedDataParallel averages what has gathered in the gradients after each backward. What
     the first left is equal on all processes, and stays as it is in the second average.
     """
-    replayed = train_step_on_one(*rows["replay"])
+    replayed = train_step_on_batch(*rows["replay"])
     towers = [(p, anchor) for p, anchor in zip(model.parameters(), teacher.parameters())
               if p.grad is not None and p.ndim > 0]     # without logit_scale and logit_bias
     needs = fisher_weights([p.grad for p, _ in towers])
-    terms = train_step_on_one(rows, inputs, plan)
+    terms = train_step_on_batch(rows, inputs, plan)
     loss = terms["loss"] + replayed["loss"]
     terms = {**terms, **replayed}
     if weights["awc"]:
@@ -1283,6 +1354,8 @@ def train_step_with_replay(rows, inputs, plan):
         loss = loss + weights["awc"] * terms["awc"]
     return {**terms, "loss": loss}
 
+
+step_function = train_step_with_replay if method.replay else train_step_on_batch
 
 # ---- evaluation ------------------------------------------------------------
 benches = []
@@ -1315,12 +1388,10 @@ def evaluation_options():
     return options
 
 
-def score(network):
-    try:
-        return guard(evaluate.run, network.eval(), benches, quiet=True, **evaluation_options())
-    except RuntimeError as error:
-        end_with_a_line(error)
-        raise
+@errors_in_a_line()
+def score(clip):
+    """{benchmark: {subset: figures}}, of `model` or of the teacher."""
+    return guard(evaluate.run, clip.eval(), benches, quiet=True, **evaluation_options())
 
 
 def evaluation(step):
@@ -1434,8 +1505,7 @@ def keep_copy(path):
 
 
 # ---- the log ---------------------------------------------------------------
-# TFLOP/s in bfloat16, without sparsity
-PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "4090": 165}
+board = None        # TensorBoard's writer, if it is wanted
 torn_line = ""      # a line break, after a line of the log that was not written to its end
 
 
@@ -1467,72 +1537,6 @@ def add_line(text):
         torn_line = "\n"
 
 
-def remove_unfinished():
-    """What an earlier kill left."""
-    for path in glob.glob(os.path.join(glob.escape(args.out_dir), "*.pt.tmp")):
-        os.remove(path)
-
-
-def discard_former_run():
-    """What --overwrite allows to lose: all that is younger than the checkpoint to go on from."""
-    found = checkpoints()
-    for name in ("best.pt", "ema.pt"):
-        found.append(os.path.join(args.out_dir, name))
-    for path in found:
-        if args.resume and os.path.exists(path):
-            if os.path.samefile(path, args.resume) or step_in(path) <= first_step:
-                continue
-        remove(path)
-
-
-def step_in(path):
-    """The step of a checkpoint; a damaged one is younger than any."""
-    if damage(path) is not None:
-        return math.inf
-    return torch.load(path, mmap=True, weights_only=True)["step"]
-
-
-def open_log():
-    """Begins log.jsonl. At a resume it keeps the lines that are no younger than the checkpoint.
-
-    Returns whether the evaluation of the checkpoint's step is among them.
-    """
-    kept = []
-    evaluated = False
-    unreadable = 0
-    if args.resume and os.path.exists(log_path):
-        with open(log_path, encoding="utf-8", errors="replace") as f:
-            for line in f:
-                step = step_of(line)
-                if step is None:
-                    unreadable += 1
-                elif step <= first_step:
-                    kept.append(line)
-                    evaluated = evaluated or (step == first_step and '"eval"' in line)
-    if unreadable:      # such as the last one, torn by a kill
-        print0(f"{log_path}: {unreadable} lines cannot be read and are left out")
-    with open(log_path + ".tmp", "w") as f:
-        f.writelines(kept)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(log_path + ".tmp", log_path)     # a kill leaves the old log or the new one
-    return evaluated
-
-
-def step_of(line):
-    """The step of a line of the log, 0 for the first lines, None for one that is not whole."""
-    try:
-        step = json.loads(line).get("step", 0)
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    return step if line.endswith("\n") and isinstance(step, int) else None
-
-
-def open_board():
-    from torch.utils.tensorboard import SummaryWriter   # a package of its own
-    return SummaryWriter(args.out_dir, purge_step=first_step + 1, flush_secs=5)
-
-
 def peak_mib():
     """The most memory that this process has held, in MiB: of the GPU, if it has one."""
     if gpu:
@@ -1552,6 +1556,9 @@ def operations_for_each_number(model):
     return {"tokens": 6 * text, "images": 6 * image / numbers_in_a_patch, "spans": 0}
 
 
+operations = operations_for_each_number(model)
+
+
 def operations_in(inputs):
     """Of one step of this process."""
     return sum(x.numel() * operations[name.split("_")[-1]] for name, x in inputs.items())
@@ -1564,6 +1571,10 @@ class Window:
         self.operations = 0
         self.seconds = 0.0      # of all
         self.waiting = 0.0      # of these, for data
+
+
+# TFLOP/s in bfloat16, without sparsity
+PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "4090": 165}
 
 
 def log_row(step, values, grad_norm, window):
@@ -1623,7 +1634,7 @@ def check_evaluation():
 from_process_0(check_folder)
 from_process_0(check_evaluation)
 
-# ---- what is going to happen -----------------------------------------------
+# ---- what a former run left in the folder ----------------------------------
 def prepare_folder():
     """Makes room in --out-dir; returns whether the step to go on from was evaluated."""
     if args.overwrite:
@@ -1632,13 +1643,79 @@ def prepare_folder():
     return open_log()
 
 
-board = None
+def discard_former_run():
+    """What --overwrite allows to lose: all that is younger than the checkpoint to go on from."""
+    found = checkpoints()
+    for name in ("best.pt", "ema.pt"):
+        found.append(os.path.join(args.out_dir, name))
+    for path in found:
+        if args.resume and os.path.exists(path):
+            if os.path.samefile(path, args.resume) or step_in(path) <= first_step:
+                continue
+        remove(path)
+
+
+def step_in(path):
+    """The step of a checkpoint; a damaged one is younger than any."""
+    if damage(path) is not None:
+        return math.inf
+    return torch.load(path, mmap=True, weights_only=True)["step"]
+
+
+def remove_unfinished():
+    """What an earlier kill left."""
+    for path in glob.glob(os.path.join(glob.escape(args.out_dir), "*.pt.tmp")):
+        os.remove(path)
+
+
+def open_log():
+    """Begins log.jsonl. At a resume it keeps the lines that are no younger than the checkpoint.
+
+    Returns whether the evaluation of the checkpoint's step is among them.
+    """
+    kept = []
+    evaluated = False
+    unreadable = 0
+    if args.resume and os.path.exists(log_path):
+        with open(log_path, encoding="utf-8", errors="replace") as f:
+            for line in f:
+                step = step_of(line)
+                if step is None:
+                    unreadable += 1
+                elif step <= first_step:
+                    kept.append(line)
+                    evaluated = evaluated or (step == first_step and '"eval"' in line)
+    if unreadable:      # such as the last one, torn by a kill
+        print0(f"{log_path}: {unreadable} lines cannot be read and are left out")
+    with open(log_path + ".tmp", "w") as f:
+        f.writelines(kept)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(log_path + ".tmp", log_path)     # a kill leaves the old log or the new one
+    return evaluated
+
+
+def step_of(line):
+    """The step of a line of the log, 0 for the first lines, None for one that is not whole."""
+    try:
+        step = json.loads(line).get("step", 0)
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return step if line.endswith("\n") and isinstance(step, int) else None
+
+
+def open_board():
+    from torch.utils.tensorboard import SummaryWriter   # a package of its own
+    return SummaryWriter(args.out_dir, purge_step=first_step + 1, flush_secs=5)
+
+
 was_evaluated = False
 if not args.dry_run:
     was_evaluated = from_process_0(prepare_folder)
     if args.tensorboard and rank == 0:
         board = guard(open_board)
-operations = operations_for_each_number(model)
+
+# ---- what is going to happen -----------------------------------------------
 millions = sum(p.numel() for p in model.parameters()) / 1e6
 shown_weights = ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight)
 print0(f"{model.config.name}, {millions:.1f} M parameters; {args.method}: {shown_weights}, "
@@ -1646,8 +1723,8 @@ print0(f"{model.config.name}, {millions:.1f} M parameters; {args.method}: {shown
        f"{args.steps:,} steps of {args.batch_size}, {world_size} x {args.device} in {args.dtype}"
        f"{', compiled' if args.compile else ''}")
 if weighed:
-    for source, (size, shown) in zip(args.data.split("::"), weighed):
-        print0(f"{source}: {size:,} rows, of which an epoch shows {shown:,}")
+    for source, (size, in_epoch) in zip(args.data.split("::"), weighed):
+        print0(f"{source}: {size:,} rows, of which an epoch shows {in_epoch:,}")
 if args.data and model.config.tokenizer:
     encoded = []
     for row in first_rows:
@@ -1668,24 +1745,9 @@ for name, why in skipped_rows[:5]:
 for name, what in getattr(dataset, "remarks", []) + getattr(replay, "remarks", []):
     print0(f"{name}: {what}")
 
-def end():
-    """Ends the process, with status 0.
 
-    The interpreter's own end would wait for ever for the loader's workers, which ignore SIGTERM, by
-    which it ends them. With gloo's threads it aborts now and then.
-    """
-    if world_size > 1:
-        dist.destroy_process_group()
-    if world_size > 1 or args.workers:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)     # the workers see within five seconds that they are alone, and end
-    sys.exit()
-
-
-train_step_on_one = train_step if args.accum == 1 else train_step_in_parts
-step_function = train_step_with_replay if method.replay else train_step_on_one
-if args.dry_run:
+def dry_run():
+    """Two steps of which nothing is kept; says what was read and how long all would take."""
     stream = batches()
     rows, inputs, plan = next(stream)
     check_rows(rows, first_step + 1)
@@ -1702,6 +1764,10 @@ if args.dry_run:
            f"{images:,} images, {images / sampler.length:.2f} epochs; {seconds:.2f} s a step, "
            f"{args.steps * seconds / 3600:.2f} hours and the time to read data; peak memory "
            f"{peak_mib():.0f} MiB. Nothing was trained")
+
+
+if args.dry_run:
+    dry_run()
     end()
 
 
@@ -1749,27 +1815,15 @@ def ask_all(terms, grad_norm):
     return dict(zip(terms, values)), norm, any_bad, any_interrupted
 
 
-def end_with_a_line(error):
-    """For errors of a step or evaluation that a user can understand; what it did is lost."""
-    # one that died while it sent a batch only leaves a connection that is broken
-    worker_died = isinstance(error, (ConnectionError, EOFError))
-    if worker_died or "DataLoader worker (pid" in str(error):
-        saved_words = save_what_is_done()
-        if interrupted:     # in an evaluation, whose workers a signal to all ends
-            stop(f"interrupted. {saved_words}", 0)
-        stop("a process that reads data was killed, most often for want of memory: give fewer "
-             f"--workers. {saved_words}")
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        saved_words = save_what_is_done()
-        stop("the GPU has too little memory for this batch: give --accum 2 or more, or "
-             "--grad-checkpointing, which change no figure, or a smaller --batch-size. "
-             f"{saved_words}")
-    # the exchange with a process that hangs or has died
-    if isinstance(error, dist.DistError) or (world_size > 1 and "gloo" in str(error)):
-        reason = " ".join(str(error).split())[-100:]
-        saved_words = save_what_is_done()
-        stop(f"process {rank} waited in vain for another one, which has died or did not answer "
-             f"within --timeout {args.timeout:g} minutes ({reason}). {saved_words}")
+def report(step, values, grad_norm, window):
+    """A line of the log, and what of it is shown."""
+    row = log_row(step, values, grad_norm, window)
+    log(row)
+    shown = " ".join(f"{name} {row[name]:.2f}" for name in values)
+    shown += f" {row['images_per_second']:.0f} img/s"
+    bar.set_postfix_str(shown, refresh=False)
+    if not on_terminal:
+        print0(f"step {step:,}/{args.steps:,}: {shown}")
 
 
 @torch.no_grad()
@@ -1799,21 +1853,18 @@ for step in range(first_step + 1, args.steps + 1):
     check_rows(rows, step)
     if "replay" in rows:
         check_rows(rows["replay"][0], step)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step - 1)
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = learning_rate(step - 1)
     if (step - 1) % sampler.steps_per_epoch == 0:
         thresholds = torch.zeros_like(thresholds)
 
-    try:
+    with errors_in_a_line():
         terms = step_function(rows, inputs, plan)
         norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
         asked = time.time()
         upcoming = next(stream, None)   # while a GPU is still at work
         window.waiting += time.time() - asked
         values, grad_norm, any_bad, any_interrupted = ask_all(terms, norm)
-    except RuntimeError as error:
-        end_with_a_line(error)
-        raise
     if any_bad:
         leave_out(step, rows, values["loss"], grad_norm)
     else:
@@ -1828,13 +1879,7 @@ for step in range(first_step + 1, args.steps + 1):
     window.operations += operations_in(inputs)
     window.seconds += time.time() - before
     if step % args.log_every == 0 or step == args.steps:
-        row = log_row(step, latest, grad_norm, window)
-        log(row)
-        shown = " ".join(f"{name} {row[name]:.2f}" for name in latest)
-        shown += f" {row['images_per_second']:.0f} img/s"
-        bar.set_postfix_str(shown, refresh=False)
-        if not on_terminal:
-            print0(f"step {step:,}/{args.steps:,}: {shown}")
+        report(step, latest, grad_norm, window)
         window = Window()
     if args.compile and step <= first_step + 2:
         window = Window()       # of compilation, not of training
@@ -1876,7 +1921,7 @@ def baseline_command():
         here = os.environ.get("LOCAL_WORLD_SIZE", world_size)
         launcher = ["torchrun", f"--nproc_per_node={here}"]
     command = [*launcher, "train.py", "--method", "siglip" if args.loss != "clip" else "clip"]
-    of_terms = [f"--{term.replace('_', '-')}-weight" for term in TERMS]
+    of_terms = [flag_of(f"{term}_weight") for term in TERMS]
     command += own_arguments(without=(
         "--method", "--out-dir", "--resume", "--overwrite", "--replay", "--caption-xac-sentences",
         *of_terms))
@@ -1896,7 +1941,7 @@ def next_commands():
     for name in ("data_dir", "image_root", "image_key", "caption_key", "data"):
         value = evaluation_options()[name]
         if benches and value not in (None, "", parser.get_default(name)):
-            score_it += f" --{name.replace('_', '-')} {shlex.quote(value)}"
+            score_it += f" {flag_of(name)} {shlex.quote(value)}"
     lines = [
         f"{score_it}     # its figures, with intervals",
         f"python evaluate.py plot {shlex.quote(log_path)}     # its curves",
