@@ -43,239 +43,57 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 LEXICON = ASSETS / "lexicon.json"
 WEIGHTS = ASSETS / "tagger.json.gz"
 
-# ---------------------------------------------------------------------------------------- patterns
-# Words, as NLTK's word tokenizer finds them in a caption. Every repeat is bounded, so that the
-# time stays linear in the length of any text.
-WORD = re.compile(r"""
-    </?[A-Za-z][^<>\n]{0,60}>                     # markup is one word
-  | &\#?\w{1,8};                                  # so is &amp;
-  | https?://\S{1,200}
-  | [A-Z]\.(?:[A-Z]\.){1,4}                       # U.S.A.
-  | [A-Z]\.(?=[ \t]+[A-Z])                        # W. Centre
-  | (?:Mr|Mrs|Ms|Dr|St|Ave)\.(?=[ \t])
-  | (?i:close[ ]up|each[ ]other|one[ ]another)\b
-  | [A-Za-z]{2,6}(?=n't\b)                        # do|n't
-  | n't\b
-  | w/(?=[ \t])                                   # with
-  | \w{1,50}(?:                                   # a word, with what may join its parts:
-        (?: [-&/](?=\w)                           #   t-shirt, black/white
-          | \.(?=[a-z\d])                         #   3.5, x.org
-          | (?<=\d)[,:](?=\d)                     #   1,000 and 10:30
-          | '(?!(?i:s|m|d|ll|re|ve|t)\b)(?=\w)    #   o'clock, but man|'s
-        )\w{1,50}){0,8}
-  | '(?i:s|m|d|ll|re|ve)\b
-  | \S                                            # any other sign is a word of its own
-""", re.VERBOSE)
 
-# A caption without a match is all in capitals or a title: its case says nothing about its words.
-LOWER_CASE_WORD = re.compile(
-    r"(?<![\w'])(?!(?:an?|and|as|at|by|for|from|in|is|of|on|or|the|to|with|w)\b)[a-z]")
-
-# Phrases that are no concept.
-JUNK = re.compile(r"""
-    (?i:\A                                        # an empty word with or without a determiner
-        (?:(?:a|an|the|this|that|these|those|some|any|each|every|another|no
-             |his|her|its|their|my|your|our)(?:\s+|\Z))?
-        (?:close[ ]up|close-up|closeup|image|photo|photograph|picture|view|shot|scene
-          |top|side|front|back|middle|background|foreground|corner|left|right|center|edge
-          |someone|something|somebody|anyone|anything|everything|nothing|other|others|lots|one)?
-     \Z)
-  | (?:\A|\s)\S\Z                                 # a single letter at the end
-  | \A(?:\S+\s+){8}                               # more than eight words
-  | [][(){}<>]                                    # brackets and markup
-  | \w_\w
-  | (?i:https?:|\b(?:IMG|DSC)\d+|^(?:jpe?g|png)$)
-""", re.VERBOSE)
-
-# The rules for noun phrases, in NLTK's notation: <A|B> is one word with tag A or B, {...} is what
-# gets the label, and around the braces stands the context that it needs. Each rule sees the labels
-# of those before it. Beside the tags of the Penn Treebank there are ours, from the lexicon:
-#   S    before each sentence                DTA  a, an, each: with a singular
-#   IN   a preposition, whatever follows     INX  one that may also be a conjunction or an adverb
-#   OF   of                                  LOC  inside, outside, past
-#   QN   a measure: a group, a bowl          ORG  orange, the fruit or the colour
-#   PX   a participle: covered, shaped       GN   a word in -ing that was tagged as a noun
-#   CAN  can, the noun or the verb
-# Where a part may be repeated, no two alternatives in it may read the same tags: matching would
-# take exponential time. A test measures it.
-NOUN = "<NN|NNS|NNP|NNPS|QN>"
-PARTICIPLE = f"(<VBG|VBN|VBD|GN|PX>(?={NOUN}|<JJ|ORG|PX|GN|VBN>))?"
-NEXT_ADJECTIVE = f"((<,><CC>?|<CC>)(?=<RB>*<JJ|ORG>)|<,|CC><RB>?<VBN|PX>(?={NOUN}))?"
-ADJECTIVE = f"<RB>*<JJ|ORG>{NEXT_ADJECTIVE}"
-UNIT = (f"({ADJECTIVE}{PARTICIPLE}"                # red, old and worn
-        f"|<RB>+<VBN|PX>(?={NOUN}|<JJ>)"           # brightly painted
-        f"|<CD>{PARTICIPLE}"                       # two
-        f"|{NOUN}(<PX|GN>(?={NOUN}))?)")           # fire (hydrant), snow covered (hill)
-BODY = f"{UNIT}*{NOUN}"
-WITHOUT_NOUN = f"(({ADJECTIVE})+|<CD>)"
-DETERMINED = (rf"<PDT>?<DTA|DT|PRP\$>({PARTICIPLE}{BODY}|{WITHOUT_NOUN}?<ORG|GN|LOC>)"
-              rf"|<DTA|PRP\$><JJ>+")
-GRAMMAR = rf"""
-JJ:  <S|OF|IN|INX|TO|VBG|,|CC>{{<VBN|PX>}}(?=<JJ>|{NOUN})   # next to parked cars
-JJ:  <OF|IN|TO>{{<VBG|GN>}}(?={NOUN})                       # in running water
-JJ:  <S|DTA|DT|PRP\$|IN|JJ>{{<RB|LOC>}}(?={NOUN})           # a hilly landscape, an outside table
-NN:  <PRP\$>{{<RB>}}(?!<JJ|VBN|VBG|PX|RB>)                  # on its back
-NN:  <JJ>{{<CD>}}(?!<JJ|CD>|{NOUN})                         # a pink one
-NN:  {{<CAN>}}(?!<VB|VBP|RB|PRP>)                           # a trash can
-JJ:  {{<JJR|JJS>}}
-VBZ: <DTA>{PARTICIPLE}{UNIT}*<NN|NNP>{{<NNS>}}(?!{NOUN})    # a tall man rides
-NP:  {{({DETERMINED}|{BODY}|{WITHOUT_NOUN}<GN>|<JJ>*<ORG>)(<POS>{PARTICIPLE}{BODY})*}}
-"""
+# ----------------------------------------------------------------------------- concepts of captions
+def extract(caption):
+    """The concepts of a caption: parts of it, or the whole caption where none is found."""
+    return default_extractor().extract(caption)
 
 
-def compile_grammar(symbol):
-    """GRAMMAR as regular expressions over texts with one symbol for each tag.
+def extract_batch(captions):
+    """The concepts of each of a list of captions."""
+    return default_extractor().extract_batch(captions)
 
-    symbol: {tag: its symbol}. Returns [(label, pattern), ...]. In a pattern the group "chunk" is
-    what stands in braces, and the group "left" is what stands before.
+
+@functools.lru_cache(maxsize=None)
+def default_extractor():
+    """The ConceptExtractor with our weights, loaded when it is first asked for."""
+    return ConceptExtractor()
+
+
+def index_phrases(lists):
+    """Number the phrases of a batch, so that each string is encoded once.
+
+    lists: for each caption the list of its phrases, as extract_batch returns them. Returns
+        strings  U different str, in the order in which they first appear
+        ids      (U,) int64, string_id of each
+        pairs    (P, 2) int64, (number of the caption, number of the string), each pair once
+
+    "A cat", which begins one caption, and "a cat" within another are two strings, which a text
+    tower may tell apart, but one concept: their ids are equal, and the losses take equal ids as the
+    same concept. Otherwise "A cat" would be a negative of the image that shows "a cat".
     """
-    def symbol_class(match):
-        return "[" + "".join(symbol[tag] for tag in match[1].split("|")) + "]"
-
-    text = re.sub(r"[ \\]|#.*", "", GRAMMAR)  # spaces, the backslash of PRP\$, comments
-    text = re.sub("<(.+?)>", symbol_class, text)
-    text = re.sub(r"\((?!\?)", "(?:", text)  # groups need no numbers
-    text = text.replace("{", ")(?P<chunk>").replace("}", ")")
-    rules = []
-    for label, rule in re.findall("(.+?):(.+)", text):
-        rules.append((label, re.compile("(?P<left>" + rule)))
-    return rules
-
-
-# ------------------------------------------------------------------------------------- the tagger
-PADS = ["-START-", "-START2-"]  # what a tagger sees before a sentence
-# A word's features in five groups: for the scores of the word itself, of the words one and two
-# places after it, and of those one and two places before it.
-ROLE_STARTS = [0, 4, 6, 7, 9]
-ROLE_DISTANCES = [0, 1, 2, -1, -2]
+    import torch
+    index = {}
+    pairs = []
+    for row, phrases in enumerate(lists):
+        if isinstance(phrases, str):
+            raise TypeError(f"expected a list of phrases for each caption, got {phrases!r:.80}")
+        for phrase in dict.fromkeys(phrases):
+            column = index.setdefault(phrase, len(index))
+            pairs.append((row, column))
+    strings = list(index)
+    ids = torch.tensor([string_id(string) for string in strings], dtype=torch.long)
+    return strings, ids, torch.tensor(pairs, dtype=torch.long).view(-1, 2)
 
 
-class WordScores(NamedTuple):
-    """What FastTagger knows of a word; C is the number of tags.
-
-    tag: the number of the word's only tag, or -1 if the tag depends on the context.
-    after (C + 2,): for each tag or pad before the word, the row of FastTagger.scores for both.
-    roles (5, C): the word's share in the scores of itself and of its four neighbours.
-    """
-    tag: int
-    after: np.ndarray
-    roles: np.ndarray
+def string_id(text):
+    """A 63-bit hash of the lower-case text, equal in all processes, unlike Python's own."""
+    digest = hashlib.blake2b(text.lower().encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
-class FastTagger:
-    """NLTK's PerceptronTagger, the same tags, for many sentences at once.
-
-    The tagger goes from left to right. The score of a tag is a sum of weights: of features of the
-    word, of its neighbours, and of the two tags before it. What depends on words alone is summed
-    once for each different word, and kept. What depends on tags is looked up for the first words
-    of all sentences at once, then for their second words, and so on.
-
-    weights {feature: {tag: weight}}, tagdict {word: its only tag} and classes (all tags) are as
-    NLTK's encode_json_obj returns them. Weights must be multiples of a power of two: their sums
-    then do not depend on the order, and both taggers agree.
-    """
-    def __init__(self, weights, tagdict, classes):
-        # Of equal scores argmax takes the first tag, NLTK the last.
-        self.tags = sorted(classes, reverse=True) + PADS
-        self.only_tag = {word: self.tags.index(tag) for word, tag in tagdict.items()}
-        self.only_tag["-START-"] = self.tags.index("-START2-")
-        self.only_tag["-START2-"] = self.tags.index("-START-")
-        self.row_of = {feature: row for row, feature in enumerate(weights, 1)}
-        scores = [[0] * len(classes)]  # row 0 is for features without weights
-        for row in weights.values():
-            scores.append([row.get(tag, 0) for tag in self.tags[:-2]])
-        self.scores = np.array(scores, "f4")  # (features, C)
-        history = [[self.score_of_history(p, q) for q in self.tags] for p in self.tags]
-        self.history = np.array(history)  # (C + 2, C + 2, C)
-
-    def rows(self, features):
-        return [self.row_of.get(feature, 0) for feature in features]
-
-    def score_of_history(self, before, before_that):
-        features = (f"i-1 tag {before}", f"i-2 tag {before_that}",
-                    f"i tag+i-2 tag {before} {before_that}")
-        return self.scores[self.rows(features)].sum(0)
-
-    @functools.lru_cache(maxsize=1 << 14)  # about a kilobyte each
-    def learn(self, word):
-        """The WordScores of a word."""
-        norm = normalize_word(word)
-        end = norm.replace("-START", "-END")  # a pad also stands behind the sentence before
-        features = (
-            "bias", f"i suffix {word[-3:]}", f"i pref1 {word[0]}", f"i word {norm}",
-            f"i-1 word {norm}", f"i-1 suffix {norm[-3:]}",
-            f"i-2 word {norm}",
-            f"i+1 word {end}", f"i+1 suffix {end[-3:]}",
-            f"i+2 word {end}")
-        after = self.rows([f"i-1 tag+i word {tag} {norm}" for tag in self.tags])
-        roles = np.add.reduceat(self.scores[self.rows(features)], ROLE_STARTS)
-        return WordScores(self.only_tag.get(word, -1), np.array(after), roles)
-
-    def tag_sents(self, sentences):
-        """Lists of words -> lists of (word, tag)."""
-        words = []
-        for sentence in sentences:
-            words += PADS
-            words += sentence
-        words += PADS  # behind the last sentence
-        number_of = {word: number for number, word in enumerate(dict.fromkeys(words))}
-        known = [self.learn(word) for word in number_of]
-        only_tag, after, roles = (np.array(column) for column in zip(*known))
-
-        numbers = np.array([number_of[word] for word in words])  # (W,)
-        tags = only_tag[numbers]  # (W,), -1 where it is still to be found
-        score_of_words = np.zeros((len(words), roles.shape[2]), "f4")  # (W, C)
-        for role, distance in enumerate(ROLE_DISTANCES):
-            score_of_words += roles[np.roll(numbers, distance), role]
-
-        lengths = np.array([len(sentence) for sentence in sentences], int)
-        first = np.cumsum(lengths + 2) - lengths  # where each sentence begins
-        for step in range(max(lengths, default=0)):
-            i = first[lengths > step] + step
-            i = i[tags[i] < 0]
-            score_of_tags = self.history[tags[i - 1], tags[i - 2]]
-            score_of_both = self.scores[after[numbers[i], tags[i - 1]]]
-            tags[i] = (score_of_words[i] + score_of_tags + score_of_both).argmax(1)
-
-        names = [self.tags[tag] for tag in tags.tolist()]
-        ends = (first + lengths).tolist()
-        tagged = []
-        for sentence, end in zip(sentences, ends):
-            tagged.append(list(zip(sentence, names[end - len(sentence):end])))
-        return tagged
-
-
-def normalize_word(word):
-    """The form of a word in the tagger's features, as PerceptronTagger.normalize."""
-    if word in PADS:
-        return word
-    if "-" in word and word[0] != "-":
-        return "!HYPHEN"
-    if word[0].isdigit():
-        return "!YEAR" if word.isdigit() and len(word) == 4 else "!DIGITS"
-    return word.lower()
-
-
-def load_weights(weights):
-    """(weights, tagdict, classes) of a tagger, as NLTK's PerceptronTagger writes them.
-
-    Weights are rounded to multiples of 1/1024, so that their sums are exact.
-    """
-    if weights == "nltk":
-        from nltk import PerceptronTagger
-        table, tagdict, classes = PerceptronTagger().encode_json_obj()
-    else:
-        text = gzip.decompress(Path(weights or WEIGHTS).read_bytes())
-        table, tagdict, classes = json.loads(text)
-    rounded = {}
-    for feature, row in table.items():
-        rounded[feature] = {tag: round(weight * 1024) / 1024 for tag, weight in row.items()}
-    if not classes:
-        raise ValueError("no tags")
-    return rounded, tagdict, classes
-
-
-# ---------------------------------------------------------------------------------- the extractor
+# ------------------------------------------------------------------------------------ the extractor
 BATCH = 256  # captions tagged together
 MAX_SENTENCE = 64  # words: a longer sentence is cut, which keeps the time linear
 MAX_CONCEPT = 8  # words
@@ -445,83 +263,259 @@ class ConceptExtractor:
         return symbols, [match.span("chunk") for match in noun_phrase.finditer(symbols)]
 
 
-@functools.lru_cache(maxsize=None)
-def default_extractor():
-    """The ConceptExtractor with our weights, loaded when it is first asked for."""
-    return ConceptExtractor()
+# ---------------------------------------------------------------------------------------- its words
+# Words, as NLTK's word tokenizer finds them in a caption. Every repeat is bounded, so that the
+# time stays linear in the length of any text.
+WORD = re.compile(r"""
+    </?[A-Za-z][^<>\n]{0,60}>                     # markup is one word
+  | &\#?\w{1,8};                                  # so is &amp;
+  | https?://\S{1,200}
+  | [A-Z]\.(?:[A-Z]\.){1,4}                       # U.S.A.
+  | [A-Z]\.(?=[ \t]+[A-Z])                        # W. Centre
+  | (?:Mr|Mrs|Ms|Dr|St|Ave)\.(?=[ \t])
+  | (?i:close[ ]up|each[ ]other|one[ ]another)\b
+  | [A-Za-z]{2,6}(?=n't\b)                        # do|n't
+  | n't\b
+  | w/(?=[ \t])                                   # with
+  | \w{1,50}(?:                                   # a word, with what may join its parts:
+        (?: [-&/](?=\w)                           #   t-shirt, black/white
+          | \.(?=[a-z\d])                         #   3.5, x.org
+          | (?<=\d)[,:](?=\d)                     #   1,000 and 10:30
+          | '(?!(?i:s|m|d|ll|re|ve|t)\b)(?=\w)    #   o'clock, but man|'s
+        )\w{1,50}){0,8}
+  | '(?i:s|m|d|ll|re|ve)\b
+  | \S                                            # any other sign is a word of its own
+""", re.VERBOSE)
+
+# A caption without a match is all in capitals or a title: its case says nothing about its words.
+LOWER_CASE_WORD = re.compile(
+    r"(?<![\w'])(?!(?:an?|and|as|at|by|for|from|in|is|of|on|or|the|to|with|w)\b)[a-z]")
 
 
-def extract(caption):
-    """The concepts of a caption: parts of it, or the whole caption where none is found."""
-    return default_extractor().extract(caption)
+# --------------------------------------------------------------------------------------- its tagger
+PADS = ["-START-", "-START2-"]  # what a tagger sees before a sentence
+
+# A word's features in five groups: for the scores of the word itself, of the words one and two
+# places after it, and of those one and two places before it.
+ROLE_STARTS = [0, 4, 6, 7, 9]
+
+ROLE_DISTANCES = [0, 1, 2, -1, -2]
 
 
-def extract_batch(captions):
-    """The concepts of each of a list of captions."""
-    return default_extractor().extract_batch(captions)
+class FastTagger:
+    """NLTK's PerceptronTagger, the same tags, for many sentences at once.
 
+    The tagger goes from left to right. The score of a tag is a sum of weights: of features of the
+    word, of its neighbours, and of the two tags before it. What depends on words alone is summed
+    once for each different word, and kept. What depends on tags is looked up for the first words
+    of all sentences at once, then for their second words, and so on.
 
-# ------------------------------------------------------------------------ the concepts of a batch
-def index_phrases(lists):
-    """Number the phrases of a batch, so that each string is encoded once.
-
-    lists: for each caption the list of its phrases, as extract_batch returns them. Returns
-        strings  U different str, in the order in which they first appear
-        ids      (U,) int64, string_id of each
-        pairs    (P, 2) int64, (number of the caption, number of the string), each pair once
-
-    "A cat", which begins one caption, and "a cat" within another are two strings, which a text
-    tower may tell apart, but one concept: their ids are equal, and the losses take equal ids as the
-    same concept. Otherwise "A cat" would be a negative of the image that shows "a cat".
+    weights {feature: {tag: weight}}, tagdict {word: its only tag} and classes (all tags) are as
+    NLTK's encode_json_obj returns them. Weights must be multiples of a power of two: their sums
+    then do not depend on the order, and both taggers agree.
     """
-    import torch
-    index = {}
-    pairs = []
-    for row, phrases in enumerate(lists):
-        if isinstance(phrases, str):
-            raise TypeError(f"expected a list of phrases for each caption, got {phrases!r:.80}")
-        for phrase in dict.fromkeys(phrases):
-            column = index.setdefault(phrase, len(index))
-            pairs.append((row, column))
-    strings = list(index)
-    ids = torch.tensor([string_id(string) for string in strings], dtype=torch.long)
-    return strings, ids, torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+    def __init__(self, weights, tagdict, classes):
+        # Of equal scores argmax takes the first tag, NLTK the last.
+        self.tags = sorted(classes, reverse=True) + PADS
+        self.only_tag = {word: self.tags.index(tag) for word, tag in tagdict.items()}
+        self.only_tag["-START-"] = self.tags.index("-START2-")
+        self.only_tag["-START2-"] = self.tags.index("-START-")
+        self.row_of = {feature: row for row, feature in enumerate(weights, 1)}
+        scores = [[0] * len(classes)]  # row 0 is for features without weights
+        for row in weights.values():
+            scores.append([row.get(tag, 0) for tag in self.tags[:-2]])
+        self.scores = np.array(scores, "f4")  # (features, C)
+        history = [[self.score_of_history(p, q) for q in self.tags] for p in self.tags]
+        self.history = np.array(history)  # (C + 2, C + 2, C)
+
+    def rows(self, features):
+        return [self.row_of.get(feature, 0) for feature in features]
+
+    def score_of_history(self, before, before_that):
+        features = (f"i-1 tag {before}", f"i-2 tag {before_that}",
+                    f"i tag+i-2 tag {before} {before_that}")
+        return self.scores[self.rows(features)].sum(0)
+
+    @functools.lru_cache(maxsize=1 << 14)  # about a kilobyte each
+    def learn(self, word):
+        """The WordScores of a word."""
+        norm = normalize_word(word)
+        end = norm.replace("-START", "-END")  # a pad also stands behind the sentence before
+        features = (
+            "bias", f"i suffix {word[-3:]}", f"i pref1 {word[0]}", f"i word {norm}",
+            f"i-1 word {norm}", f"i-1 suffix {norm[-3:]}",
+            f"i-2 word {norm}",
+            f"i+1 word {end}", f"i+1 suffix {end[-3:]}",
+            f"i+2 word {end}")
+        after = self.rows([f"i-1 tag+i word {tag} {norm}" for tag in self.tags])
+        roles = np.add.reduceat(self.scores[self.rows(features)], ROLE_STARTS)
+        return WordScores(self.only_tag.get(word, -1), np.array(after), roles)
+
+    def tag_sents(self, sentences):
+        """Lists of words -> lists of (word, tag)."""
+        words = []
+        for sentence in sentences:
+            words += PADS
+            words += sentence
+        words += PADS  # behind the last sentence
+        number_of = {word: number for number, word in enumerate(dict.fromkeys(words))}
+        known = [self.learn(word) for word in number_of]
+        only_tag, after, roles = (np.array(column) for column in zip(*known))
+
+        numbers = np.array([number_of[word] for word in words])  # (W,)
+        tags = only_tag[numbers]  # (W,), -1 where it is still to be found
+        score_of_words = np.zeros((len(words), roles.shape[2]), "f4")  # (W, C)
+        for role, distance in enumerate(ROLE_DISTANCES):
+            score_of_words += roles[np.roll(numbers, distance), role]
+
+        lengths = np.array([len(sentence) for sentence in sentences], int)
+        first = np.cumsum(lengths + 2) - lengths  # where each sentence begins
+        for step in range(max(lengths, default=0)):
+            i = first[lengths > step] + step
+            i = i[tags[i] < 0]
+            score_of_tags = self.history[tags[i - 1], tags[i - 2]]
+            score_of_both = self.scores[after[numbers[i], tags[i - 1]]]
+            tags[i] = (score_of_words[i] + score_of_tags + score_of_both).argmax(1)
+
+        names = [self.tags[tag] for tag in tags.tolist()]
+        ends = (first + lengths).tolist()
+        tagged = []
+        for sentence, end in zip(sentences, ends):
+            tagged.append(list(zip(sentence, names[end - len(sentence):end])))
+        return tagged
 
 
-def string_id(text):
-    """A 63-bit hash of the lower-case text, equal in all processes, unlike Python's own."""
-    digest = hashlib.blake2b(text.lower().encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+class WordScores(NamedTuple):
+    """What FastTagger knows of a word; C is the number of tags.
+
+    tag: the number of the word's only tag, or -1 if the tag depends on the context.
+    after (C + 2,): for each tag or pad before the word, the row of FastTagger.scores for both.
+    roles (5, C): the word's share in the scores of itself and of its four neighbours.
+    """
+    tag: int
+    after: np.ndarray
+    roles: np.ndarray
 
 
-# ---------------------------------------------------------------------------------- hard negatives
+def normalize_word(word):
+    """The form of a word in the tagger's features, as PerceptronTagger.normalize."""
+    if word in PADS:
+        return word
+    if "-" in word and word[0] != "-":
+        return "!HYPHEN"
+    if word[0].isdigit():
+        return "!YEAR" if word.isdigit() and len(word) == 4 else "!DIGITS"
+    return word.lower()
+
+
+def load_weights(weights):
+    """(weights, tagdict, classes) of a tagger, as NLTK's PerceptronTagger writes them.
+
+    Weights are rounded to multiples of 1/1024, so that their sums are exact.
+    """
+    if weights == "nltk":
+        from nltk import PerceptronTagger
+        table, tagdict, classes = PerceptronTagger().encode_json_obj()
+    else:
+        text = gzip.decompress(Path(weights or WEIGHTS).read_bytes())
+        table, tagdict, classes = json.loads(text)
+    rounded = {}
+    for feature, row in table.items():
+        rounded[feature] = {tag: round(weight * 1024) / 1024 for tag, weight in row.items()}
+    if not classes:
+        raise ValueError("no tags")
+    return rounded, tagdict, classes
+
+
+# -------------------------------------------------------------------------------------- its grammar
+# The rules for noun phrases, in NLTK's notation: <A|B> is one word with tag A or B, {...} is what
+# gets the label, and around the braces stands the context that it needs. Each rule sees the labels
+# of those before it. Beside the tags of the Penn Treebank there are ours, from the lexicon:
+#   S    before each sentence                DTA  a, an, each: with a singular
+#   IN   a preposition, whatever follows     INX  one that may also be a conjunction or an adverb
+#   OF   of                                  LOC  inside, outside, past
+#   QN   a measure: a group, a bowl          ORG  orange, the fruit or the colour
+#   PX   a participle: covered, shaped       GN   a word in -ing that was tagged as a noun
+#   CAN  can, the noun or the verb
+# Where a part may be repeated, no two alternatives in it may read the same tags: matching would
+# take exponential time. A test measures it.
+NOUN = "<NN|NNS|NNP|NNPS|QN>"
+
+PARTICIPLE = f"(<VBG|VBN|VBD|GN|PX>(?={NOUN}|<JJ|ORG|PX|GN|VBN>))?"
+NEXT_ADJECTIVE = f"((<,><CC>?|<CC>)(?=<RB>*<JJ|ORG>)|<,|CC><RB>?<VBN|PX>(?={NOUN}))?"
+ADJECTIVE = f"<RB>*<JJ|ORG>{NEXT_ADJECTIVE}"
+
+UNIT = (f"({ADJECTIVE}{PARTICIPLE}"                # red, old and worn
+        f"|<RB>+<VBN|PX>(?={NOUN}|<JJ>)"           # brightly painted
+        f"|<CD>{PARTICIPLE}"                       # two
+        f"|{NOUN}(<PX|GN>(?={NOUN}))?)")           # fire (hydrant), snow covered (hill)
+
+BODY = f"{UNIT}*{NOUN}"
+WITHOUT_NOUN = f"(({ADJECTIVE})+|<CD>)"
+
+DETERMINED = (rf"<PDT>?<DTA|DT|PRP\$>({PARTICIPLE}{BODY}|{WITHOUT_NOUN}?<ORG|GN|LOC>)"
+              rf"|<DTA|PRP\$><JJ>+")
+
+GRAMMAR = rf"""
+JJ:  <S|OF|IN|INX|TO|VBG|,|CC>{{<VBN|PX>}}(?=<JJ>|{NOUN})   # next to parked cars
+JJ:  <OF|IN|TO>{{<VBG|GN>}}(?={NOUN})                       # in running water
+JJ:  <S|DTA|DT|PRP\$|IN|JJ>{{<RB|LOC>}}(?={NOUN})           # a hilly landscape, an outside table
+NN:  <PRP\$>{{<RB>}}(?!<JJ|VBN|VBG|PX|RB>)                  # on its back
+NN:  <JJ>{{<CD>}}(?!<JJ|CD>|{NOUN})                         # a pink one
+NN:  {{<CAN>}}(?!<VB|VBP|RB|PRP>)                           # a trash can
+JJ:  {{<JJR|JJS>}}
+VBZ: <DTA>{PARTICIPLE}{UNIT}*<NN|NNP>{{<NNS>}}(?!{NOUN})    # a tall man rides
+NP:  {{({DETERMINED}|{BODY}|{WITHOUT_NOUN}<GN>|<JJ>*<ORG>)(<POS>{PARTICIPLE}{BODY})*}}
+"""
+
+
+def compile_grammar(symbol):
+    """GRAMMAR as regular expressions over texts with one symbol for each tag.
+
+    symbol: {tag: its symbol}. Returns [(label, pattern), ...]. In a pattern the group "chunk" is
+    what stands in braces, and the group "left" is what stands before.
+    """
+    def symbol_class(match):
+        return "[" + "".join(symbol[tag] for tag in match[1].split("|")) + "]"
+
+    text = re.sub(r"[ \\]|#.*", "", GRAMMAR)  # spaces, the backslash of PRP\$, comments
+    text = re.sub("<(.+?)>", symbol_class, text)
+    text = re.sub(r"\((?!\?)", "(?:", text)  # groups need no numbers
+    text = text.replace("{", ")(?P<chunk>").replace("}", ")")
+    rules = []
+    for label, rule in re.findall("(.+?):(.+)", text):
+        rules.append((label, re.compile("(?P<left>" + rule)))
+    return rules
+
+
+# ------------------------------------------------------------------------------- what is no concept
+# Phrases that are no concept.
+JUNK = re.compile(r"""
+    (?i:\A                                        # an empty word with or without a determiner
+        (?:(?:a|an|the|this|that|these|those|some|any|each|every|another|no
+             |his|her|its|their|my|your|our)(?:\s+|\Z))?
+        (?:close[ ]up|close-up|closeup|image|photo|photograph|picture|view|shot|scene
+          |top|side|front|back|middle|background|foreground|corner|left|right|center|edge
+          |someone|something|somebody|anyone|anything|everything|nothing|other|others|lots|one)?
+     \Z)
+  | (?:\A|\s)\S\Z                                 # a single letter at the end
+  | \A(?:\S+\s+){8}                               # more than eight words
+  | [][(){}<>]                                    # brackets and markup
+  | \w_\w
+  | (?i:https?:|\b(?:IMG|DSC)\d+|^(?:jpe?g|png)$)
+""", re.VERBOSE)
+
+
+# ------------------------------------------------------------------ hard negatives: words exchanged
 # What swap_negatives exchanges: for each kind, groups of tags; both words are of one group.
 NOUN_TAGS = {"NN", "NNS", "NNP", "NNPS", "QN"}
+
 SWAP_TAGS = {
     "noun": [NOUN_TAGS],
     "adjective": [{"JJ", "ORG"}],
     "verb": [{"VB"}, {"VBD"}, {"VBG"}, {"VBN"}, {"VBP"}, {"VBZ"}],  # of one form
     "phrase": [{"phrase"}],
 }
-# "a dog near a cat" is as true as "a cat near a dog".
-SYMMETRIC = {"", "and", "or", "with", "along with", "together with", "near", "by", "beside",
-             "next to", "alongside"}
-ARTICLE = re.compile(r"(?i)\b(a)n?(?=\s+(?!uni|use|eu|one)([aeiou]|hour)?)")
-
-# What negate tries in turn: the tags of the word (any, if empty), the word, what takes its place.
-NEGATIONS = [
-    ((), r"\bnot\b ?", ""),
-    ((), r"\bno\b", "some"),
-    ((), r"\b(?:is|are|was|were)\b", r"\g<0> not"),
-    ((), r"\bwithout\b", "with"),
-    ((), r"\bwith\b", r"\g<0>out"),
-    (("VBZ",), r"\bhas\b", "does not have"),
-    (("VBZ",), r"\b([a-z]+)ies\b", r"does not \1y"),
-    (("VBZ",), r"\b([a-z]+?)(?:(?<=sh|ch|ss)es|(?<=o)es|s)\b", r"does not \1"),
-    (("VBP",), r"\b[a-z]+\b", r"do not \g<0>"),
-    (("VBG",), r"\b\w+", r"not \g<0>"),
-    (("DTA", "DT"), r"\b(?:an?|the|some)\b", "no"),
-]
 
 
 def swap_negatives(caption, rng, kinds=("noun", "adjective", "verb", "phrase")):
@@ -581,6 +575,16 @@ def exchange(caption, first, second):
     return mend_articles(caption[:a] + two + caption[b:c] + one + caption[d:])
 
 
+ARTICLE = re.compile(r"(?i)\b(a)n?(?=\s+(?!uni|use|eu|one)([aeiou]|hour)?)")
+
+
+def mend_articles(text):
+    """Make each "a" before a vowel "an", and the other way round."""
+    def article(match):
+        return match[1] + ("n" if match[2] else "")
+    return ARTICLE.sub(article, text)
+
+
 def shuffle_bigrams(caption, rng):
     """One of FSC-CLIP's negatives: the caption's words in pairs, and these in another order.
 
@@ -597,13 +601,44 @@ def shuffle_bigrams(caption, rng):
     return []
 
 
-def mend_articles(text):
-    """Make each "a" before a vowel "an", and the other way round."""
-    def article(match):
-        return match[1] + ("n" if match[2] else "")
-    return ARTICLE.sub(article, text)
+# --------------------------------------------------------------- hard negatives: statements negated
+# What negate tries in turn: the tags of the word (any, if empty), the word, what takes its place.
+NEGATIONS = [
+    ((), r"\bnot\b ?", ""),
+    ((), r"\bno\b", "some"),
+    ((), r"\b(?:is|are|was|were)\b", r"\g<0> not"),
+    ((), r"\bwithout\b", "with"),
+    ((), r"\bwith\b", r"\g<0>out"),
+    (("VBZ",), r"\bhas\b", "does not have"),
+    (("VBZ",), r"\b([a-z]+)ies\b", r"does not \1y"),
+    (("VBZ",), r"\b([a-z]+?)(?:(?<=sh|ch|ss)es|(?<=o)es|s)\b", r"does not \1"),
+    (("VBP",), r"\b[a-z]+\b", r"do not \g<0>"),
+    (("VBG",), r"\b\w+", r"not \g<0>"),
+    (("DTA", "DT"), r"\b(?:an?|the|some)\b", "no"),
+]
 
 
+def negate(caption, rng=None):
+    """CoN-CLIP's negatives: one statement negated, by the first of NEGATIONS that fits.
+
+    rng: a random.Random, which chooses among several places; without it the first is taken.
+    """
+    tag_at = {word.start: word.tag for word in default_extractor().words(caption)}
+    for tags, word, negation in NEGATIONS:
+        matches = []
+        for match in re.finditer(word, caption, re.I):
+            if not tags or tag_at.get(match.start()) in tags:
+                matches.append(match)
+        if matches:
+            match = rng.choice(matches) if rng else matches[0]
+            new = match.expand(negation)
+            if match[0][0].isupper():
+                new = new.capitalize()
+            return caption[:match.start()] + new + caption[match.end():]
+    return f"no {caption}"
+
+
+# ------------------------------------------------------------------- hard negatives: words replaced
 def substitute_negatives(caption, rng, kinds=("attribute", "noun", "number", "preposition"),
                          frequency=None, within=None):
     """The caption with one word replaced by another of its class: "a red dog" -> "a black dog".
@@ -804,24 +839,6 @@ def fits(rule, place):
 
 
 @functools.lru_cache(maxsize=None)
-def substitutes():
-    """The classes of words that exclude one another; their "about" explains them."""
-    return json.loads(LEXICON.read_text("utf-8"))["substitutes"]
-
-
-@functools.lru_cache(maxsize=None)
-def living_nouns():
-    """{"a person": nouns, "an animal": nouns}, in singular and in plural."""
-    nouns = {"a person": set(substitutes()["person"]), "an animal": set(substitutes()["animal"])}
-    for row in substitutes()["noun"]:
-        if "kind" in row:
-            nouns[row["kind"]].update(chain.from_iterable(row["words"]))
-    for singulars in nouns.values():
-        singulars.update([plural_of(noun) for noun in singulars])
-    return nouns
-
-
-@functools.lru_cache(maxsize=None)
 def rules_of(kind):
     """{word: [Rule, ...]} of one kind. The first rule that fits counts."""
     rules = {}
@@ -872,6 +889,18 @@ def heads_of(row):
     return frozenset(heads)
 
 
+@functools.lru_cache(maxsize=None)
+def living_nouns():
+    """{"a person": nouns, "an animal": nouns}, in singular and in plural."""
+    nouns = {"a person": set(substitutes()["person"]), "an animal": set(substitutes()["animal"])}
+    for row in substitutes()["noun"]:
+        if "kind" in row:
+            nouns[row["kind"]].update(chain.from_iterable(row["words"]))
+    for singulars in nouns.values():
+        singulars.update([plural_of(noun) for noun in singulars])
+    return nouns
+
+
 def plural_of(noun):
     """The plural of a noun; of several words, of the last."""
     *modifiers, word = noun.split()
@@ -886,6 +915,13 @@ def plural_of(noun):
     return " ".join([*modifiers, word])
 
 
+@functools.lru_cache(maxsize=None)
+def substitutes():
+    """The classes of words that exclude one another; their "about" explains them."""
+    return json.loads(LEXICON.read_text("utf-8"))["substitutes"]
+
+
+# ---------------------------------------------------------------- hard negatives: parts of captions
 def unit_pairs(caption, rng, count=2, phrases=None):
     """CS-CLIP's units of a caption, each with a false version of it, a foil, by rules.
 
@@ -934,6 +970,11 @@ def unit_pairs(caption, rng, count=2, phrases=None):
     return pairs
 
 
+# "a dog near a cat" is as true as "a cat near a dog".
+SYMMETRIC = {"", "and", "or", "with", "along with", "together with", "near", "by", "beside",
+             "next to", "alongside"}
+
+
 def swapped_relations(caption, first, second, rng):
     """False versions of a relation, a word of its one phrase (start, end) and one of the other
     exchanged. ("A white and brown dog" would still be true.)"""
@@ -950,27 +991,7 @@ def swapped_relations(caption, first, second, rng):
     return swapped
 
 
-def negate(caption, rng=None):
-    """CoN-CLIP's negatives: one statement negated, by the first of NEGATIONS that fits.
-
-    rng: a random.Random, which chooses among several places; without it the first is taken.
-    """
-    tag_at = {word.start: word.tag for word in default_extractor().words(caption)}
-    for tags, word, negation in NEGATIONS:
-        matches = []
-        for match in re.finditer(word, caption, re.I):
-            if not tags or tag_at.get(match.start()) in tags:
-                matches.append(match)
-        if matches:
-            match = rng.choice(matches) if rng else matches[0]
-            new = match.expand(negation)
-            if match[0][0].isupper():
-                new = new.capitalize()
-            return caption[:match.start()] + new + caption[match.end():]
-    return f"no {caption}"
-
-
-# ------------------------------------------------------------------- the command line: extract
+# ------------------------------------------------------------------------ the command line: extract
 CAPTION_KEYS = ("txt", "caption", "title", "text", "caption_text")  # as in data.py
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (".txt", ".csv", ".tsv", ".jsonl")
@@ -992,6 +1013,50 @@ Tar shards themselves are no input here: train.py extracts concepts from them as
 
 The same command goes on after it was interrupted or killed. What cannot be read is passed over,
 counted and named at the end."""
+
+
+def extract_files(args):
+    """The command `extract`: read tables of captions, write their rows with concepts."""
+    from tqdm import tqdm
+    output = check_paths(args)
+    size = sum(os.path.getsize(path) for path in args.inputs)
+    report, frequency = Report(), Counter()
+    rows = chain.from_iterable(read_rows(path, args.caption_key, report) for path in args.inputs)
+    rows = chain([next(rows)], rows)  # if there is no caption, this ends before there is an output
+    pool = ProcessPoolExecutor(args.workers, initializer=start_worker)
+    bar = tqdm(desc="extracting", total=size, unit="B", unit_scale=True,
+               disable=not sys.stderr.isatty())
+    with pool, bar, open(output, "ab+") as out:
+        rows, finished = skip_finished(out, rows, frequency)
+        for lines, concepts in extract_in_pool(pool, rows, args.workers):
+            out.write(lines)
+            count(frequency, concepts)
+            bar.set_postfix_str(f"{report.captions:,} captions", refresh=False)
+            bar.update(report.bytes - bar.n)
+    print(f"{output}: {report.captions:,} captions ({finished:,} from an earlier run), "
+          f"{report.skipped():,} bad rows skipped")
+    report.print()
+    most_frequent = [f"{concept} {number:,}" for concept, number in frequency.most_common(10)]
+    print("most frequent:", ", ".join(most_frequent))
+    print(next_command(args, output))
+
+
+def check_paths(args):
+    """The name of the output. ValueError for arguments that cannot be meant."""
+    output = args.output or os.path.splitext(args.inputs[0])[0] + ".concepts.jsonl"
+    for path in args.inputs:
+        if path.lower().endswith(".tar"):
+            raise ValueError(f"{path}: tar shards go to train.py --data {path}, which extracts "
+                             f"concepts as it reads; expected {', '.join(ENDINGS)}")
+        if not path.lower().endswith(ENDINGS):
+            raise ValueError(f"{path}: expected a file that ends in {', '.join(ENDINGS)}")
+        if os.path.exists(output) and os.path.samefile(path, output):
+            raise ValueError(f"{output} is also an input: choose another --output")
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: expected 1 or more")
+    if os.path.exists(output) and not os.path.isfile(output):
+        raise ValueError(f"--output {output} is not a file")
+    return output
 
 
 class Report:
@@ -1128,77 +1193,6 @@ def take_lines(file, waiting, taken):
         yield line
 
 
-def extract_files(args):
-    """The command `extract`: read tables of captions, write their rows with concepts."""
-    from tqdm import tqdm
-    output = check_paths(args)
-    size = sum(os.path.getsize(path) for path in args.inputs)
-    report, frequency = Report(), Counter()
-    rows = chain.from_iterable(read_rows(path, args.caption_key, report) for path in args.inputs)
-    rows = chain([next(rows)], rows)  # if there is no caption, this ends before there is an output
-    pool = ProcessPoolExecutor(args.workers, initializer=start_worker)
-    bar = tqdm(desc="extracting", total=size, unit="B", unit_scale=True,
-               disable=not sys.stderr.isatty())
-    with pool, bar, open(output, "ab+") as out:
-        rows, finished = skip_finished(out, rows, frequency)
-        for lines, concepts in extract_in_pool(pool, rows, args.workers):
-            out.write(lines)
-            count(frequency, concepts)
-            bar.set_postfix_str(f"{report.captions:,} captions", refresh=False)
-            bar.update(report.bytes - bar.n)
-    print(f"{output}: {report.captions:,} captions ({finished:,} from an earlier run), "
-          f"{report.skipped():,} bad rows skipped")
-    report.print()
-    most_frequent = [f"{concept} {number:,}" for concept, number in frequency.most_common(10)]
-    print("most frequent:", ", ".join(most_frequent))
-    print(next_command(args, output))
-
-
-def extract_in_pool(pool, rows, workers):
-    """Yield extract_rows of TASK rows after TASK rows, in order; a few tasks are in memory."""
-    waiting = deque()
-    while True:
-        task = list(islice(rows, TASK))
-        if task:
-            waiting.append(pool.submit(extract_rows, task))
-        if not waiting:
-            return
-        if not task or len(waiting) == TASKS_AHEAD * workers:
-            yield waiting.popleft().result()
-
-
-def extract_rows(task):
-    """In a worker: the lines to write for a list of (row, caption), and all their concepts."""
-    found = extract_batch([caption for _, caption in task])
-    lines = []
-    for (row, _), concepts in zip(task, found):
-        lines.append(row_start(row) + json.dumps(concepts).encode() + b"}\n")
-    return b"".join(lines), Counter(chain.from_iterable(found))
-
-
-def check_paths(args):
-    """The name of the output. ValueError for arguments that cannot be meant."""
-    output = args.output or os.path.splitext(args.inputs[0])[0] + ".concepts.jsonl"
-    for path in args.inputs:
-        if path.lower().endswith(".tar"):
-            raise ValueError(f"{path}: tar shards go to train.py --data {path}, which extracts "
-                             f"concepts as it reads; expected {', '.join(ENDINGS)}")
-        if not path.lower().endswith(ENDINGS):
-            raise ValueError(f"{path}: expected a file that ends in {', '.join(ENDINGS)}")
-        if os.path.exists(output) and os.path.samefile(path, output):
-            raise ValueError(f"{output} is also an input: choose another --output")
-    if args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: expected 1 or more")
-    if os.path.exists(output) and not os.path.isfile(output):
-        raise ValueError(f"--output {output} is not a file")
-    return output
-
-
-def row_start(row):
-    """The beginning of the line that is written for a row, up to its concepts."""
-    return json.dumps({**row, "concepts": None}).removesuffix("null}").encode()
-
-
 def skip_finished(out, rows, frequency):
     """Pass over the rows that an earlier run wrote to out: (the rows that are left, number passed).
 
@@ -1223,6 +1217,33 @@ def skip_finished(out, rows, frequency):
         size += len(line)
     out.truncate(size)
     return rows, finished
+
+
+def row_start(row):
+    """The beginning of the line that is written for a row, up to its concepts."""
+    return json.dumps({**row, "concepts": None}).removesuffix("null}").encode()
+
+
+def extract_in_pool(pool, rows, workers):
+    """Yield extract_rows of TASK rows after TASK rows, in order; a few tasks are in memory."""
+    waiting = deque()
+    while True:
+        task = list(islice(rows, TASK))
+        if task:
+            waiting.append(pool.submit(extract_rows, task))
+        if not waiting:
+            return
+        if not task or len(waiting) == TASKS_AHEAD * workers:
+            yield waiting.popleft().result()
+
+
+def extract_rows(task):
+    """In a worker: the lines to write for a list of (row, caption), and all their concepts."""
+    found = extract_batch([caption for _, caption in task])
+    lines = []
+    for (row, _), concepts in zip(task, found):
+        lines.append(row_start(row) + json.dumps(concepts).encode() + b"}\n")
+    return b"".join(lines), Counter(chain.from_iterable(found))
 
 
 def count(frequency, concepts):
@@ -1254,7 +1275,7 @@ def end_with_parent():
     os._exit(1)
 
 
-# ------------------------------------------------------------- the command line: train and eval
+# ----------------------------------------------------------------- the command line: train and eval
 TRAIN_HELP = """\
 Train the part-of-speech tagger with NLTK, as assets/tagger.json.gz was made: small weights are
 dropped and the others rounded. The same corpora give the same bytes."""
@@ -1343,6 +1364,7 @@ def read_brackets(line):
     return text, wanted, neutral
 
 
+# --------------------------------------------------------------------------------- the command line
 def command_line():
     """The parser of the command line, and the names of its commands."""
     parser = argparse.ArgumentParser(
