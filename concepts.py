@@ -3,14 +3,21 @@ r"""Captions -> noun-phrase concepts, and hard negatives made of a caption's own
     >>> extract("A cat sits on its hind legs, and swats at the plant.")
     ['A cat', 'its hind legs', 'the plant']
 
-How a phrase is found:
+    extract, extract_batch     the concepts of one caption, of many
+    index_phrases              those of a batch as tensors, for the losses
+    swap_negatives             hard negatives: two words or phrases exchanged,
+    substitute_negatives       a word replaced by another of its class,
+    negate, shuffle_bigrams    a statement negated, the order of the words changed
+    unit_pairs                 parts of a caption, each with a false version of it
+
+How a phrase is found (ConceptExtractor has these steps in this order):
     1. WORD, a regular expression, cuts the caption into words.
     2. FastTagger gives each word a tag of the Penn Treebank: NN is a noun, JJ an adjective. It is
        an averaged perceptron; assets/tagger.json.gz holds its weights.
-    3. ConceptExtractor.refine gives some words a class of assets/lexicon.json instead of their
-       tag: "of" becomes OF.
+    3. refine gives some words a class of assets/lexicon.json instead of their tag: "of" is OF.
     4. GRAMMAR, rules over tags, marks the noun phrases.
-    5. JUNK leaves out those that no image shows, such as "the top".
+    5. "A group" and "people" with "of" between them become one phrase.
+    6. JUNK leaves out those that no image shows, such as "the top".
 
 This file needs numpy and its two files in assets/. NLTK, torch and tqdm are imported only where
 they are used. `python concepts.py --help` lists the commands.
@@ -46,12 +53,17 @@ WEIGHTS = ASSETS / "tagger.json.gz"
 
 # ----------------------------------------------------------------------------- concepts of captions
 def extract(caption):
-    """The concepts of a caption: parts of it, or the whole caption where none is found."""
+    """The concepts of one caption, a list of str; extract_batch is much faster for many."""
     return default_extractor().extract(caption)
 
 
 def extract_batch(captions):
-    """The concepts of each of a list of captions."""
+    """The concepts of each of a list of captions: a list of lists of str.
+
+    Concepts are parts of their caption, letter by letter, in its order, each once whatever its
+    case. A caption in which none is found is its own concept, without the space around it; a blank
+    one has none. TypeError for anything but a list of str, ValueError without assets/.
+    """
     return default_extractor().extract_batch(captions)
 
 
@@ -106,18 +118,6 @@ class Word(NamedTuple):
     tag: str  # see GRAMMAR
 
 
-class Parsed(NamedTuple):
-    """A batch of captions as a row of places: the words, and one more before each sentence.
-
-    places: of each (number of its caption, start, end), with end 0 before a sentence.
-    symbols: a str with the symbol of each place's tag.
-    chunks: the noun phrases, [(first place, place after the last), ...].
-    """
-    places: list
-    symbols: str
-    chunks: list
-
-
 class ConceptExtractor:
     """Finds noun phrases in captions. May be pickled, and shared by threads.
 
@@ -147,16 +147,11 @@ class ConceptExtractor:
         self.rules = compile_grammar(self.symbol)
 
     def extract(self, caption, spans=False):
-        """The concepts of one caption. extract_batch is much faster for many."""
+        """The concepts of one caption."""
         return self.extract_batch([caption], spans)[0]
 
     def extract_batch(self, captions, spans=False):
-        """The concepts of each caption, in their order, each once whatever its case.
-
-        A caption in which none is found is its own concept; a blank one has none.
-        captions: a list of str; anything else is a TypeError.
-        spans: return (start, end) in the caption instead of strings.
-        """
+        """As the function extract_batch; spans: (start, end) in the caption instead of strings."""
         found = []
         for caption, phrases in zip(captions, self.phrases(captions)):
             kept = {}
@@ -201,17 +196,13 @@ class ConceptExtractor:
             previous_end = end
         return found
 
-    def words(self, caption):
-        """The Words of a caption."""
-        places, symbols, _ = self.parse([caption])
-        words = []
-        for (_, start, end), symbol in zip(places, symbols):
-            if end > 0:
-                words.append(Word(start, end, caption[start:end].lower(), self.tag_of[symbol]))
-        return words
-
     def parse(self, captions):
-        """Captions -> Parsed."""
+        """Captions -> a row of places: the words, and one more before each sentence.
+
+        Returns places, of each (number of its caption, start, end), with end 0 before a sentence;
+        symbols, a str with the symbol of each place's tag; and chunks, the noun phrases:
+        [(first place, place after the last), ...].
+        """
         sentences, places = [], []
         for number, caption in enumerate(captions):
             text = caption.replace("’", "'")
@@ -233,11 +224,11 @@ class ConceptExtractor:
         for tagged in self.tagger.tag_sents(sentences):
             symbols.append(self.symbol["S"])
             symbols += [self.refine(word, tag) for word, tag in tagged]
-        return Parsed(places, *self.chunk("".join(symbols)))
+        return places, *self.chunk("".join(symbols))
 
     @functools.lru_cache(maxsize=1 << 15)
     def refine(self, word, tag):
-        """The symbol of the word's class in the lexicon, or else of its tag."""
+        """The symbol of the word's class in the lexicon, or else, as for class "", of its tag."""
         lower = word.lower()
         if lower in self.class_of:
             name = self.class_of[lower]
@@ -251,16 +242,25 @@ class ConceptExtractor:
             return self.symbol[name]
         return self.symbol[tag]
 
-    @functools.lru_cache(maxsize=1 << 15)
-    def is_junk(self, phrase):
-        return bool(JUNK.search(phrase))
-
     def chunk(self, symbols):
-        """Apply GRAMMAR: the symbols as its rules leave them, and Parsed.chunks."""
-        *corrections, (_, noun_phrase) = self.rules
+        """Apply GRAMMAR: the symbols as its rules leave them, and the chunks of parse."""
+        *corrections, (_, noun_phrase) = self.rules  # the last rule is NP
         for label, rule in corrections:
             symbols = rule.sub(rf"\g<left>{self.symbol[label]}", symbols)
         return symbols, [match.span("chunk") for match in noun_phrase.finditer(symbols)]
+
+    @functools.lru_cache(maxsize=1 << 15)
+    def is_junk(self, phrase):
+        return len(phrase.split()) > MAX_CONCEPT or bool(JUNK.search(phrase))
+
+    def words(self, caption):
+        """The Words of a caption, with their tags as the rules of the grammar leave them."""
+        places, symbols, _ = self.parse([caption])
+        words = []
+        for (_, start, end), symbol in zip(places, symbols):
+            if end > 0:
+                words.append(Word(start, end, caption[start:end].lower(), self.tag_of[symbol]))
+        return words
 
 
 # ---------------------------------------------------------------------------------------- its words
@@ -294,11 +294,8 @@ LOWER_CASE_WORD = re.compile(
 
 # --------------------------------------------------------------------------------------- its tagger
 PADS = ["-START-", "-START2-"]  # what a tagger sees before a sentence
-
-# A word's features in five groups: for the scores of the word itself, of the words one and two
-# places after it, and of those one and two places before it.
-ROLE_STARTS = [0, 4, 6, 7, 9]
-
+# A word has a share in the scores of itself, of the words one and two places after it, and of those
+# one and two places before it.
 ROLE_DISTANCES = [0, 1, 2, -1, -2]
 
 
@@ -318,6 +315,7 @@ class FastTagger:
         # Of equal scores argmax takes the first tag, NLTK the last.
         self.tags = sorted(classes, reverse=True) + PADS
         self.only_tag = {word: self.tags.index(tag) for word, tag in tagdict.items()}
+        # NLTK's pads come in one order as words, and in the other as tags.
         self.only_tag["-START-"] = self.tags.index("-START2-")
         self.only_tag["-START2-"] = self.tags.index("-START-")
         self.row_of = {feature: row for row, feature in enumerate(weights, 1)}
@@ -341,14 +339,14 @@ class FastTagger:
         """The WordScores of a word."""
         norm = normalize_word(word)
         end = norm.replace("-START", "-END")  # a pad also stands behind the sentence before
-        features = (
+        features = (  # a line for each of ROLE_DISTANCES, filled up with features without weights
             "bias", f"i suffix {word[-3:]}", f"i pref1 {word[0]}", f"i word {norm}",
-            f"i-1 word {norm}", f"i-1 suffix {norm[-3:]}",
-            f"i-2 word {norm}",
-            f"i+1 word {end}", f"i+1 suffix {end[-3:]}",
-            f"i+2 word {end}")
+            f"i-1 word {norm}", f"i-1 suffix {norm[-3:]}", "", "",
+            f"i-2 word {norm}", "", "", "",
+            f"i+1 word {end}", f"i+1 suffix {end[-3:]}", "", "",
+            f"i+2 word {end}", "", "", "")
         after = self.rows([f"i-1 tag+i word {tag} {norm}" for tag in self.tags])
-        roles = np.add.reduceat(self.scores[self.rows(features)], ROLE_STARTS)
+        roles = self.scores[self.rows(features)].reshape(5, 4, -1).sum(1)  # (5, C)
         return WordScores(self.only_tag.get(word, -1), np.array(after), roles)
 
     def tag_sents(self, sentences):
@@ -371,17 +369,16 @@ class FastTagger:
         lengths = np.array([len(sentence) for sentence in sentences], int)
         first = np.cumsum(lengths + 2) - lengths  # where each sentence begins
         for step in range(max(lengths, default=0)):
-            i = first[lengths > step] + step
+            i = first[lengths > step] + step  # a word of each sentence that is long enough
             i = i[tags[i] < 0]
             score_of_tags = self.history[tags[i - 1], tags[i - 2]]
             score_of_both = self.scores[after[numbers[i], tags[i - 1]]]
             tags[i] = (score_of_words[i] + score_of_tags + score_of_both).argmax(1)
 
         names = [self.tags[tag] for tag in tags.tolist()]
-        ends = (first + lengths).tolist()
         tagged = []
-        for sentence, end in zip(sentences, ends):
-            tagged.append(list(zip(sentence, names[end - len(sentence):end])))
+        for sentence, start in zip(sentences, first.tolist()):
+            tagged.append(list(zip(sentence, names[start:start + len(sentence)])))
         return tagged
 
 
@@ -430,7 +427,9 @@ def load_weights(weights):
 # -------------------------------------------------------------------------------------- its grammar
 # The rules for noun phrases, in NLTK's notation: <A|B> is one word with tag A or B, {...} is what
 # gets the label, and around the braces stands the context that it needs. Each rule sees the labels
-# of those before it. Beside the tags of the Penn Treebank there are ours, from the lexicon:
+# of those before it. All but the last give one word another tag: their braces hold exactly one.
+# To change a rule, see the tags: ConceptExtractor().words(caption); and measure the phrases:
+# python concepts.py eval. Beside the tags of the Penn Treebank there are ours, from the lexicon:
 #   S    before each sentence                DTA  a, an, each: with a singular
 #   IN   a preposition, whatever follows     INX  one that may also be a conjunction or an adverb
 #   OF   of                                  LOC  inside, outside, past
@@ -440,22 +439,17 @@ def load_weights(weights):
 # Where a part may be repeated, no two alternatives in it may read the same tags: matching would
 # take exponential time. A test measures it.
 NOUN = "<NN|NNS|NNP|NNPS|QN>"
-
 PARTICIPLE = f"(<VBG|VBN|VBD|GN|PX>(?={NOUN}|<JJ|ORG|PX|GN|VBN>))?"
 NEXT_ADJECTIVE = f"((<,><CC>?|<CC>)(?=<RB>*<JJ|ORG>)|<,|CC><RB>?<VBN|PX>(?={NOUN}))?"
 ADJECTIVE = f"<RB>*<JJ|ORG>{NEXT_ADJECTIVE}"
-
 UNIT = (f"({ADJECTIVE}{PARTICIPLE}"                # red, old and worn
         f"|<RB>+<VBN|PX>(?={NOUN}|<JJ>)"           # brightly painted
         f"|<CD>{PARTICIPLE}"                       # two
         f"|{NOUN}(<PX|GN>(?={NOUN}))?)")           # fire (hydrant), snow covered (hill)
-
 BODY = f"{UNIT}*{NOUN}"
 WITHOUT_NOUN = f"(({ADJECTIVE})+|<CD>)"
-
 DETERMINED = (rf"<PDT>?<DTA|DT|PRP\$>({PARTICIPLE}{BODY}|{WITHOUT_NOUN}?<ORG|GN|LOC>)"
               rf"|<DTA|PRP\$><JJ>+")
-
 GRAMMAR = rf"""
 JJ:  <S|OF|IN|INX|TO|VBG|,|CC>{{<VBN|PX>}}(?=<JJ>|{NOUN})   # next to parked cars
 JJ:  <OF|IN|TO>{{<VBG|GN>}}(?={NOUN})                       # in running water
@@ -473,7 +467,8 @@ def compile_grammar(symbol):
     """GRAMMAR as regular expressions over texts with one symbol for each tag.
 
     symbol: {tag: its symbol}. Returns [(label, pattern), ...]. In a pattern the group "chunk" is
-    what stands in braces, and the group "left" is what stands before.
+    what stands in braces, and the group "left" is what stands before: with j and c as symbols,
+    "NN: <JJ>{<CD>}(?!<JJ>)" becomes ("NN", "(?P<left>[j])(?P<chunk>[c])(?![j])").
     """
     def symbol_class(match):
         return "[" + "".join(symbol[tag] for tag in match[1].split("|")) + "]"
@@ -489,7 +484,6 @@ def compile_grammar(symbol):
 
 
 # ------------------------------------------------------------------------------- what is no concept
-# Phrases that are no concept.
 JUNK = re.compile(r"""
     (?i:\A                                        # an empty word with or without a determiner
         (?:(?:a|an|the|this|that|these|those|some|any|each|every|another|no
@@ -499,7 +493,6 @@ JUNK = re.compile(r"""
           |someone|something|somebody|anyone|anything|everything|nothing|other|others|lots|one)?
      \Z)
   | (?:\A|\s)\S\Z                                 # a single letter at the end
-  | \A(?:\S+\s+){8}                               # more than eight words
   | [][(){}<>]                                    # brackets and markup
   | \w_\w
   | (?i:https?:|\b(?:IMG|DSC)\d+|^(?:jpe?g|png)$)
@@ -507,9 +500,8 @@ JUNK = re.compile(r"""
 
 
 # ------------------------------------------------------------------ hard negatives: words exchanged
+NOUN_TAGS = {*NOUN.strip("<>").split("|")}
 # What swap_negatives exchanges: for each kind, groups of tags; both words are of one group.
-NOUN_TAGS = {"NN", "NNS", "NNP", "NNPS", "QN"}
-
 SWAP_TAGS = {
     "noun": [NOUN_TAGS],
     "adjective": [{"JJ", "ORG"}],
@@ -521,9 +513,10 @@ SWAP_TAGS = {
 def swap_negatives(caption, rng, kinds=("noun", "adjective", "verb", "phrase")):
     """NegCLIP's hard negatives (ICLR 2023): two words or phrases of one kind exchanged.
 
-    rng: a random.Random. Returns at most one text for each kind, and never the caption itself.
-    Nouns are those that end a noun phrase; a verb changes places with one of the same form.
-    ValueError for an unknown kind.
+    rng: a random.Random. Returns a list of str, at most one for each kind, and never the caption
+    itself: "a red dog near a blue cat" gives "a red cat near a blue dog", "a blue dog near a red
+    cat" and "a blue cat near a red dog". Nouns are those that end a noun phrase; a verb changes
+    places with one of the same form. ValueError for an unknown kind.
 
     Of 100 texts of each kind, read as for substitute_negatives, those that were grammatical and
     false: noun 53, adjective 57, phrase 67. Most describe what cannot be ("a brown pillow leaps
@@ -535,13 +528,15 @@ def swap_negatives(caption, rng, kinds=("noun", "adjective", "verb", "phrase")):
     for kind in kinds:
         if kind not in SWAP_TAGS:
             raise ValueError(f"kind {kind!r}: expected one of {', '.join(SWAP_TAGS)}")
-        groups = [different_words(caption, spans, tags) for tags in SWAP_TAGS[kind]]
-        groups = [group for group in groups if len(group) > 1]
+        groups = []
+        for tags in SWAP_TAGS[kind]:
+            group = different_words(caption, spans, tags)
+            if len(group) > 1:
+                groups.append(group)
         if groups:
             first, second = sorted(rng.sample(rng.choice(groups), 2))
             negatives.append(exchange(caption, first, second))
-    different = dict.fromkeys(negatives)
-    return [text for text in different if text.lower() != caption.lower()]
+    return [text for text in dict.fromkeys(negatives) if text.lower() != caption.lower()]
 
 
 def swappable(caption):
@@ -580,9 +575,7 @@ ARTICLE = re.compile(r"(?i)\b(a)n?(?=\s+(?!uni|use|eu|one)([aeiou]|hour)?)")
 
 def mend_articles(text):
     """Make each "a" before a vowel "an", and the other way round."""
-    def article(match):
-        return match[1] + ("n" if match[2] else "")
-    return ARTICLE.sub(article, text)
+    return ARTICLE.sub(lambda match: match[1] + ("n" if match[2] else ""), text)
 
 
 def shuffle_bigrams(caption, rng):
@@ -619,8 +612,9 @@ NEGATIONS = [
 
 
 def negate(caption, rng=None):
-    """CoN-CLIP's negatives: one statement negated, by the first of NEGATIONS that fits.
+    """CoN-CLIP's negatives: one statement negated, by the first of NEGATIONS that fits, a str.
 
+    "A dog is on a sofa" -> "A dog is not on a sofa"; where none fits, "no " before the caption.
     rng: a random.Random, which chooses among several places; without it the first is taken.
     """
     tag_at = {word.start: word.tag for word in default_extractor().words(caption)}
@@ -656,10 +650,8 @@ def substitute_negatives(caption, rng, kinds=("attribute", "noun", "number", "pr
         they do not use are not drawn.
     within : None, or (start, end), the part of the caption in which words may be replaced.
 
-    Returns
-    -------
-    list of str. Each differs from the caption in one place, in the word itself and an "a" or "an"
-    before it.
+    Returns a list of str. Each differs from the caption in one place, in the word itself and an "a"
+    or "an" before it.
 
     100 texts of each kind, made of captions of Flickr8k's test split, were read by one person. Both
     grammatical and false were: attribute 99, noun 97, number 100 (in 3 of them the number is
@@ -675,16 +667,15 @@ def substitute_negatives(caption, rng, kinds=("attribute", "noun", "number", "pr
             raise ValueError(f"kind {kind!r}: expected one of {', '.join(FIND_PLACES)}")
         choices = []
         for place in FIND_PLACES[kind](words, phrases):
-            options = options_of(kind, place, words, counts, frequency)
             start, end = words[place.first].start, words[place.end - 1].end
+            options = options_of(kind, place, words, counts, frequency)
             inside = within is None or (within[0] <= start and end <= within[1])
             if options and inside:
-                choices.append((place, options))
+                choices.append((start, end, options))
         if choices:
-            place, options = rng.choice(choices)
+            start, end, options = rng.choice(choices)
             [new] = rng.choices(list(options), list(options.values()))
-            start, end = words[place.first].start, words[place.end - 1].end
-            negatives.append(replace(caption, start, end, new))
+            negatives.append(replace_words(caption, start, end, new))
     return negatives
 
 
@@ -696,7 +687,7 @@ def word_frequency(captions):
     return frequency
 
 
-def replace(caption, start, end, new):
+def replace_words(caption, start, end, new):
     """The caption with new words in a span, in its case, and an "a" or "an" before them mended."""
     old = caption[start:end]
     in_title = not LOWER_CASE_WORD.search(caption)
@@ -788,12 +779,8 @@ def find_prepositions(words, phrases):
                 yield Place(number, first, words[end - 1].text)
 
 
-FIND_PLACES = {
-    "attribute": find_attributes,
-    "noun": find_nouns,
-    "number": find_numbers,
-    "preposition": find_prepositions,
-}
+FIND_PLACES = {"attribute": find_attributes, "noun": find_nouns, "number": find_numbers,
+               "preposition": find_prepositions}
 
 
 def options_of(kind, place, words, counts, frequency):
@@ -824,8 +811,8 @@ class Rule(NamedTuple):
 def fits(rule, place):
     """Whether a rule holds for the words in a place."""
     if rule.heads and place.head not in rule.heads:
-        alive = any(place.head in nouns for nouns in living_nouns().values())
-        if alive or "a thing" not in rule.heads:
+        is_thing = not any(place.head in nouns for nouns in living_nouns().values())
+        if not (is_thing and "a thing" in rule.heads):
             return False
     if rule.after and place.after not in rule.after:
         return False
@@ -856,15 +843,13 @@ def rules_of(kind):
 def rules_of_class(row, nouns):
     """Yield (word, Rule) for the words of a class; for nouns, for their plurals too."""
     sets = row["words"]
-    if row.get("mass"):
-        yield from rules_of_form(row, sets, sets, "not a")
-    elif nouns and not row.get("plural"):
+    if nouns and not (row.get("mass") or row.get("plural")):
         plurals = [[plural_of(word) for word in words] for words in sets]
         both = [words + plural for words, plural in zip(sets, plurals)]
         yield from rules_of_form(row, sets, both, "needed")
         yield from rules_of_form(row, plurals, both, "")
     else:
-        yield from rules_of_form(row, sets, sets, "")
+        yield from rules_of_form(row, sets, sets, "not a" if row.get("mass") else "")
 
 
 def rules_of_form(row, sets, all_forms, article):
@@ -930,15 +915,9 @@ def unit_pairs(caption, rng, count=2, phrases=None):
     both. A foil is the unit with a word replaced by another of its class that the caption does not
     use (substitute_negatives), or a relation with two words exchanged.
 
-    Parameters
-    ----------
-    rng : a random.Random.
-    count : how many pairs are wanted.
-    phrases : the noun phrases, where they are known: list of str. By default extract(caption).
-
-    Returns
-    -------
-    list of at most `count` (unit, foil), drawn among all units that have a foil.
+    rng: a random.Random. count: how many pairs are wanted. phrases: the noun phrases where they are
+    known, a list of str, by default extract(caption). Returns a list of at most `count`
+    (unit, foil), drawn among all units that have a foil.
 
     100 pairs, made of captions of Flickr8k's test split, were read one by one, after the rules had
     been mended by as many others: 93 foils were grammatical and false, 7 not grammatical ("a feet
@@ -950,21 +929,20 @@ def unit_pairs(caption, rng, count=2, phrases=None):
         if match:
             places.append(match.span())
     places.sort()
-    units = [(place,) for place in places]
+    units = [(start, end, None) for start, end in places]
     for first, second in zip(places, places[1:]):
         if first[1] <= second[0]:
-            units.append((first, second))
+            units.append((first[0], second[1], (first, second)))
     rng.shuffle(units)
     pairs = []
-    for unit in units:
+    for start, end, relation in units:
         if len(pairs) == count:
             break
-        start, end = unit[0][0], unit[-1][1]
         foils = []
         for changed in substitute_negatives(caption, rng, within=(start, end)):
             foils.append(changed[start:end + len(changed) - len(caption)])
-        if len(unit) == 2:
-            foils += swapped_relations(caption, *unit, rng)
+        if relation:
+            foils += swapped_relations(caption, *relation, rng)
         if foils:
             pairs.append((caption[start:end], rng.choice(foils)))
     return pairs
@@ -994,7 +972,7 @@ def swapped_relations(caption, first, second, rng):
 # ------------------------------------------------------------------------ the command line: extract
 CAPTION_KEYS = ("txt", "caption", "title", "text", "caption_text")  # as in data.py
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-ENDINGS = (".txt", ".csv", ".tsv", ".jsonl")
+ENDINGS = (".txt", *DELIMITERS, ".jsonl")
 MAX_RECORD = 100  # lines of one row of a .csv: more come of a quote that is never closed
 TASK = 512  # captions that a worker gets at a time
 TASKS_AHEAD = 4  # of these for each worker are in memory
@@ -1030,7 +1008,7 @@ def extract_files(args):
         rows, finished = skip_finished(out, rows, frequency)
         for lines, concepts in extract_in_pool(pool, rows, args.workers):
             out.write(lines)
-            count(frequency, concepts)
+            add_counts(frequency, concepts)
             bar.set_postfix_str(f"{report.captions:,} captions", refresh=False)
             bar.update(report.bytes - bar.n)
     print(f"{output}: {report.captions:,} captions ({finished:,} from an earlier run), "
@@ -1212,7 +1190,7 @@ def skip_finished(out, rows, frequency):
         if torn:
             rows = chain([(row, caption)], rows)
             break
-        count(frequency, Counter(json.loads(line)["concepts"]))
+        add_counts(frequency, Counter(json.loads(line)["concepts"]))
         finished += 1
         size += len(line)
     out.truncate(size)
@@ -1246,7 +1224,7 @@ def extract_rows(task):
     return b"".join(lines), Counter(chain.from_iterable(found))
 
 
-def count(frequency, concepts):
+def add_counts(frequency, concepts):
     """Add {concept: count}, whatever its case. After the first million, no new ones are counted."""
     for concept, number in concepts.items():
         concept = concept.lower()
@@ -1286,7 +1264,7 @@ stands in [brackets]. A found phrase that overlaps a {phrase} in braces does not
 precision, recall and F1 of exact phrases."""
 
 
-def train(args):
+def train_tagger(args):
     """The command `train`."""
     from nltk import PerceptronTagger
     sentences = []
@@ -1310,14 +1288,13 @@ def train(args):
 def read_corpus(path):
     """The sentences of a corpus, lists of (word, tag); those of a text file three times."""
     tags = json.loads(LEXICON.read_text("utf-8"))["tags"]
+    times = 3
+    data = Path(path).read_bytes()
     if zipfile.is_zipfile(path):
         times = 1
         with zipfile.ZipFile(path) as archive:
             names = sorted(name for name in archive.namelist() if name.endswith(".txt"))
             data = b"\n".join(archive.read(name) for name in names)
-    else:
-        times = 3
-        data = Path(path).read_bytes()
     sentences = []
     for line in data.decode("utf-8", "replace").replace("’", "'").split("\n"):
         sentence = [token.rpartition("_")[::2] for token in line.split()]
@@ -1328,7 +1305,7 @@ def read_corpus(path):
     return sentences * times
 
 
-def evaluate(args):
+def evaluate_phrases(args):
     """The command `eval`."""
     extractor = ConceptExtractor(args.weights)
     right = found = expected = 0
@@ -1393,13 +1370,13 @@ def command_line():
         help="column or JSON key of the caption (default: the first that is not empty of "
              f"{', '.join(CAPTION_KEYS)})")
 
-    add = add_command("eval", evaluate, "measure precision and recall on bracketed captions",
-                      EVAL_HELP)
+    add = add_command("eval", evaluate_phrases,
+                      "measure precision and recall on bracketed captions", EVAL_HELP)
     add("gold", metavar="FILE", help="lines such as: [A cat] on [a mat] in {the middle}.")
     add("--weights", metavar="FILE",
         help="a file that train wrote, or nltk for NLTK's own (default: assets/tagger.json.gz)")
 
-    add = add_command("train", train, "train the part-of-speech tagger", TRAIN_HELP)
+    add = add_command("train", train_tagger, "train the part-of-speech tagger", TRAIN_HELP)
     add("--corpus", nargs="+", required=True, metavar="FILE",
         help="text files with lines of word_TAG, which count three times, or zip files of such "
              ".txt files, which count once")
