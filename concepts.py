@@ -3,14 +3,21 @@ r"""Captions -> noun-phrase concepts, and hard negatives made of a caption's own
     >>> extract("A cat sits on its hind legs, and swats at the plant.")
     ['A cat', 'its hind legs', 'the plant']
 
-How a phrase is found:
+    extract, extract_batch     the concepts of one caption, of many
+    index_phrases              those of a batch as tensors, for the losses
+    swap_negatives             hard negatives: two words or phrases exchanged,
+    substitute_negatives       a word replaced by another of its class,
+    negate, shuffle_bigrams    a statement negated, the order of the words changed
+    unit_pairs                 parts of a caption, each with a false version of it
+
+How a phrase is found (ConceptExtractor has these steps in this order):
     1. WORD, a regular expression, cuts the caption into words.
     2. FastTagger gives each word a tag of the Penn Treebank: NN is a noun, JJ an adjective. It is
        an averaged perceptron; assets/tagger.json.gz holds its weights.
-    3. ConceptExtractor.refine gives some words a class of assets/lexicon.json instead of their
-       tag: "of" becomes OF.
+    3. refine gives some words a class of assets/lexicon.json instead of their tag: "of" is OF.
     4. GRAMMAR, rules over tags, marks the noun phrases.
-    5. JUNK leaves out those that no image shows, such as "the top".
+    5. "A group" and "people" with "of" between them become one phrase.
+    6. JUNK leaves out those that no image shows, such as "the top".
 
 This file needs numpy and its two files in assets/. NLTK, torch and tqdm are imported only where
 they are used. `python concepts.py --help` lists the commands.
@@ -43,239 +50,62 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 LEXICON = ASSETS / "lexicon.json"
 WEIGHTS = ASSETS / "tagger.json.gz"
 
-# ---------------------------------------------------------------------------------------- patterns
-# Words, as NLTK's word tokenizer finds them in a caption. Every repeat is bounded, so that the
-# time stays linear in the length of any text.
-WORD = re.compile(r"""
-    </?[A-Za-z][^<>\n]{0,60}>                     # markup is one word
-  | &\#?\w{1,8};                                  # so is &amp;
-  | https?://\S{1,200}
-  | [A-Z]\.(?:[A-Z]\.){1,4}                       # U.S.A.
-  | [A-Z]\.(?=[ \t]+[A-Z])                        # W. Centre
-  | (?:Mr|Mrs|Ms|Dr|St|Ave)\.(?=[ \t])
-  | (?i:close[ ]up|each[ ]other|one[ ]another)\b
-  | [A-Za-z]{2,6}(?=n't\b)                        # do|n't
-  | n't\b
-  | w/(?=[ \t])                                   # with
-  | \w{1,50}(?:                                   # a word, with what may join its parts:
-        (?: [-&/](?=\w)                           #   t-shirt, black/white
-          | \.(?=[a-z\d])                         #   3.5, x.org
-          | (?<=\d)[,:](?=\d)                     #   1,000 and 10:30
-          | '(?!(?i:s|m|d|ll|re|ve|t)\b)(?=\w)    #   o'clock, but man|'s
-        )\w{1,50}){0,8}
-  | '(?i:s|m|d|ll|re|ve)\b
-  | \S                                            # any other sign is a word of its own
-""", re.VERBOSE)
 
-# A caption without a match is all in capitals or a title: its case says nothing about its words.
-LOWER_CASE_WORD = re.compile(
-    r"(?<![\w'])(?!(?:an?|and|as|at|by|for|from|in|is|of|on|or|the|to|with|w)\b)[a-z]")
-
-# Phrases that are no concept.
-JUNK = re.compile(r"""
-    (?i:\A                                        # an empty word with or without a determiner
-        (?:(?:a|an|the|this|that|these|those|some|any|each|every|another|no
-             |his|her|its|their|my|your|our)(?:\s+|\Z))?
-        (?:close[ ]up|close-up|closeup|image|photo|photograph|picture|view|shot|scene
-          |top|side|front|back|middle|background|foreground|corner|left|right|center|edge
-          |someone|something|somebody|anyone|anything|everything|nothing|other|others|lots|one)?
-     \Z)
-  | (?:\A|\s)\S\Z                                 # a single letter at the end
-  | \A(?:\S+\s+){8}                               # more than eight words
-  | [][(){}<>]                                    # brackets and markup
-  | \w_\w
-  | (?i:https?:|\b(?:IMG|DSC)\d+|^(?:jpe?g|png)$)
-""", re.VERBOSE)
-
-# The rules for noun phrases, in NLTK's notation: <A|B> is one word with tag A or B, {...} is what
-# gets the label, and around the braces stands the context that it needs. Each rule sees the labels
-# of those before it. Beside the tags of the Penn Treebank there are ours, from the lexicon:
-#   S    before each sentence                DTA  a, an, each: with a singular
-#   IN   a preposition, whatever follows     INX  one that may also be a conjunction or an adverb
-#   OF   of                                  LOC  inside, outside, past
-#   QN   a measure: a group, a bowl          ORG  orange, the fruit or the colour
-#   PX   a participle: covered, shaped       GN   a word in -ing that was tagged as a noun
-#   CAN  can, the noun or the verb
-# Where a part may be repeated, no two alternatives in it may read the same tags: matching would
-# take exponential time. A test measures it.
-NOUN = "<NN|NNS|NNP|NNPS|QN>"
-PARTICIPLE = f"(<VBG|VBN|VBD|GN|PX>(?={NOUN}|<JJ|ORG|PX|GN|VBN>))?"
-NEXT_ADJECTIVE = f"((<,><CC>?|<CC>)(?=<RB>*<JJ|ORG>)|<,|CC><RB>?<VBN|PX>(?={NOUN}))?"
-ADJECTIVE = f"<RB>*<JJ|ORG>{NEXT_ADJECTIVE}"
-UNIT = (f"({ADJECTIVE}{PARTICIPLE}"                # red, old and worn
-        f"|<RB>+<VBN|PX>(?={NOUN}|<JJ>)"           # brightly painted
-        f"|<CD>{PARTICIPLE}"                       # two
-        f"|{NOUN}(<PX|GN>(?={NOUN}))?)")           # fire (hydrant), snow covered (hill)
-BODY = f"{UNIT}*{NOUN}"
-WITHOUT_NOUN = f"(({ADJECTIVE})+|<CD>)"
-DETERMINED = (rf"<PDT>?<DTA|DT|PRP\$>({PARTICIPLE}{BODY}|{WITHOUT_NOUN}?<ORG|GN|LOC>)"
-              rf"|<DTA|PRP\$><JJ>+")
-GRAMMAR = rf"""
-JJ:  <S|OF|IN|INX|TO|VBG|,|CC>{{<VBN|PX>}}(?=<JJ>|{NOUN})   # next to parked cars
-JJ:  <OF|IN|TO>{{<VBG|GN>}}(?={NOUN})                       # in running water
-JJ:  <S|DTA|DT|PRP\$|IN|JJ>{{<RB|LOC>}}(?={NOUN})           # a hilly landscape, an outside table
-NN:  <PRP\$>{{<RB>}}(?!<JJ|VBN|VBG|PX|RB>)                  # on its back
-NN:  <JJ>{{<CD>}}(?!<JJ|CD>|{NOUN})                         # a pink one
-NN:  {{<CAN>}}(?!<VB|VBP|RB|PRP>)                           # a trash can
-JJ:  {{<JJR|JJS>}}
-VBZ: <DTA>{PARTICIPLE}{UNIT}*<NN|NNP>{{<NNS>}}(?!{NOUN})    # a tall man rides
-NP:  {{({DETERMINED}|{BODY}|{WITHOUT_NOUN}<GN>|<JJ>*<ORG>)(<POS>{PARTICIPLE}{BODY})*}}
-"""
+# ----------------------------------------------------------------------------- concepts of captions
+def extract(caption):
+    """The concepts of one caption, a list of str; extract_batch is much faster for many."""
+    return default_extractor().extract(caption)
 
 
-def compile_grammar(symbol):
-    """GRAMMAR as regular expressions over texts with one symbol for each tag.
+def extract_batch(captions):
+    """The concepts of each of a list of captions: a list of lists of str.
 
-    symbol: {tag: its symbol}. Returns [(label, pattern), ...]. In a pattern the group "chunk" is
-    what stands in braces, and the group "left" is what stands before.
+    Concepts are parts of their caption, letter by letter, in its order, each once whatever its
+    case. A caption in which none is found is its own concept, without the space around it; a blank
+    one has none. TypeError for anything but a list of str, ValueError without assets/.
     """
-    def symbol_class(match):
-        return "[" + "".join(symbol[tag] for tag in match[1].split("|")) + "]"
-
-    text = re.sub(r"[ \\]|#.*", "", GRAMMAR)  # spaces, the backslash of PRP\$, comments
-    text = re.sub("<(.+?)>", symbol_class, text)
-    text = re.sub(r"\((?!\?)", "(?:", text)  # groups need no numbers
-    text = text.replace("{", ")(?P<chunk>").replace("}", ")")
-    rules = []
-    for label, rule in re.findall("(.+?):(.+)", text):
-        rules.append((label, re.compile("(?P<left>" + rule)))
-    return rules
+    return default_extractor().extract_batch(captions)
 
 
-# ------------------------------------------------------------------------------------- the tagger
-PADS = ["-START-", "-START2-"]  # what a tagger sees before a sentence
-# A word's features in five groups: for the scores of the word itself, of the words one and two
-# places after it, and of those one and two places before it.
-ROLE_STARTS = [0, 4, 6, 7, 9]
-ROLE_DISTANCES = [0, 1, 2, -1, -2]
+@functools.lru_cache(maxsize=None)
+def default_extractor():
+    """The ConceptExtractor with our weights, loaded when it is first asked for."""
+    return ConceptExtractor()
 
 
-class WordScores(NamedTuple):
-    """What FastTagger knows of a word; C is the number of tags.
+def index_phrases(lists):
+    """Number the phrases of a batch, so that each string is encoded once.
 
-    tag: the number of the word's only tag, or -1 if the tag depends on the context.
-    after (C + 2,): for each tag or pad before the word, the row of FastTagger.scores for both.
-    roles (5, C): the word's share in the scores of itself and of its four neighbours.
+    lists: for each caption the list of its phrases, as extract_batch returns them. Returns
+        strings  U different str, in the order in which they first appear
+        ids      (U,) int64, string_id of each
+        pairs    (P, 2) int64, (number of the caption, number of the string), each pair once
+
+    "A cat", which begins one caption, and "a cat" within another are two strings, which a text
+    tower may tell apart, but one concept: their ids are equal, and the losses take equal ids as the
+    same concept. Otherwise "A cat" would be a negative of the image that shows "a cat".
     """
-    tag: int
-    after: np.ndarray
-    roles: np.ndarray
+    import torch
+    index = {}
+    pairs = []
+    for row, phrases in enumerate(lists):
+        if isinstance(phrases, str):
+            raise TypeError(f"expected a list of phrases for each caption, got {phrases!r:.80}")
+        for phrase in dict.fromkeys(phrases):
+            column = index.setdefault(phrase, len(index))
+            pairs.append((row, column))
+    strings = list(index)
+    ids = torch.tensor([string_id(string) for string in strings], dtype=torch.long)
+    return strings, ids, torch.tensor(pairs, dtype=torch.long).view(-1, 2)
 
 
-class FastTagger:
-    """NLTK's PerceptronTagger, the same tags, for many sentences at once.
-
-    The tagger goes from left to right. The score of a tag is a sum of weights: of features of the
-    word, of its neighbours, and of the two tags before it. What depends on words alone is summed
-    once for each different word, and kept. What depends on tags is looked up for the first words
-    of all sentences at once, then for their second words, and so on.
-
-    weights {feature: {tag: weight}}, tagdict {word: its only tag} and classes (all tags) are as
-    NLTK's encode_json_obj returns them. Weights must be multiples of a power of two: their sums
-    then do not depend on the order, and both taggers agree.
-    """
-    def __init__(self, weights, tagdict, classes):
-        # Of equal scores argmax takes the first tag, NLTK the last.
-        self.tags = sorted(classes, reverse=True) + PADS
-        self.only_tag = {word: self.tags.index(tag) for word, tag in tagdict.items()}
-        self.only_tag["-START-"] = self.tags.index("-START2-")
-        self.only_tag["-START2-"] = self.tags.index("-START-")
-        self.row_of = {feature: row for row, feature in enumerate(weights, 1)}
-        scores = [[0] * len(classes)]  # row 0 is for features without weights
-        for row in weights.values():
-            scores.append([row.get(tag, 0) for tag in self.tags[:-2]])
-        self.scores = np.array(scores, "f4")  # (features, C)
-        history = [[self.score_of_history(p, q) for q in self.tags] for p in self.tags]
-        self.history = np.array(history)  # (C + 2, C + 2, C)
-
-    def rows(self, features):
-        return [self.row_of.get(feature, 0) for feature in features]
-
-    def score_of_history(self, before, before_that):
-        features = (f"i-1 tag {before}", f"i-2 tag {before_that}",
-                    f"i tag+i-2 tag {before} {before_that}")
-        return self.scores[self.rows(features)].sum(0)
-
-    @functools.lru_cache(maxsize=1 << 14)  # about a kilobyte each
-    def learn(self, word):
-        """The WordScores of a word."""
-        norm = normalize_word(word)
-        end = norm.replace("-START", "-END")  # a pad also stands behind the sentence before
-        features = (
-            "bias", f"i suffix {word[-3:]}", f"i pref1 {word[0]}", f"i word {norm}",
-            f"i-1 word {norm}", f"i-1 suffix {norm[-3:]}",
-            f"i-2 word {norm}",
-            f"i+1 word {end}", f"i+1 suffix {end[-3:]}",
-            f"i+2 word {end}")
-        after = self.rows([f"i-1 tag+i word {tag} {norm}" for tag in self.tags])
-        roles = np.add.reduceat(self.scores[self.rows(features)], ROLE_STARTS)
-        return WordScores(self.only_tag.get(word, -1), np.array(after), roles)
-
-    def tag_sents(self, sentences):
-        """Lists of words -> lists of (word, tag)."""
-        words = []
-        for sentence in sentences:
-            words += PADS
-            words += sentence
-        words += PADS  # behind the last sentence
-        number_of = {word: number for number, word in enumerate(dict.fromkeys(words))}
-        known = [self.learn(word) for word in number_of]
-        only_tag, after, roles = (np.array(column) for column in zip(*known))
-
-        numbers = np.array([number_of[word] for word in words])  # (W,)
-        tags = only_tag[numbers]  # (W,), -1 where it is still to be found
-        score_of_words = np.zeros((len(words), roles.shape[2]), "f4")  # (W, C)
-        for role, distance in enumerate(ROLE_DISTANCES):
-            score_of_words += roles[np.roll(numbers, distance), role]
-
-        lengths = np.array([len(sentence) for sentence in sentences], int)
-        first = np.cumsum(lengths + 2) - lengths  # where each sentence begins
-        for step in range(max(lengths, default=0)):
-            i = first[lengths > step] + step
-            i = i[tags[i] < 0]
-            score_of_tags = self.history[tags[i - 1], tags[i - 2]]
-            score_of_both = self.scores[after[numbers[i], tags[i - 1]]]
-            tags[i] = (score_of_words[i] + score_of_tags + score_of_both).argmax(1)
-
-        names = [self.tags[tag] for tag in tags.tolist()]
-        ends = (first + lengths).tolist()
-        tagged = []
-        for sentence, end in zip(sentences, ends):
-            tagged.append(list(zip(sentence, names[end - len(sentence):end])))
-        return tagged
+def string_id(text):
+    """A 63-bit hash of the lower-case text, equal in all processes, unlike Python's own."""
+    digest = hashlib.blake2b(text.lower().encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
-def normalize_word(word):
-    """The form of a word in the tagger's features, as PerceptronTagger.normalize."""
-    if word in PADS:
-        return word
-    if "-" in word and word[0] != "-":
-        return "!HYPHEN"
-    if word[0].isdigit():
-        return "!YEAR" if word.isdigit() and len(word) == 4 else "!DIGITS"
-    return word.lower()
-
-
-def load_weights(weights):
-    """(weights, tagdict, classes) of a tagger, as NLTK's PerceptronTagger writes them.
-
-    Weights are rounded to multiples of 1/1024, so that their sums are exact.
-    """
-    if weights == "nltk":
-        from nltk import PerceptronTagger
-        table, tagdict, classes = PerceptronTagger().encode_json_obj()
-    else:
-        text = gzip.decompress(Path(weights or WEIGHTS).read_bytes())
-        table, tagdict, classes = json.loads(text)
-    rounded = {}
-    for feature, row in table.items():
-        rounded[feature] = {tag: round(weight * 1024) / 1024 for tag, weight in row.items()}
-    if not classes:
-        raise ValueError("no tags")
-    return rounded, tagdict, classes
-
-
-# ---------------------------------------------------------------------------------- the extractor
+# ------------------------------------------------------------------------------------ the extractor
 BATCH = 256  # captions tagged together
 MAX_SENTENCE = 64  # words: a longer sentence is cut, which keeps the time linear
 MAX_CONCEPT = 8  # words
@@ -286,18 +116,6 @@ class Word(NamedTuple):
     end: int
     text: str  # in lower case
     tag: str  # see GRAMMAR
-
-
-class Parsed(NamedTuple):
-    """A batch of captions as a row of places: the words, and one more before each sentence.
-
-    places: of each (number of its caption, start, end), with end 0 before a sentence.
-    symbols: a str with the symbol of each place's tag.
-    chunks: the noun phrases, [(first place, place after the last), ...].
-    """
-    places: list
-    symbols: str
-    chunks: list
 
 
 class ConceptExtractor:
@@ -329,16 +147,11 @@ class ConceptExtractor:
         self.rules = compile_grammar(self.symbol)
 
     def extract(self, caption, spans=False):
-        """The concepts of one caption. extract_batch is much faster for many."""
+        """The concepts of one caption."""
         return self.extract_batch([caption], spans)[0]
 
     def extract_batch(self, captions, spans=False):
-        """The concepts of each caption, in their order, each once whatever its case.
-
-        A caption in which none is found is its own concept; a blank one has none.
-        captions: a list of str; anything else is a TypeError.
-        spans: return (start, end) in the caption instead of strings.
-        """
+        """As the function extract_batch; spans: (start, end) in the caption instead of strings."""
         found = []
         for caption, phrases in zip(captions, self.phrases(captions)):
             kept = {}
@@ -383,17 +196,13 @@ class ConceptExtractor:
             previous_end = end
         return found
 
-    def words(self, caption):
-        """The Words of a caption."""
-        places, symbols, _ = self.parse([caption])
-        words = []
-        for (_, start, end), symbol in zip(places, symbols):
-            if end > 0:
-                words.append(Word(start, end, caption[start:end].lower(), self.tag_of[symbol]))
-        return words
-
     def parse(self, captions):
-        """Captions -> Parsed."""
+        """Captions -> a row of places: the words, and one more before each sentence.
+
+        Returns places, of each (number of its caption, start, end), with end 0 before a sentence;
+        symbols, a str with the symbol of each place's tag; and chunks, the noun phrases:
+        [(first place, place after the last), ...].
+        """
         sentences, places = [], []
         for number, caption in enumerate(captions):
             text = caption.replace("’", "'")
@@ -415,11 +224,11 @@ class ConceptExtractor:
         for tagged in self.tagger.tag_sents(sentences):
             symbols.append(self.symbol["S"])
             symbols += [self.refine(word, tag) for word, tag in tagged]
-        return Parsed(places, *self.chunk("".join(symbols)))
+        return places, *self.chunk("".join(symbols))
 
     @functools.lru_cache(maxsize=1 << 15)
     def refine(self, word, tag):
-        """The symbol of the word's class in the lexicon, or else of its tag."""
+        """The symbol of the word's class in the lexicon, or else, as for class "", of its tag."""
         lower = word.lower()
         if lower in self.class_of:
             name = self.class_of[lower]
@@ -433,103 +242,281 @@ class ConceptExtractor:
             return self.symbol[name]
         return self.symbol[tag]
 
-    @functools.lru_cache(maxsize=1 << 15)
-    def is_junk(self, phrase):
-        return bool(JUNK.search(phrase))
-
     def chunk(self, symbols):
-        """Apply GRAMMAR: the symbols as its rules leave them, and Parsed.chunks."""
-        *corrections, (_, noun_phrase) = self.rules
+        """Apply GRAMMAR: the symbols as its rules leave them, and the chunks of parse."""
+        *corrections, (_, noun_phrase) = self.rules  # the last rule is NP
         for label, rule in corrections:
             symbols = rule.sub(rf"\g<left>{self.symbol[label]}", symbols)
         return symbols, [match.span("chunk") for match in noun_phrase.finditer(symbols)]
 
+    @functools.lru_cache(maxsize=1 << 15)
+    def is_junk(self, phrase):
+        return len(phrase.split()) > MAX_CONCEPT or bool(JUNK.search(phrase))
 
-@functools.lru_cache(maxsize=None)
-def default_extractor():
-    """The ConceptExtractor with our weights, loaded when it is first asked for."""
-    return ConceptExtractor()
-
-
-def extract(caption):
-    """The concepts of a caption: parts of it, or the whole caption where none is found."""
-    return default_extractor().extract(caption)
-
-
-def extract_batch(captions):
-    """The concepts of each of a list of captions."""
-    return default_extractor().extract_batch(captions)
+    def words(self, caption):
+        """The Words of a caption, with their tags as the rules of the grammar leave them."""
+        places, symbols, _ = self.parse([caption])
+        words = []
+        for (_, start, end), symbol in zip(places, symbols):
+            if end > 0:
+                words.append(Word(start, end, caption[start:end].lower(), self.tag_of[symbol]))
+        return words
 
 
-# ------------------------------------------------------------------------ the concepts of a batch
-def index_phrases(lists):
-    """Number the phrases of a batch, so that each string is encoded once.
+# ---------------------------------------------------------------------------------------- its words
+# Words, as NLTK's word tokenizer finds them in a caption. Every repeat is bounded, so that the
+# time stays linear in the length of any text.
+WORD = re.compile(r"""
+    </?[A-Za-z][^<>\n]{0,60}>                     # markup is one word
+  | &\#?\w{1,8};                                  # so is &amp;
+  | https?://\S{1,200}
+  | [A-Z]\.(?:[A-Z]\.){1,4}                       # U.S.A.
+  | [A-Z]\.(?=[ \t]+[A-Z])                        # W. Centre
+  | (?:Mr|Mrs|Ms|Dr|St|Ave)\.(?=[ \t])
+  | (?i:close[ ]up|each[ ]other|one[ ]another)\b
+  | [A-Za-z]{2,6}(?=n't\b)                        # do|n't
+  | n't\b
+  | w/(?=[ \t])                                   # with
+  | \w{1,50}(?:                                   # a word, with what may join its parts:
+        (?: [-&/](?=\w)                           #   t-shirt, black/white
+          | \.(?=[a-z\d])                         #   3.5, x.org
+          | (?<=\d)[,:](?=\d)                     #   1,000 and 10:30
+          | '(?!(?i:s|m|d|ll|re|ve|t)\b)(?=\w)    #   o'clock, but man|'s
+        )\w{1,50}){0,8}
+  | '(?i:s|m|d|ll|re|ve)\b
+  | \S                                            # any other sign is a word of its own
+""", re.VERBOSE)
 
-    lists: for each caption the list of its phrases, as extract_batch returns them. Returns
-        strings  U different str, in the order in which they first appear
-        ids      (U,) int64, string_id of each
-        pairs    (P, 2) int64, (number of the caption, number of the string), each pair once
+# A caption without a match is all in capitals or a title: its case says nothing about its words.
+LOWER_CASE_WORD = re.compile(
+    r"(?<![\w'])(?!(?:an?|and|as|at|by|for|from|in|is|of|on|or|the|to|with|w)\b)[a-z]")
 
-    "A cat", which begins one caption, and "a cat" within another are two strings, which a text
-    tower may tell apart, but one concept: their ids are equal, and the losses take equal ids as the
-    same concept. Otherwise "A cat" would be a negative of the image that shows "a cat".
+
+# --------------------------------------------------------------------------------------- its tagger
+PADS = ["-START-", "-START2-"]  # what a tagger sees before a sentence
+# A word has a share in the scores of itself, of the words one and two places after it, and of those
+# one and two places before it.
+ROLE_DISTANCES = [0, 1, 2, -1, -2]
+
+
+class FastTagger:
+    """NLTK's PerceptronTagger, the same tags, for many sentences at once.
+
+    The tagger goes from left to right. The score of a tag is a sum of weights: of features of the
+    word, of its neighbours, and of the two tags before it. What depends on words alone is summed
+    once for each different word, and kept. What depends on tags is looked up for the first words
+    of all sentences at once, then for their second words, and so on.
+
+    weights {feature: {tag: weight}}, tagdict {word: its only tag} and classes (all tags) are as
+    NLTK's encode_json_obj returns them. Weights must be multiples of a power of two: their sums
+    then do not depend on the order, and both taggers agree.
     """
-    import torch
-    index = {}
-    pairs = []
-    for row, phrases in enumerate(lists):
-        if isinstance(phrases, str):
-            raise TypeError(f"expected a list of phrases for each caption, got {phrases!r:.80}")
-        for phrase in dict.fromkeys(phrases):
-            column = index.setdefault(phrase, len(index))
-            pairs.append((row, column))
-    strings = list(index)
-    ids = torch.tensor([string_id(string) for string in strings], dtype=torch.long)
-    return strings, ids, torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+    def __init__(self, weights, tagdict, classes):
+        # Of equal scores argmax takes the first tag, NLTK the last.
+        self.tags = sorted(classes, reverse=True) + PADS
+        self.only_tag = {word: self.tags.index(tag) for word, tag in tagdict.items()}
+        # NLTK's pads come in one order as words, and in the other as tags.
+        self.only_tag["-START-"] = self.tags.index("-START2-")
+        self.only_tag["-START2-"] = self.tags.index("-START-")
+        self.row_of = {feature: row for row, feature in enumerate(weights, 1)}
+        scores = [[0] * len(classes)]  # row 0 is for features without weights
+        for row in weights.values():
+            scores.append([row.get(tag, 0) for tag in self.tags[:-2]])
+        self.scores = np.array(scores, "f4")  # (features, C)
+        history = [[self.score_of_history(p, q) for q in self.tags] for p in self.tags]
+        self.history = np.array(history)  # (C + 2, C + 2, C)
+
+    def rows(self, features):
+        return [self.row_of.get(feature, 0) for feature in features]
+
+    def score_of_history(self, before, before_that):
+        features = (f"i-1 tag {before}", f"i-2 tag {before_that}",
+                    f"i tag+i-2 tag {before} {before_that}")
+        return self.scores[self.rows(features)].sum(0)
+
+    @functools.lru_cache(maxsize=1 << 14)  # about a kilobyte each
+    def learn(self, word):
+        """The WordScores of a word."""
+        norm = normalize_word(word)
+        end = norm.replace("-START", "-END")  # a pad also stands behind the sentence before
+        features = (  # a line for each of ROLE_DISTANCES, filled up with features without weights
+            "bias", f"i suffix {word[-3:]}", f"i pref1 {word[0]}", f"i word {norm}",
+            f"i-1 word {norm}", f"i-1 suffix {norm[-3:]}", "", "",
+            f"i-2 word {norm}", "", "", "",
+            f"i+1 word {end}", f"i+1 suffix {end[-3:]}", "", "",
+            f"i+2 word {end}", "", "", "")
+        after = self.rows([f"i-1 tag+i word {tag} {norm}" for tag in self.tags])
+        roles = self.scores[self.rows(features)].reshape(5, 4, -1).sum(1)  # (5, C)
+        return WordScores(self.only_tag.get(word, -1), np.array(after), roles)
+
+    def tag_sents(self, sentences):
+        """Lists of words -> lists of (word, tag)."""
+        words = []
+        for sentence in sentences:
+            words += PADS
+            words += sentence
+        words += PADS  # behind the last sentence
+        number_of = {word: number for number, word in enumerate(dict.fromkeys(words))}
+        known = [self.learn(word) for word in number_of]
+        only_tag, after, roles = (np.array(column) for column in zip(*known))
+
+        numbers = np.array([number_of[word] for word in words])  # (W,)
+        tags = only_tag[numbers]  # (W,), -1 where it is still to be found
+        score_of_words = np.zeros((len(words), roles.shape[2]), "f4")  # (W, C)
+        for role, distance in enumerate(ROLE_DISTANCES):
+            score_of_words += roles[np.roll(numbers, distance), role]
+
+        lengths = np.array([len(sentence) for sentence in sentences], int)
+        first = np.cumsum(lengths + 2) - lengths  # where each sentence begins
+        for step in range(max(lengths, default=0)):
+            i = first[lengths > step] + step  # a word of each sentence that is long enough
+            i = i[tags[i] < 0]
+            score_of_tags = self.history[tags[i - 1], tags[i - 2]]
+            score_of_both = self.scores[after[numbers[i], tags[i - 1]]]
+            tags[i] = (score_of_words[i] + score_of_tags + score_of_both).argmax(1)
+
+        names = [self.tags[tag] for tag in tags.tolist()]
+        tagged = []
+        for sentence, start in zip(sentences, first.tolist()):
+            tagged.append(list(zip(sentence, names[start:start + len(sentence)])))
+        return tagged
 
 
-def string_id(text):
-    """A 63-bit hash of the lower-case text, equal in all processes, unlike Python's own."""
-    digest = hashlib.blake2b(text.lower().encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+class WordScores(NamedTuple):
+    """What FastTagger knows of a word; C is the number of tags.
+
+    tag: the number of the word's only tag, or -1 if the tag depends on the context.
+    after (C + 2,): for each tag or pad before the word, the row of FastTagger.scores for both.
+    roles (5, C): the word's share in the scores of itself and of its four neighbours.
+    """
+    tag: int
+    after: np.ndarray
+    roles: np.ndarray
 
 
-# ---------------------------------------------------------------------------------- hard negatives
+def normalize_word(word):
+    """The form of a word in the tagger's features, as PerceptronTagger.normalize."""
+    if word in PADS:
+        return word
+    if "-" in word and word[0] != "-":
+        return "!HYPHEN"
+    if word[0].isdigit():
+        return "!YEAR" if word.isdigit() and len(word) == 4 else "!DIGITS"
+    return word.lower()
+
+
+def load_weights(weights):
+    """(weights, tagdict, classes) of a tagger, as NLTK's PerceptronTagger writes them.
+
+    Weights are rounded to multiples of 1/1024, so that their sums are exact.
+    """
+    if weights == "nltk":
+        from nltk import PerceptronTagger
+        table, tagdict, classes = PerceptronTagger().encode_json_obj()
+    else:
+        text = gzip.decompress(Path(weights or WEIGHTS).read_bytes())
+        table, tagdict, classes = json.loads(text)
+    rounded = {}
+    for feature, row in table.items():
+        rounded[feature] = {tag: round(weight * 1024) / 1024 for tag, weight in row.items()}
+    if not classes:
+        raise ValueError("no tags")
+    return rounded, tagdict, classes
+
+
+# -------------------------------------------------------------------------------------- its grammar
+# The rules for noun phrases, in NLTK's notation: <A|B> is one word with tag A or B, {...} is what
+# gets the label, and around the braces stands the context that it needs. Each rule sees the labels
+# of those before it. All but the last give one word another tag: their braces hold exactly one.
+# To change a rule, see the tags: ConceptExtractor().words(caption); and measure the phrases:
+# python concepts.py eval. Beside the tags of the Penn Treebank there are ours, from the lexicon:
+#   S    before each sentence                DTA  a, an, each: with a singular
+#   IN   a preposition, whatever follows     INX  one that may also be a conjunction or an adverb
+#   OF   of                                  LOC  inside, outside, past
+#   QN   a measure: a group, a bowl          ORG  orange, the fruit or the colour
+#   PX   a participle: covered, shaped       GN   a word in -ing that was tagged as a noun
+#   CAN  can, the noun or the verb
+# Where a part may be repeated, no two alternatives in it may read the same tags: matching would
+# take exponential time. A test measures it.
+NOUN = "<NN|NNS|NNP|NNPS|QN>"
+PARTICIPLE = f"(<VBG|VBN|VBD|GN|PX>(?={NOUN}|<JJ|ORG|PX|GN|VBN>))?"
+NEXT_ADJECTIVE = f"((<,><CC>?|<CC>)(?=<RB>*<JJ|ORG>)|<,|CC><RB>?<VBN|PX>(?={NOUN}))?"
+ADJECTIVE = f"<RB>*<JJ|ORG>{NEXT_ADJECTIVE}"
+UNIT = (f"({ADJECTIVE}{PARTICIPLE}"                # red, old and worn
+        f"|<RB>+<VBN|PX>(?={NOUN}|<JJ>)"           # brightly painted
+        f"|<CD>{PARTICIPLE}"                       # two
+        f"|{NOUN}(<PX|GN>(?={NOUN}))?)")           # fire (hydrant), snow covered (hill)
+BODY = f"{UNIT}*{NOUN}"
+WITHOUT_NOUN = f"(({ADJECTIVE})+|<CD>)"
+DETERMINED = (rf"<PDT>?<DTA|DT|PRP\$>({PARTICIPLE}{BODY}|{WITHOUT_NOUN}?<ORG|GN|LOC>)"
+              rf"|<DTA|PRP\$><JJ>+")
+GRAMMAR = rf"""
+JJ:  <S|OF|IN|INX|TO|VBG|,|CC>{{<VBN|PX>}}(?=<JJ>|{NOUN})   # next to parked cars
+JJ:  <OF|IN|TO>{{<VBG|GN>}}(?={NOUN})                       # in running water
+JJ:  <S|DTA|DT|PRP\$|IN|JJ>{{<RB|LOC>}}(?={NOUN})           # a hilly landscape, an outside table
+NN:  <PRP\$>{{<RB>}}(?!<JJ|VBN|VBG|PX|RB>)                  # on its back
+NN:  <JJ>{{<CD>}}(?!<JJ|CD>|{NOUN})                         # a pink one
+NN:  {{<CAN>}}(?!<VB|VBP|RB|PRP>)                           # a trash can
+JJ:  {{<JJR|JJS>}}
+VBZ: <DTA>{PARTICIPLE}{UNIT}*<NN|NNP>{{<NNS>}}(?!{NOUN})    # a tall man rides
+NP:  {{({DETERMINED}|{BODY}|{WITHOUT_NOUN}<GN>|<JJ>*<ORG>)(<POS>{PARTICIPLE}{BODY})*}}
+"""
+
+
+def compile_grammar(symbol):
+    """GRAMMAR as regular expressions over texts with one symbol for each tag.
+
+    symbol: {tag: its symbol}. Returns [(label, pattern), ...]. In a pattern the group "chunk" is
+    what stands in braces, and the group "left" is what stands before: with j and c as symbols,
+    "NN: <JJ>{<CD>}(?!<JJ>)" becomes ("NN", "(?P<left>[j])(?P<chunk>[c])(?![j])").
+    """
+    def symbol_class(match):
+        return "[" + "".join(symbol[tag] for tag in match[1].split("|")) + "]"
+
+    text = re.sub(r"[ \\]|#.*", "", GRAMMAR)  # spaces, the backslash of PRP\$, comments
+    text = re.sub("<(.+?)>", symbol_class, text)
+    text = re.sub(r"\((?!\?)", "(?:", text)  # groups need no numbers
+    text = text.replace("{", ")(?P<chunk>").replace("}", ")")
+    rules = []
+    for label, rule in re.findall("(.+?):(.+)", text):
+        rules.append((label, re.compile("(?P<left>" + rule)))
+    return rules
+
+
+# ------------------------------------------------------------------------------- what is no concept
+JUNK = re.compile(r"""
+    (?i:\A                                        # an empty word with or without a determiner
+        (?:(?:a|an|the|this|that|these|those|some|any|each|every|another|no
+             |his|her|its|their|my|your|our)(?:\s+|\Z))?
+        (?:close[ ]up|close-up|closeup|image|photo|photograph|picture|view|shot|scene
+          |top|side|front|back|middle|background|foreground|corner|left|right|center|edge
+          |someone|something|somebody|anyone|anything|everything|nothing|other|others|lots|one)?
+     \Z)
+  | (?:\A|\s)\S\Z                                 # a single letter at the end
+  | [][(){}<>]                                    # brackets and markup
+  | \w_\w
+  | (?i:https?:|\b(?:IMG|DSC)\d+|^(?:jpe?g|png)$)
+""", re.VERBOSE)
+
+
+# ------------------------------------------------------------------ hard negatives: words exchanged
+NOUN_TAGS = {*NOUN.strip("<>").split("|")}
 # What swap_negatives exchanges: for each kind, groups of tags; both words are of one group.
-NOUN_TAGS = {"NN", "NNS", "NNP", "NNPS", "QN"}
 SWAP_TAGS = {
     "noun": [NOUN_TAGS],
     "adjective": [{"JJ", "ORG"}],
     "verb": [{"VB"}, {"VBD"}, {"VBG"}, {"VBN"}, {"VBP"}, {"VBZ"}],  # of one form
     "phrase": [{"phrase"}],
 }
-# "a dog near a cat" is as true as "a cat near a dog".
-SYMMETRIC = {"", "and", "or", "with", "along with", "together with", "near", "by", "beside",
-             "next to", "alongside"}
-ARTICLE = re.compile(r"(?i)\b(a)n?(?=\s+(?!uni|use|eu|one)([aeiou]|hour)?)")
-
-# What negate tries in turn: the tags of the word (any, if empty), the word, what takes its place.
-NEGATIONS = [
-    ((), r"\bnot\b ?", ""),
-    ((), r"\bno\b", "some"),
-    ((), r"\b(?:is|are|was|were)\b", r"\g<0> not"),
-    ((), r"\bwithout\b", "with"),
-    ((), r"\bwith\b", r"\g<0>out"),
-    (("VBZ",), r"\bhas\b", "does not have"),
-    (("VBZ",), r"\b([a-z]+)ies\b", r"does not \1y"),
-    (("VBZ",), r"\b([a-z]+?)(?:(?<=sh|ch|ss)es|(?<=o)es|s)\b", r"does not \1"),
-    (("VBP",), r"\b[a-z]+\b", r"do not \g<0>"),
-    (("VBG",), r"\b\w+", r"not \g<0>"),
-    (("DTA", "DT"), r"\b(?:an?|the|some)\b", "no"),
-]
 
 
 def swap_negatives(caption, rng, kinds=("noun", "adjective", "verb", "phrase")):
     """NegCLIP's hard negatives (ICLR 2023): two words or phrases of one kind exchanged.
 
-    rng: a random.Random. Returns at most one text for each kind, and never the caption itself.
-    Nouns are those that end a noun phrase; a verb changes places with one of the same form.
-    ValueError for an unknown kind.
+    rng: a random.Random. Returns a list of str, at most one for each kind, and never the caption
+    itself: "a red dog near a blue cat" gives "a red cat near a blue dog", "a blue dog near a red
+    cat" and "a blue cat near a red dog". Nouns are those that end a noun phrase; a verb changes
+    places with one of the same form. ValueError for an unknown kind.
 
     Of 100 texts of each kind, read as for substitute_negatives, those that were grammatical and
     false: noun 53, adjective 57, phrase 67. Most describe what cannot be ("a brown pillow leaps
@@ -541,13 +528,15 @@ def swap_negatives(caption, rng, kinds=("noun", "adjective", "verb", "phrase")):
     for kind in kinds:
         if kind not in SWAP_TAGS:
             raise ValueError(f"kind {kind!r}: expected one of {', '.join(SWAP_TAGS)}")
-        groups = [different_words(caption, spans, tags) for tags in SWAP_TAGS[kind]]
-        groups = [group for group in groups if len(group) > 1]
+        groups = []
+        for tags in SWAP_TAGS[kind]:
+            group = different_words(caption, spans, tags)
+            if len(group) > 1:
+                groups.append(group)
         if groups:
             first, second = sorted(rng.sample(rng.choice(groups), 2))
             negatives.append(exchange(caption, first, second))
-    different = dict.fromkeys(negatives)
-    return [text for text in different if text.lower() != caption.lower()]
+    return [text for text in dict.fromkeys(negatives) if text.lower() != caption.lower()]
 
 
 def swappable(caption):
@@ -581,6 +570,14 @@ def exchange(caption, first, second):
     return mend_articles(caption[:a] + two + caption[b:c] + one + caption[d:])
 
 
+ARTICLE = re.compile(r"(?i)\b(a)n?(?=\s+(?!uni|use|eu|one)([aeiou]|hour)?)")
+
+
+def mend_articles(text):
+    """Make each "a" before a vowel "an", and the other way round."""
+    return ARTICLE.sub(lambda match: match[1] + ("n" if match[2] else ""), text)
+
+
 def shuffle_bigrams(caption, rng):
     """One of FSC-CLIP's negatives: the caption's words in pairs, and these in another order.
 
@@ -597,13 +594,45 @@ def shuffle_bigrams(caption, rng):
     return []
 
 
-def mend_articles(text):
-    """Make each "a" before a vowel "an", and the other way round."""
-    def article(match):
-        return match[1] + ("n" if match[2] else "")
-    return ARTICLE.sub(article, text)
+# --------------------------------------------------------------- hard negatives: statements negated
+# What negate tries in turn: the tags of the word (any, if empty), the word, what takes its place.
+NEGATIONS = [
+    ((), r"\bnot\b ?", ""),
+    ((), r"\bno\b", "some"),
+    ((), r"\b(?:is|are|was|were)\b", r"\g<0> not"),
+    ((), r"\bwithout\b", "with"),
+    ((), r"\bwith\b", r"\g<0>out"),
+    (("VBZ",), r"\bhas\b", "does not have"),
+    (("VBZ",), r"\b([a-z]+)ies\b", r"does not \1y"),
+    (("VBZ",), r"\b([a-z]+?)(?:(?<=sh|ch|ss)es|(?<=o)es|s)\b", r"does not \1"),
+    (("VBP",), r"\b[a-z]+\b", r"do not \g<0>"),
+    (("VBG",), r"\b\w+", r"not \g<0>"),
+    (("DTA", "DT"), r"\b(?:an?|the|some)\b", "no"),
+]
 
 
+def negate(caption, rng=None):
+    """CoN-CLIP's negatives: one statement negated, by the first of NEGATIONS that fits, a str.
+
+    "A dog is on a sofa" -> "A dog is not on a sofa"; where none fits, "no " before the caption.
+    rng: a random.Random, which chooses among several places; without it the first is taken.
+    """
+    tag_at = {word.start: word.tag for word in default_extractor().words(caption)}
+    for tags, word, negation in NEGATIONS:
+        matches = []
+        for match in re.finditer(word, caption, re.I):
+            if not tags or tag_at.get(match.start()) in tags:
+                matches.append(match)
+        if matches:
+            match = rng.choice(matches) if rng else matches[0]
+            new = match.expand(negation)
+            if match[0][0].isupper():
+                new = new.capitalize()
+            return caption[:match.start()] + new + caption[match.end():]
+    return f"no {caption}"
+
+
+# ------------------------------------------------------------------- hard negatives: words replaced
 def substitute_negatives(caption, rng, kinds=("attribute", "noun", "number", "preposition"),
                          frequency=None, within=None):
     """The caption with one word replaced by another of its class: "a red dog" -> "a black dog".
@@ -621,10 +650,8 @@ def substitute_negatives(caption, rng, kinds=("attribute", "noun", "number", "pr
         they do not use are not drawn.
     within : None, or (start, end), the part of the caption in which words may be replaced.
 
-    Returns
-    -------
-    list of str. Each differs from the caption in one place, in the word itself and an "a" or "an"
-    before it.
+    Returns a list of str. Each differs from the caption in one place, in the word itself and an "a"
+    or "an" before it.
 
     100 texts of each kind, made of captions of Flickr8k's test split, were read by one person. Both
     grammatical and false were: attribute 99, noun 97, number 100 (in 3 of them the number is
@@ -640,16 +667,15 @@ def substitute_negatives(caption, rng, kinds=("attribute", "noun", "number", "pr
             raise ValueError(f"kind {kind!r}: expected one of {', '.join(FIND_PLACES)}")
         choices = []
         for place in FIND_PLACES[kind](words, phrases):
-            options = options_of(kind, place, words, counts, frequency)
             start, end = words[place.first].start, words[place.end - 1].end
+            options = options_of(kind, place, words, counts, frequency)
             inside = within is None or (within[0] <= start and end <= within[1])
             if options and inside:
-                choices.append((place, options))
+                choices.append((start, end, options))
         if choices:
-            place, options = rng.choice(choices)
+            start, end, options = rng.choice(choices)
             [new] = rng.choices(list(options), list(options.values()))
-            start, end = words[place.first].start, words[place.end - 1].end
-            negatives.append(replace(caption, start, end, new))
+            negatives.append(replace_words(caption, start, end, new))
     return negatives
 
 
@@ -661,7 +687,7 @@ def word_frequency(captions):
     return frequency
 
 
-def replace(caption, start, end, new):
+def replace_words(caption, start, end, new):
     """The caption with new words in a span, in its case, and an "a" or "an" before them mended."""
     old = caption[start:end]
     in_title = not LOWER_CASE_WORD.search(caption)
@@ -753,12 +779,8 @@ def find_prepositions(words, phrases):
                 yield Place(number, first, words[end - 1].text)
 
 
-FIND_PLACES = {
-    "attribute": find_attributes,
-    "noun": find_nouns,
-    "number": find_numbers,
-    "preposition": find_prepositions,
-}
+FIND_PLACES = {"attribute": find_attributes, "noun": find_nouns, "number": find_numbers,
+               "preposition": find_prepositions}
 
 
 def options_of(kind, place, words, counts, frequency):
@@ -789,8 +811,8 @@ class Rule(NamedTuple):
 def fits(rule, place):
     """Whether a rule holds for the words in a place."""
     if rule.heads and place.head not in rule.heads:
-        alive = any(place.head in nouns for nouns in living_nouns().values())
-        if alive or "a thing" not in rule.heads:
+        is_thing = not any(place.head in nouns for nouns in living_nouns().values())
+        if not (is_thing and "a thing" in rule.heads):
             return False
     if rule.after and place.after not in rule.after:
         return False
@@ -801,24 +823,6 @@ def fits(rule, place):
     if rule.article == "needed":
         return not tags.isdisjoint({"DTA", "DT", "PRP$", "POS"})
     return rule.article != "not a" or "DTA" not in tags
-
-
-@functools.lru_cache(maxsize=None)
-def substitutes():
-    """The classes of words that exclude one another; their "about" explains them."""
-    return json.loads(LEXICON.read_text("utf-8"))["substitutes"]
-
-
-@functools.lru_cache(maxsize=None)
-def living_nouns():
-    """{"a person": nouns, "an animal": nouns}, in singular and in plural."""
-    nouns = {"a person": set(substitutes()["person"]), "an animal": set(substitutes()["animal"])}
-    for row in substitutes()["noun"]:
-        if "kind" in row:
-            nouns[row["kind"]].update(chain.from_iterable(row["words"]))
-    for singulars in nouns.values():
-        singulars.update([plural_of(noun) for noun in singulars])
-    return nouns
 
 
 @functools.lru_cache(maxsize=None)
@@ -839,15 +843,13 @@ def rules_of(kind):
 def rules_of_class(row, nouns):
     """Yield (word, Rule) for the words of a class; for nouns, for their plurals too."""
     sets = row["words"]
-    if row.get("mass"):
-        yield from rules_of_form(row, sets, sets, "not a")
-    elif nouns and not row.get("plural"):
+    if nouns and not (row.get("mass") or row.get("plural")):
         plurals = [[plural_of(word) for word in words] for words in sets]
         both = [words + plural for words, plural in zip(sets, plurals)]
         yield from rules_of_form(row, sets, both, "needed")
         yield from rules_of_form(row, plurals, both, "")
     else:
-        yield from rules_of_form(row, sets, sets, "")
+        yield from rules_of_form(row, sets, sets, "not a" if row.get("mass") else "")
 
 
 def rules_of_form(row, sets, all_forms, article):
@@ -872,6 +874,18 @@ def heads_of(row):
     return frozenset(heads)
 
 
+@functools.lru_cache(maxsize=None)
+def living_nouns():
+    """{"a person": nouns, "an animal": nouns}, in singular and in plural."""
+    nouns = {"a person": set(substitutes()["person"]), "an animal": set(substitutes()["animal"])}
+    for row in substitutes()["noun"]:
+        if "kind" in row:
+            nouns[row["kind"]].update(chain.from_iterable(row["words"]))
+    for singulars in nouns.values():
+        singulars.update([plural_of(noun) for noun in singulars])
+    return nouns
+
+
 def plural_of(noun):
     """The plural of a noun; of several words, of the last."""
     *modifiers, word = noun.split()
@@ -886,6 +900,13 @@ def plural_of(noun):
     return " ".join([*modifiers, word])
 
 
+@functools.lru_cache(maxsize=None)
+def substitutes():
+    """The classes of words that exclude one another; their "about" explains them."""
+    return json.loads(LEXICON.read_text("utf-8"))["substitutes"]
+
+
+# ---------------------------------------------------------------- hard negatives: parts of captions
 def unit_pairs(caption, rng, count=2, phrases=None):
     """CS-CLIP's units of a caption, each with a false version of it, a foil, by rules.
 
@@ -894,15 +915,9 @@ def unit_pairs(caption, rng, count=2, phrases=None):
     both. A foil is the unit with a word replaced by another of its class that the caption does not
     use (substitute_negatives), or a relation with two words exchanged.
 
-    Parameters
-    ----------
-    rng : a random.Random.
-    count : how many pairs are wanted.
-    phrases : the noun phrases, where they are known: list of str. By default extract(caption).
-
-    Returns
-    -------
-    list of at most `count` (unit, foil), drawn among all units that have a foil.
+    rng: a random.Random. count: how many pairs are wanted. phrases: the noun phrases where they are
+    known, a list of str, by default extract(caption). Returns a list of at most `count`
+    (unit, foil), drawn among all units that have a foil.
 
     100 pairs, made of captions of Flickr8k's test split, were read one by one, after the rules had
     been mended by as many others: 93 foils were grammatical and false, 7 not grammatical ("a feet
@@ -914,24 +929,28 @@ def unit_pairs(caption, rng, count=2, phrases=None):
         if match:
             places.append(match.span())
     places.sort()
-    units = [(place,) for place in places]
+    units = [(start, end, None) for start, end in places]
     for first, second in zip(places, places[1:]):
         if first[1] <= second[0]:
-            units.append((first, second))
+            units.append((first[0], second[1], (first, second)))
     rng.shuffle(units)
     pairs = []
-    for unit in units:
+    for start, end, relation in units:
         if len(pairs) == count:
             break
-        start, end = unit[0][0], unit[-1][1]
         foils = []
         for changed in substitute_negatives(caption, rng, within=(start, end)):
             foils.append(changed[start:end + len(changed) - len(caption)])
-        if len(unit) == 2:
-            foils += swapped_relations(caption, *unit, rng)
+        if relation:
+            foils += swapped_relations(caption, *relation, rng)
         if foils:
             pairs.append((caption[start:end], rng.choice(foils)))
     return pairs
+
+
+# "a dog near a cat" is as true as "a cat near a dog".
+SYMMETRIC = {"", "and", "or", "with", "along with", "together with", "near", "by", "beside",
+             "next to", "alongside"}
 
 
 def swapped_relations(caption, first, second, rng):
@@ -950,30 +969,10 @@ def swapped_relations(caption, first, second, rng):
     return swapped
 
 
-def negate(caption, rng=None):
-    """CoN-CLIP's negatives: one statement negated, by the first of NEGATIONS that fits.
-
-    rng: a random.Random, which chooses among several places; without it the first is taken.
-    """
-    tag_at = {word.start: word.tag for word in default_extractor().words(caption)}
-    for tags, word, negation in NEGATIONS:
-        matches = []
-        for match in re.finditer(word, caption, re.I):
-            if not tags or tag_at.get(match.start()) in tags:
-                matches.append(match)
-        if matches:
-            match = rng.choice(matches) if rng else matches[0]
-            new = match.expand(negation)
-            if match[0][0].isupper():
-                new = new.capitalize()
-            return caption[:match.start()] + new + caption[match.end():]
-    return f"no {caption}"
-
-
-# ------------------------------------------------------------------- the command line: extract
+# ------------------------------------------------------------------------ the command line: extract
 CAPTION_KEYS = ("txt", "caption", "title", "text", "caption_text")  # as in data.py
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-ENDINGS = (".txt", ".csv", ".tsv", ".jsonl")
+ENDINGS = (".txt", *DELIMITERS, ".jsonl")
 MAX_RECORD = 100  # lines of one row of a .csv: more come of a quote that is never closed
 TASK = 512  # captions that a worker gets at a time
 TASKS_AHEAD = 4  # of these for each worker are in memory
@@ -992,6 +991,50 @@ Tar shards themselves are no input here: train.py extracts concepts from them as
 
 The same command goes on after it was interrupted or killed. What cannot be read is passed over,
 counted and named at the end."""
+
+
+def extract_files(args):
+    """The command `extract`: read tables of captions, write their rows with concepts."""
+    from tqdm import tqdm
+    output = check_paths(args)
+    size = sum(os.path.getsize(path) for path in args.inputs)
+    report, frequency = Report(), Counter()
+    rows = chain.from_iterable(read_rows(path, args.caption_key, report) for path in args.inputs)
+    rows = chain([next(rows)], rows)  # if there is no caption, this ends before there is an output
+    pool = ProcessPoolExecutor(args.workers, initializer=start_worker)
+    bar = tqdm(desc="extracting", total=size, unit="B", unit_scale=True,
+               disable=not sys.stderr.isatty())
+    with pool, bar, open(output, "ab+") as out:
+        rows, finished = skip_finished(out, rows, frequency)
+        for lines, concepts in extract_in_pool(pool, rows, args.workers):
+            out.write(lines)
+            add_counts(frequency, concepts)
+            bar.set_postfix_str(f"{report.captions:,} captions", refresh=False)
+            bar.update(report.bytes - bar.n)
+    print(f"{output}: {report.captions:,} captions ({finished:,} from an earlier run), "
+          f"{report.skipped():,} bad rows skipped")
+    report.print()
+    most_frequent = [f"{concept} {number:,}" for concept, number in frequency.most_common(10)]
+    print("most frequent:", ", ".join(most_frequent))
+    print(next_command(args, output))
+
+
+def check_paths(args):
+    """The name of the output. ValueError for arguments that cannot be meant."""
+    output = args.output or os.path.splitext(args.inputs[0])[0] + ".concepts.jsonl"
+    for path in args.inputs:
+        if path.lower().endswith(".tar"):
+            raise ValueError(f"{path}: tar shards go to train.py --data {path}, which extracts "
+                             f"concepts as it reads; expected {', '.join(ENDINGS)}")
+        if not path.lower().endswith(ENDINGS):
+            raise ValueError(f"{path}: expected a file that ends in {', '.join(ENDINGS)}")
+        if os.path.exists(output) and os.path.samefile(path, output):
+            raise ValueError(f"{output} is also an input: choose another --output")
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: expected 1 or more")
+    if os.path.exists(output) and not os.path.isfile(output):
+        raise ValueError(f"--output {output} is not a file")
+    return output
 
 
 class Report:
@@ -1128,30 +1171,35 @@ def take_lines(file, waiting, taken):
         yield line
 
 
-def extract_files(args):
-    """The command `extract`: read tables of captions, write their rows with concepts."""
-    from tqdm import tqdm
-    output = check_paths(args)
-    size = sum(os.path.getsize(path) for path in args.inputs)
-    report, frequency = Report(), Counter()
-    rows = chain.from_iterable(read_rows(path, args.caption_key, report) for path in args.inputs)
-    rows = chain([next(rows)], rows)  # if there is no caption, this ends before there is an output
-    pool = ProcessPoolExecutor(args.workers, initializer=start_worker)
-    bar = tqdm(desc="extracting", total=size, unit="B", unit_scale=True,
-               disable=not sys.stderr.isatty())
-    with pool, bar, open(output, "ab+") as out:
-        rows, finished = skip_finished(out, rows, frequency)
-        for lines, concepts in extract_in_pool(pool, rows, args.workers):
-            out.write(lines)
-            count(frequency, concepts)
-            bar.set_postfix_str(f"{report.captions:,} captions", refresh=False)
-            bar.update(report.bytes - bar.n)
-    print(f"{output}: {report.captions:,} captions ({finished:,} from an earlier run), "
-          f"{report.skipped():,} bad rows skipped")
-    report.print()
-    most_frequent = [f"{concept} {number:,}" for concept, number in frequency.most_common(10)]
-    print("most frequent:", ", ".join(most_frequent))
-    print(next_command(args, output))
+def skip_finished(out, rows, frequency):
+    """Pass over the rows that an earlier run wrote to out: (the rows that are left, number passed).
+
+    A line that the earlier run was writing when it was killed is cut off. ValueError if the file
+    holds anything else.
+    """
+    finished = size = 0
+    out.seek(0)
+    for line in out:
+        torn = not line.endswith(b"\n")
+        if torn and finished:
+            break
+        row, caption = next(rows, ({}, ""))
+        start = row_start(row)
+        if not line.startswith(start) and not (torn and start.startswith(line)):
+            raise ValueError(f"{out.name} comes from other inputs: choose another --output")
+        if torn:
+            rows = chain([(row, caption)], rows)
+            break
+        add_counts(frequency, Counter(json.loads(line)["concepts"]))
+        finished += 1
+        size += len(line)
+    out.truncate(size)
+    return rows, finished
+
+
+def row_start(row):
+    """The beginning of the line that is written for a row, up to its concepts."""
+    return json.dumps({**row, "concepts": None}).removesuffix("null}").encode()
 
 
 def extract_in_pool(pool, rows, workers):
@@ -1176,56 +1224,7 @@ def extract_rows(task):
     return b"".join(lines), Counter(chain.from_iterable(found))
 
 
-def check_paths(args):
-    """The name of the output. ValueError for arguments that cannot be meant."""
-    output = args.output or os.path.splitext(args.inputs[0])[0] + ".concepts.jsonl"
-    for path in args.inputs:
-        if path.lower().endswith(".tar"):
-            raise ValueError(f"{path}: tar shards go to train.py --data {path}, which extracts "
-                             f"concepts as it reads; expected {', '.join(ENDINGS)}")
-        if not path.lower().endswith(ENDINGS):
-            raise ValueError(f"{path}: expected a file that ends in {', '.join(ENDINGS)}")
-        if os.path.exists(output) and os.path.samefile(path, output):
-            raise ValueError(f"{output} is also an input: choose another --output")
-    if args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: expected 1 or more")
-    if os.path.exists(output) and not os.path.isfile(output):
-        raise ValueError(f"--output {output} is not a file")
-    return output
-
-
-def row_start(row):
-    """The beginning of the line that is written for a row, up to its concepts."""
-    return json.dumps({**row, "concepts": None}).removesuffix("null}").encode()
-
-
-def skip_finished(out, rows, frequency):
-    """Pass over the rows that an earlier run wrote to out: (the rows that are left, number passed).
-
-    A line that the earlier run was writing when it was killed is cut off. ValueError if the file
-    holds anything else.
-    """
-    finished = size = 0
-    out.seek(0)
-    for line in out:
-        torn = not line.endswith(b"\n")
-        if torn and finished:
-            break
-        row, caption = next(rows, ({}, ""))
-        start = row_start(row)
-        if not line.startswith(start) and not (torn and start.startswith(line)):
-            raise ValueError(f"{out.name} comes from other inputs: choose another --output")
-        if torn:
-            rows = chain([(row, caption)], rows)
-            break
-        count(frequency, Counter(json.loads(line)["concepts"]))
-        finished += 1
-        size += len(line)
-    out.truncate(size)
-    return rows, finished
-
-
-def count(frequency, concepts):
+def add_counts(frequency, concepts):
     """Add {concept: count}, whatever its case. After the first million, no new ones are counted."""
     for concept, number in concepts.items():
         concept = concept.lower()
@@ -1254,7 +1253,7 @@ def end_with_parent():
     os._exit(1)
 
 
-# ------------------------------------------------------------- the command line: train and eval
+# ----------------------------------------------------------------- the command line: train and eval
 TRAIN_HELP = """\
 Train the part-of-speech tagger with NLTK, as assets/tagger.json.gz was made: small weights are
 dropped and the others rounded. The same corpora give the same bytes."""
@@ -1265,7 +1264,7 @@ stands in [brackets]. A found phrase that overlaps a {phrase} in braces does not
 precision, recall and F1 of exact phrases."""
 
 
-def train(args):
+def train_tagger(args):
     """The command `train`."""
     from nltk import PerceptronTagger
     sentences = []
@@ -1289,14 +1288,13 @@ def train(args):
 def read_corpus(path):
     """The sentences of a corpus, lists of (word, tag); those of a text file three times."""
     tags = json.loads(LEXICON.read_text("utf-8"))["tags"]
+    times = 3
+    data = Path(path).read_bytes()
     if zipfile.is_zipfile(path):
         times = 1
         with zipfile.ZipFile(path) as archive:
             names = sorted(name for name in archive.namelist() if name.endswith(".txt"))
             data = b"\n".join(archive.read(name) for name in names)
-    else:
-        times = 3
-        data = Path(path).read_bytes()
     sentences = []
     for line in data.decode("utf-8", "replace").replace("’", "'").split("\n"):
         sentence = [token.rpartition("_")[::2] for token in line.split()]
@@ -1307,7 +1305,7 @@ def read_corpus(path):
     return sentences * times
 
 
-def evaluate(args):
+def evaluate_phrases(args):
     """The command `eval`."""
     extractor = ConceptExtractor(args.weights)
     right = found = expected = 0
@@ -1343,6 +1341,7 @@ def read_brackets(line):
     return text, wanted, neutral
 
 
+# --------------------------------------------------------------------------------- the command line
 def command_line():
     """The parser of the command line, and the names of its commands."""
     parser = argparse.ArgumentParser(
@@ -1371,13 +1370,13 @@ def command_line():
         help="column or JSON key of the caption (default: the first that is not empty of "
              f"{', '.join(CAPTION_KEYS)})")
 
-    add = add_command("eval", evaluate, "measure precision and recall on bracketed captions",
-                      EVAL_HELP)
+    add = add_command("eval", evaluate_phrases,
+                      "measure precision and recall on bracketed captions", EVAL_HELP)
     add("gold", metavar="FILE", help="lines such as: [A cat] on [a mat] in {the middle}.")
     add("--weights", metavar="FILE",
         help="a file that train wrote, or nltk for NLTK's own (default: assets/tagger.json.gz)")
 
-    add = add_command("train", train, "train the part-of-speech tagger", TRAIN_HELP)
+    add = add_command("train", train_tagger, "train the part-of-speech tagger", TRAIN_HELP)
     add("--corpus", nargs="+", required=True, metavar="FILE",
         help="text files with lines of word_TAG, which count three times, or zip files of such "
              ".txt files, which count once")
