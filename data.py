@@ -2,8 +2,10 @@
 
 A row is a dict with
     image           PIL image, RGB (or uint8 (3, H, W): see load_fast)
-    caption         str; rows of files also carry all their captions, a list of str
+    caption         str
+    captions        list of str, of rows of files: all, of which caption is one
     key             str, its name in reports
+    seed            int, of all that is random in the row from then on, see Seeded
     concepts        optional list of str, the noun phrases of the caption
     negatives       optional list of str, false captions ("" in place of one that there is not)
     negative_image  optional PIL image that the caption does not describe
@@ -14,7 +16,7 @@ A row is a dict with
 A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
 
 In this order: Scenes; CaptionFile, which are the pairs on disk; the index of a file; the readers of
-tables and tars; images; TrainTransform and Collate, from rows to batches; Epochs and Seeded, the
+tables and tars; images; train_transform and Collate, from rows to batches; Epochs and Seeded, the
 order of the rows; how many workers; the tokenizer of a model from scratch.
 """
 import concurrent.futures
@@ -454,6 +456,7 @@ class Options:
     def identity(self, split):
         """What an index depends on beside its file; split: see file_and_split."""
         joined = self.joined.identity if self.joined else None
+        # The first text is changed with what is kept of a row: then no older index is read.
         return ["rows with units", self.image_key, self.caption_keys, joined, split]
 
 
@@ -1597,7 +1600,7 @@ def open_image(file, max_pixels=None):
 
 # ---- from rows to batches --------------------------------------------------
 
-class TrainTransform:
+def train_transform(config):
     """The paper's augmentation: a crop of at least 90 % of the area, resized to a square, and no
     flip, because left and right are in the captions.
 
@@ -1605,24 +1608,17 @@ class TrainTransform:
     the same for both. Pixels stay bytes until they are where the model is: a quarter of the memory
     and of the copies; normalize_images does the rest.
     """
-    scale = (0.9, 1)            # of the image's area
-    ratio = (3 / 4, 4 / 3)      # width to height of the crop
-
-    def __init__(self, config):
-        self.size = [config.image_size, config.image_size]
-
-    def __call__(self, image):
-        box = transforms.RandomResizedCrop.get_params(image, self.scale, self.ratio)
-        # The kernel for PIL images is pillow's own, that for bytes is torchvision's.
-        image = v2.functional.resized_crop(image, *box, self.size, BICUBIC, antialias=True)
-        if not isinstance(image, torch.Tensor):
-            image = v2.functional.pil_to_tensor(image)
-        return image.contiguous()       # else the batch would be channels-last
+    return functools.partial(crop, size=[config.image_size, config.image_size])
 
 
-def train_transform(config):
-    """The transform of training for a CLIPConfig, see TrainTransform."""
-    return TrainTransform(config)
+def crop(image, size, area=(0.9, 1), ratio=(3 / 4, 4 / 3)):
+    """See train_transform; area: shares of the image's, ratio: width to height of the crop."""
+    box = transforms.RandomResizedCrop.get_params(image, area, ratio)
+    # The kernel for PIL images is pillow's own, that for bytes is torchvision's.
+    image = v2.functional.resized_crop(image, *box, size, BICUBIC, antialias=True)
+    if not isinstance(image, torch.Tensor):
+        image = v2.functional.pil_to_tensor(image)
+    return image.contiguous()       # else the batch would be channels-last
 
 
 def normalize_images(images, config):
@@ -1774,14 +1770,15 @@ class Collate:
         for row in rows:
             texts += self.negatives_of(row)
         mask = torch.tensor([text != "" for text in texts])
-        tokens = self.tokenize(texts, trim=True)                                # (B * K, L')
         batch["negative_mask"] = mask.view(len(rows), -1)                       # (B, K)
-        batch["negative_tokens"] = tokens.unflatten(0, batch["negative_mask"].shape)
         if self.words:
             self.add_words(batch, texts)
+        else:
+            tokens = self.tokenize(texts, trim=True)                            # (B * K, L')
+            batch["negative_tokens"] = tokens.unflatten(0, batch["negative_mask"].shape)
 
     def add_words(self, batch, negatives):
-        """Tokenize captions and negatives once more, together, so that they have the same L."""
+        """Tokenize captions and negatives together, so that they have the same L."""
         K = batch["negative_mask"].shape[1]
         texts = []                                                              # B * (1 + K)
         for i, caption in enumerate(batch["captions"]):
@@ -1851,7 +1848,7 @@ class Collate:
             if len(sentences) > 1:
                 rng = random.Random(row["seed"])
                 drawn += rng.sample(sentences, min(self.sentences, len(sentences)))
-        # As if they were of a row before the first, so that those drawn are numbered first.
+        # Those drawn stand as a row before the others, which numbers them first; its pairs then go.
         strings, ids, pairs = index_phrases([drawn, *held])
         number = len(set(drawn))
         batch["sentence_tokens"] = self.tokenize(strings[:number], trim=True)           # (U', L')
@@ -2019,14 +2016,17 @@ def concepts_of(rows):
     """Return the concepts of each row (lists of str), its own or those found in its caption, and
     the number of captions that stand for themselves, because no noun phrase was found."""
     fallback = 0
-    without = [row for row in rows if not row.get("concepts")]
-    found = extract_batch([row["caption"] for row in without])
-    for row, phrases in zip(without, found):
-        whole = [row["caption"].strip()]
-        row["concepts"] = phrases or whole
-        if row["concepts"] == whole:
-            fallback += 1
-    return [row["concepts"] for row in rows], fallback
+    concepts = []
+    found = iter(extract_batch([row["caption"] for row in rows if not row.get("concepts")]))
+    for row in rows:
+        phrases = row.get("concepts")
+        if not phrases:
+            whole = [row["caption"].strip()]
+            phrases = next(found) or whole
+            if phrases == whole:
+                fallback += 1
+        concepts.append(phrases)
+    return concepts, fallback
 
 
 # ---- order of an epoch -----------------------------------------------------
