@@ -2,8 +2,10 @@
 
 A row is a dict with
     image           PIL image, RGB (or uint8 (3, H, W): see load_fast)
-    caption         str; rows of files also carry all their captions, a list of str
+    caption         str
+    captions        list of str, of rows of files: all, of which caption is one
     key             str, its name in reports
+    seed            int, of all that is random in the row from then on, see Seeded
     concepts        optional list of str, the noun phrases of the caption
     negatives       optional list of str, false captions ("" in place of one that there is not)
     negative_image  optional PIL image that the caption does not describe
@@ -14,7 +16,7 @@ A row is a dict with
 A row that cannot be read is {"key": ..., "error": ...}, so that it is counted and not lost.
 
 In this order: Scenes; CaptionFile, which are the pairs on disk; the index of a file; the readers of
-tables and tars; images; TrainTransform and Collate, from rows to batches; Epochs and Seeded, the
+tables and tars; images; train_transform and Collate, from rows to batches; Epochs and Seeded, the
 order of the rows; how many workers; the tokenizer of a model from scratch.
 """
 import concurrent.futures
@@ -37,6 +39,7 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -453,6 +456,7 @@ class Options:
     def identity(self, split):
         """What an index depends on beside its file; split: see file_and_split."""
         joined = self.joined.identity if self.joined else None
+        # The first text is changed with what is kept of a row: then no older index is read.
         return ["rows with units", self.image_key, self.caption_keys, joined, split]
 
 
@@ -1596,7 +1600,7 @@ def open_image(file, max_pixels=None):
 
 # ---- from rows to batches --------------------------------------------------
 
-class TrainTransform:
+def train_transform(config):
     """The paper's augmentation: a crop of at least 90 % of the area, resized to a square, and no
     flip, because left and right are in the captions.
 
@@ -1604,24 +1608,17 @@ class TrainTransform:
     the same for both. Pixels stay bytes until they are where the model is: a quarter of the memory
     and of the copies; normalize_images does the rest.
     """
-    scale = (0.9, 1)            # of the image's area
-    ratio = (3 / 4, 4 / 3)      # width to height of the crop
-
-    def __init__(self, config):
-        self.size = [config.image_size, config.image_size]
-
-    def __call__(self, image):
-        box = transforms.RandomResizedCrop.get_params(image, self.scale, self.ratio)
-        # The kernel for PIL images is pillow's own, that for bytes is torchvision's.
-        image = v2.functional.resized_crop(image, *box, self.size, BICUBIC, antialias=True)
-        if not isinstance(image, torch.Tensor):
-            image = v2.functional.pil_to_tensor(image)
-        return image.contiguous()       # else the batch would be channels-last
+    return functools.partial(crop, size=[config.image_size, config.image_size])
 
 
-def train_transform(config):
-    """The transform of training for a CLIPConfig, see TrainTransform."""
-    return TrainTransform(config)
+def crop(image, size, area=(0.9, 1), ratio=(3 / 4, 4 / 3)):
+    """See train_transform; area: shares of the image's, ratio: width to height of the crop."""
+    box = transforms.RandomResizedCrop.get_params(image, area, ratio)
+    # The kernel for PIL images is pillow's own, that for bytes is torchvision's.
+    image = v2.functional.resized_crop(image, *box, size, BICUBIC, antialias=True)
+    if not isinstance(image, torch.Tensor):
+        image = v2.functional.pil_to_tensor(image)
+    return image.contiguous()       # else the batch would be channels-last
 
 
 def normalize_images(images, config):
@@ -1653,26 +1650,14 @@ def normalize_pixels(pixels, config):
     return v2.functional.normalize(pixels, config.mean, config.std)
 
 
+# What negatives captions get, and K: two words exchanged, so of each kind (noun, adjective, verb,
+# phrase), negated, or two words exchanged, a word substituted, and pairs of words shuffled.
+NEGATIVES = {"swap": 1, "typed": 4, "negate": 1, "mixed": 3}
+
+
+@dataclass
 class Collate:
     """Rows -> a batch. Runs in the loader's workers, where it extracts concepts and tokenizes.
-
-    transform        image of a row -> tensor (3, S, S), its randomness from torch's generator
-    tokenize         list of str -> LongTensor (N, L), with .spans for spans=True (model.Tokenizer)
-    with_concepts    add concepts: the row's own, or those of its caption
-    pad_concepts     round the number of concepts up to a multiple, for torch.compile
-    negatives        None, "swap" (K = 1), "typed" (noun, adjective, verb, phrase: K = 4),
-                     "negate" (K = 1) or "mixed" (a swap, a substitute, shuffled pairs of words:
-                     K = 3); a row's own negatives come first; or "pairs", see join_pair
-    negative_images  add the rows' negative_image
-    spans            a concept is a span of the caption's tokens, not a text of its own
-    paraphrases      add the rows' paraphrase
-    words            captions and negatives get the same L, and a word_mask
-    sentences        of each caption of several sentences, so many as texts of their own, drawn by
-                     the row's seed
-    units            so many parts of each caption, each with a false version of it: drawn from the
-                     row's own units, or else made by concepts.unit_pairs
-    pair_size        side of the image that a row and its partner become
-    noise            add noise, with which losses.pgd_attack begins
 
     A batch of B rows, neighbours of rows behind all others, rows with a partner as one:
     images (B, 3, S, S) as the transform gives them (train_transform: uint8, see normalize_images),
@@ -1686,32 +1671,40 @@ class Collate:
                          the caption's tokens; (0, 0) for padding. Then concept_ids is (B * M,),
                          and the concepts in pairs are counted in B * M.
     negative_tokens      (B, K, L'), and negative_mask (B, K) bool, false where there is none
+    word_mask            (B, 1 + K, L) bool, of captions and negatives: Tokenizer.word_mask
     negative_images      (B, 3, S, S), and negative_image_mask (B,) bool; zero where there is none
-    noise                (B, 3, S, S) uint8, uniform, a function of the row's own seed
     paraphrase_tokens    (B, L'), and paraphrase_mask (B,) bool, false where there is none
     unit_tokens          (B, units, 2, L'), and unit_mask (B, units) bool, false where there is none
     sentence_tokens      (U', L'), each different string once
     sentence_ids         (U,) int64, of these and then of all other sentences of the batch
     sentence_pairs       (P, 2) int64, (image, any sentence of its caption, also the only one)
-    word_mask            (B, 1 + K, L) bool, of captions and negatives: Tokenizer.word_mask
+    noise                (B, 3, S, S) uint8, uniform, a function of the row's own seed
     """
-
-    def __init__(self, transform, tokenize, with_concepts=True, pad_concepts=1, negatives=None,
-                 negative_images=False, spans=False, paraphrases=False, words=False, units=0,
-                 noise=False, pair_size=None, sentences=0):
-        self.transform = transform
-        self.tokenize = tokenize
-        self.with_concepts = with_concepts
-        self.pad_concepts = pad_concepts
-        self.negatives = negatives
-        self.negative_images = negative_images
-        self.spans = spans
-        self.noise = noise
-        self.pair_size = pair_size
-        self.paraphrases = paraphrases
-        self.words = words
-        self.units = units
-        self.sentences = sentences
+    # Image of a row -> tensor (3, S, S), its randomness from torch's generator.
+    transform: Callable
+    # List of str -> LongTensor (N, L), with .spans and .word_mask where they are asked for.
+    tokenize: Callable
+    # Add concepts, the row's own or those of its caption; their number is rounded up to a multiple,
+    # for torch.compile; or each is a span of the caption's tokens, not a text of its own.
+    with_concepts: bool = True
+    pad_concepts: int = 1
+    spans: bool = False
+    # A key of NEGATIVES, whose K texts are added, the row's own first; or "pairs", see join_pair,
+    # and the side of the image that a row and its partner become.
+    negatives: str | None = None
+    pair_size: int | None = None
+    # Captions and negatives get the same L, and a word_mask.
+    words: bool = False
+    # Add the rows' negative_image, and their paraphrase.
+    negative_images: bool = False
+    paraphrases: bool = False
+    # So many parts of each caption, each with a false version of it: drawn from the row's own
+    # units, or else made by concepts.unit_pairs.
+    units: int = 0
+    # Of each caption of several sentences, so many as texts of their own, drawn by the row's seed.
+    sentences: int = 0
+    # Add noise, with which losses.pgd_attack begins.
+    noise: bool = False
 
     def __call__(self, rows):
         rows, errors = with_neighbours(rows)
@@ -1777,14 +1770,15 @@ class Collate:
         for row in rows:
             texts += self.negatives_of(row)
         mask = torch.tensor([text != "" for text in texts])
-        tokens = self.tokenize(texts, trim=True)                                # (B * K, L')
         batch["negative_mask"] = mask.view(len(rows), -1)                       # (B, K)
-        batch["negative_tokens"] = tokens.unflatten(0, batch["negative_mask"].shape)
         if self.words:
             self.add_words(batch, texts)
+        else:
+            tokens = self.tokenize(texts, trim=True)                            # (B * K, L')
+            batch["negative_tokens"] = tokens.unflatten(0, batch["negative_mask"].shape)
 
     def add_words(self, batch, negatives):
-        """Tokenize captions and negatives once more, together, so that they have the same L."""
+        """Tokenize captions and negatives together, so that they have the same L."""
         K = batch["negative_mask"].shape[1]
         texts = []                                                              # B * (1 + K)
         for i, caption in enumerate(batch["captions"]):
@@ -1809,16 +1803,16 @@ class Collate:
             choices = [text for text in own if text][:1]
             choices = choices or swap_negatives(caption, rng) or [""]
             return [rng.choice(choices)]
-        if self.negatives == "mixed":
-            if not own:
-                for make in (swap_negatives, substitute_negatives, shuffle_bigrams):
-                    own = own + [rng.choice(make(caption, rng) or [""])]
-            return (own + [""] * 3)[:3]
-        if not own:
+        texts = [*own]
+        if not own and self.negatives == "typed":
             for kind in ("noun", "adjective", "verb", "phrase"):
                 swapped = swap_negatives(caption, rng, (kind,))
-                own = own + ["".join(swapped)]      # one, or none
-        return (own + [""] * 4)[:4]
+                texts.append("".join(swapped))      # one, or none
+        elif not own:
+            for make in (swap_negatives, substitute_negatives, shuffle_bigrams):
+                texts.append(rng.choice(make(caption, rng) or [""]))
+        K = NEGATIVES[self.negatives]
+        return (texts + [""] * K)[:K]
 
     def add_units(self, batch, rows):
         texts = []                                                              # B * units * 2
@@ -1854,7 +1848,7 @@ class Collate:
             if len(sentences) > 1:
                 rng = random.Random(row["seed"])
                 drawn += rng.sample(sentences, min(self.sentences, len(sentences)))
-        # As if they were of a row before the first, so that those drawn are numbered first.
+        # Those drawn stand as a row before the others, which numbers them first; its pairs then go.
         strings, ids, pairs = index_phrases([drawn, *held])
         number = len(set(drawn))
         batch["sentence_tokens"] = self.tokenize(strings[:number], trim=True)           # (U', L')
@@ -2022,14 +2016,17 @@ def concepts_of(rows):
     """Return the concepts of each row (lists of str), its own or those found in its caption, and
     the number of captions that stand for themselves, because no noun phrase was found."""
     fallback = 0
-    without = [row for row in rows if not row.get("concepts")]
-    found = extract_batch([row["caption"] for row in without])
-    for row, phrases in zip(without, found):
-        whole = [row["caption"].strip()]
-        row["concepts"] = phrases or whole
-        if row["concepts"] == whole:
-            fallback += 1
-    return [row["concepts"] for row in rows], fallback
+    concepts = []
+    found = iter(extract_batch([row["caption"] for row in rows if not row.get("concepts")]))
+    for row in rows:
+        phrases = row.get("concepts")
+        if not phrases:
+            whole = [row["caption"].strip()]
+            phrases = next(found) or whole
+            if phrases == whole:
+                fallback += 1
+        concepts.append(phrases)
+    return concepts, fallback
 
 
 # ---- order of an epoch -----------------------------------------------------
@@ -2220,22 +2217,25 @@ class Seeded(Dataset):
 
     def __getitem__(self, item):
         turn, index, *wanted = item
+        row, rng = self.draw(turn, index, self.neighbours)
+        if wanted and "error" not in row:
+            row["partner"] = self.draw_partner(row, index, turn, rng)
+        return row
+
+    def draw(self, turn, index, neighbours=False):
+        """A row, and the generator of what else is random in it. What it brings brings nothing."""
         seed = zlib.crc32(f"{self.seed} {turn} {index}".encode())
         rng = random.Random(seed)
         row = {**self.dataset[index], "seed": seed}
         if "captions" in row:
             row["caption"] = rng.choice(row["captions"])
-        if self.neighbours and row.get("neighbours"):
-            chosen = rng.choice(row["neighbours"])
-            without = Seeded(self.dataset, self.seed, False, self.paraphrases)  # brings none itself
-            row["neighbour"] = without[turn, chosen]
+        if neighbours and row.get("neighbours"):
+            row["neighbour"], _ = self.draw(turn, rng.choice(row["neighbours"]))
         if self.paraphrases and "captions" in row:
             others = [text for text in row["captions"] if text != row["caption"]]
             if others:
                 row["paraphrase"] = rng.choice(others)
-        if wanted and "error" not in row:
-            row["partner"] = self.draw_partner(row, index, turn, rng)
-        return row
+        return row, rng
 
     def draw_partner(self, row, index, turn, rng):
         """Another row that can be read, its image wide if this one's is, and else not.
@@ -2243,11 +2243,10 @@ class Seeded(Dataset):
         If MAX_DRAWS draws bring none, the last that can be read, or else this row itself: none is
         lost for want of a partner. Those that cannot be read are reported when it is their turn.
         """
-        without = Seeded(self.dataset, self.seed, False, self.paraphrases)
         partner = {**row}
         for _ in range(MAX_DRAWS):
             other = self.draw_index(rng)
-            drawn = without[turn, other]
+            drawn, _ = self.draw(turn, other)
             if other == index or "error" in drawn:
                 continue
             partner = drawn

@@ -456,20 +456,18 @@ class CLIP(nn.Module):
             out["image_features"] = self.encode_image(images, True)
         if negative_images is not None:
             out["negative_image_features"] = self.encode_image(negative_images, True)
-        if return_words:
-            negatives = more_tokens.pop("negative_tokens")
-            texts = torch.cat([tokens[:, None], negatives], dim=1)  # (B, 1 + K, L)
-            encoded = self.encode_text(texts.flatten(0, 1), True, return_tokens=True)
-            features, words = (x.unflatten(0, texts.shape[:2]) for x in encoded)
-            out["text_features"], out["negative_features"] = features[:, 0], features[:, 1:]
-            out["word_features"] = unit(words)
-            outputs = words[:, 0]  # (B, L, D)
-        elif spans is not None:
+        if return_words or spans is not None:
             out["text_features"], outputs = self.encode_text(tokens, True, return_tokens=True)
         else:
             out["text_features"] = self.encode_text(tokens, True)
         if spans is not None:
             out["concept_features"] = span_features(outputs, spans)
+        if return_words:
+            negatives = more_tokens.pop("negative_tokens")
+            features, words = self.encode_text(negatives.flatten(0, 1), True, return_tokens=True)
+            out["negative_features"] = features.unflatten(0, negatives.shape[:2])
+            words = words.unflatten(0, negatives.shape[:2])  # (B, K, L, D)
+            out["word_features"] = unit(torch.cat([outputs[:, None], words], dim=1))
         for name, texts in more_tokens.items():
             features = self.encode_text(texts.flatten(0, -2), True)
             out[name.replace("_tokens", "_features")] = features.unflatten(0, texts.shape[:-1])
@@ -653,7 +651,7 @@ class Tokenizer:
         encoding = self.encode([text])[0]
         offsets = encoding.offsets  # (first, end) character of each token in the cleaned text
         special = encoding.special_tokens_mask
-        words = [i for i in range(len(special)) if not special[i]] or [0]
+        words = [i for i in range(len(special)) if not special[i]] or [0]  # of no text
         cleaned = clean_text(text, self.config.text_clean)
         spans = []
         for phrase in phrases:
@@ -912,7 +910,7 @@ def build(cls, config, state, intact, source):
         model = cls(config)
     except (ValueError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{source}: {error}") from None
-    fill(model, state, source)
+    fill(model, state, source)  # first, as it knows more of what is wrong
     if not intact:
         raise ValueError(f"{source} is damaged: its weights or its config are not those that were "
                          "saved (their sha256 differs). Take another checkpoint")

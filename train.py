@@ -957,15 +957,15 @@ collate = Collate(
     model.tokenize,
     with_concepts,
     pad_concepts=rows_multiple,
-    negatives=method.negatives,
-    negative_images=method.negative_images,
     spans=args.concept_features == "span",
-    paraphrases=with_paraphrases,
-    words=with_words,
-    units=method.units if weights["units"] else 0,
-    noise=args.attack_steps is not None,
+    negatives=method.negatives,
     pair_size=model.config.image_size,
-    sentences=args.caption_xac_sentences)
+    words=with_words,
+    negative_images=method.negative_images,
+    paraphrases=with_paraphrases,
+    units=method.units if weights["units"] else 0,
+    sentences=args.caption_xac_sentences,
+    noise=args.attack_steps is not None)
 loading = {
     "num_workers": args.workers,
     "persistent_workers": args.workers > 0,
