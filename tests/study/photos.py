@@ -62,6 +62,7 @@ ARMS = {  # flags of train.py after those that all arms share
     "plain, longer": [],
     "clip": ["--method", "clip", "--loss", "clip"],
     "c2lip": ["--method", "c2lip"],
+    "c2lip, xac1": ["--method", "c2lip", "--xac-weight", "1"],
     "npc": ["--method", "c2lip", "--xac-weight", "0"],
     "xac": ["--method", "c2lip", "--npc-weight", "0", "--xac-weight", "1"],
     "negclip": ["--method", "negclip"],
