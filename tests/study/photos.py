@@ -23,7 +23,8 @@ and with --coco DIR, a folder as evaluate.py's --data-dir, on whatever of COCO v
     pointing     by evaluate.py: the patch most similar to a category lies in a box of it
 
 Each of swaps, substitutes and negations is also judged with another photograph, drawn at random, in
-place of the caption's own. What a model still gets right then it knows from the text alone.
+place of the caption's own. What a model still gets right then it knows from the text alone, and the
+difference, "gain by seeing" in the table, is what it owes to the photograph.
 
 Swaps, substitutes and negations are made by rules: some are odd as sentences, and a few are true of
 the photograph. They are the same for all arms. Chance is 50 %, a tie counts as wrong. Finished runs
@@ -75,6 +76,7 @@ SWAPS = ("noun", "adjective", "verb", "phrase")
 SUBSTITUTES = ("attribute", "noun", "number", "preposition")
 RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 SETTINGS = ("model", "loss", "batch_size", "lr", "dtype")  # a kept result must agree in these
+ANOTHER, GAIN = ", another", ", gain by seeing"  # what follows a kind of items in the table
 T_975 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t, by the number of seeds
 
 
@@ -190,7 +192,7 @@ def judge_items(checkpoint, items, image_folder, device):
         photographs = torch.tensor([image_rows[image] for image, _, _ in some])  # (n,)
         captions = texts[[text_rows[caption] for _, caption, _ in some]]  # (n, D)
         wrongs = texts[[text_rows[wrong] for _, _, wrong in some]]  # (n, D)
-        for name, shown in ((kind, photographs), (f"{kind}, another", others[photographs])):
+        for name, shown in ((kind, photographs), (kind + ANOTHER, others[photographs])):
             margins = (images[shown] * (captions - wrongs)).sum(1)
             is_right = (margins > 0).double().numpy()
             low, high = interval(is_right, photographs.numpy())
@@ -324,23 +326,49 @@ def cell(values, sign=""):
     return f"{values.mean():{sign}.1f} ± {half:.1f}"
 
 
+def row_names(figures):
+    """The rows of the table: all figures, and what each gains by the caption's own photograph."""
+    names = []
+    for name in figures:
+        names.append(name)
+        if name.endswith(ANOTHER):
+            names.append(name.removesuffix(ANOTHER) + GAIN)
+    return names
+
+
 def accuracies(results, arm, name):
-    """{seed: accuracy} of one arm and one figure."""
+    """{seed: accuracy} of one arm and one row."""
     found = {}
     for result in results:
         if result["arm"] == arm:
-            found[result["seed"]] = result["figures"][name]["accuracy"]
+            found[result["seed"]] = accuracy(result["figures"], name)
     return found
 
 
+def accuracy(figures, name):
+    """A figure; a gain is that with the own photograph less that with another."""
+    if not name.endswith(GAIN):
+        return figures[name]["accuracy"]
+    own = name.removesuffix(GAIN)
+    return figures[own]["accuracy"] - figures[own + ANOTHER]["accuracy"]
+
+
+def items_and_chance(figures, name):
+    """How many items a row has, and its chance in percent."""
+    if name.endswith(GAIN):
+        return figures[name.removesuffix(GAIN)]["n"], 0.0
+    return figures[name]["n"], 100 * figures[name].get("chance", 0.5)
+
+
 def table(results, arms):
-    """Markdown: a row for each figure; a column for each arm, and for its difference to plain."""
+    """Markdown: rows as in row_names; a column for each arm, and for its difference to plain."""
     compared = [arm for arm in arms if arm != "plain" and "plain" in arms]
     columns = ["", "items", "chance", *arms, *[f"{arm} - plain" for arm in compared]]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for name, figure in results[0]["figures"].items():
-        chance = 100 * figure.get("chance", 0.5)
-        cells = [name.replace("_", " "), f"{figure['n']:,}", f"{chance:.1f}"]
+    figures = results[0]["figures"]
+    for name in row_names(figures):
+        count, chance = items_and_chance(figures, name)
+        cells = [name.replace("_", " "), f"{count:,}", f"{chance:.1f}"]
         for arm in arms:
             values = accuracies(results, arm, name)
             cells.append(cell(list(values.values())))
