@@ -89,7 +89,7 @@ def index_phrases(lists):
     index = {}
     pairs = []
     for row, phrases in enumerate(lists):
-        if isinstance(phrases, str):
+        if isinstance(phrases, str) or not all(isinstance(phrase, str) for phrase in phrases):
             raise TypeError(f"expected a list of phrases for each caption, got {phrases!r:.80}")
         for phrase in dict.fromkeys(phrases):
             column = index.setdefault(phrase, len(index))
@@ -172,8 +172,8 @@ class ConceptExtractor:
 
         merge: "a group of people" is one phrase, not two.
         """
-        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
-            raise TypeError(f"expected a list of captions (str), got {captions!r:.80}")
+        if isinstance(captions, str):
+            raise TypeError(f"expected a list of captions, got the text {captions!r:.80}")
         for i in range(0, len(captions), BATCH):
             yield from self.phrases_of_batch(captions[i:i + BATCH], merge)
 
@@ -205,6 +205,8 @@ class ConceptExtractor:
         """
         sentences, places = [], []
         for number, caption in enumerate(captions):
+            if not isinstance(caption, str):
+                raise TypeError(f"expected a caption (str), got {caption!r:.80}")
             text = caption.replace("’", "'")
             # A letter whose lower case is longer would move all places behind it.
             if not LOWER_CASE_WORD.search(text) and len(text.lower()) == len(text):
@@ -277,12 +279,13 @@ WORD = re.compile(r"""
   | [A-Za-z]{2,6}(?=n't\b)                        # do|n't
   | n't\b
   | w/(?=[ \t])                                   # with
-  | \w{1,50}(?:                                   # a word, with what may join its parts:
+  | \w[\w\u0300-\u036f]{0,49}(?:                 # a word, with its accents where these are
+                                                  # signs of their own, and what joins its parts:
         (?: [-&/](?=\w)                           #   t-shirt, black/white
           | \.(?=[a-z\d])                         #   3.5, x.org
           | (?<=\d)[,:](?=\d)                     #   1,000 and 10:30
           | '(?!(?i:s|m|d|ll|re|ve|t)\b)(?=\w)    #   o'clock, but man|'s
-        )\w{1,50}){0,8}
+        )\w[\w\u0300-\u036f]{0,49}){0,8}
   | '(?i:s|m|d|ll|re|ve)\b
   | \S                                            # any other sign is a word of its own
 """, re.VERBOSE)
@@ -925,7 +928,8 @@ def unit_pairs(caption, rng, count=2, phrases=None):
     """
     places = []
     for phrase in phrases or extract(caption):
-        match = re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", caption)
+        # With the article, which changes with the word: "an apple", "a banana".
+        match = re.search(rf"(?<!\w)(?:(?i:an?)\s+)?{re.escape(phrase)}(?!\w)", caption)
         if match:
             places.append(match.span())
     places.sort()
@@ -1030,6 +1034,8 @@ def check_paths(args):
             raise ValueError(f"{path}: expected a file that ends in {', '.join(ENDINGS)}")
         if os.path.exists(output) and os.path.samefile(path, output):
             raise ValueError(f"{output} is also an input: choose another --output")
+    if output.lower().endswith((".json", ".txt", *DELIMITERS)):
+        raise ValueError(f"--output {output}: what is written is .jsonl, expected a name with that")
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: expected 1 or more")
     if os.path.exists(output) and not os.path.isfile(output):
@@ -1175,7 +1181,7 @@ def skip_finished(out, rows, frequency):
     """Pass over the rows that an earlier run wrote to out: (the rows that are left, number passed).
 
     A line that the earlier run was writing when it was killed is cut off. ValueError if the file
-    holds anything else.
+    holds anything else: other rows, or, among its first, concepts of other captions.
     """
     finished = size = 0
     out.seek(0)
@@ -1190,7 +1196,12 @@ def skip_finished(out, rows, frequency):
         if torn:
             rows = chain([(row, caption)], rows)
             break
-        add_counts(frequency, Counter(json.loads(line)["concepts"]))
+        concepts = json.loads(line)["concepts"]
+        if finished < TASK and concepts != extract(caption):
+            raise ValueError(f"{out.name}, line {finished + 1:,}: its concepts are not those of "
+                             f"this caption, {caption!r:.80}. Was it made with another "
+                             "--caption-key, or of another version? Choose another --output")
+        add_counts(frequency, Counter(concepts))
         finished += 1
         size += len(line)
     out.truncate(size)
@@ -1384,10 +1395,15 @@ def command_line():
     return parser, [*commands.choices]
 
 
+def names_file(text):
+    """Whether it is no caption but the name of a file, also of one that is not there."""
+    return os.path.exists(text) or bool(re.fullmatch(r"\S+\.[A-Za-z]\w{1,7}", text))
+
+
 def main(argv):
     parser, commands = command_line()
     if len(argv) == 1 and argv[0] not in ("-h", "--help", *commands):
-        if not argv[0].lower().endswith((*ENDINGS, ".tar")):
+        if not names_file(argv[0]):
             print(*extract(argv[0]), sep="\n")
             return
         argv = ["extract", *argv]

@@ -21,10 +21,11 @@ Captions and concepts are gathered with their gradient. Images and their patch t
 work and memory of a process fall with the world size. Every process must call the same losses in
 the same order, also when it has no row of its own.
 
-Features are L2-normalised, in any float dtype. Logits, all that follows and their gradients are
-computed in float32 at least, also under autocast and where TF32 is allowed: at a logit_scale of
-100 TF32 would change logits by about 0.005 between random features, and by 0.1 at worst; float32
-changes them by 0.00003. (Under torch.compile TF32 is used where the caller allows it.)
+Features are L2-normalised, in any float dtype (float64 beside float64 only). Logits, all that
+follows and their gradients are computed in float32 at least, also under autocast and where TF32 is
+allowed: at a logit_scale of 100 TF32 would change logits by about 0.005 between random features,
+and by 0.1 at worst; float32 changes them by 0.00003. (Under torch.compile TF32 is used where the
+caller allows it.)
 `logit_scale` is the multiplier itself: the exp() of the parameter that CLIP and SigLIP store.
 
 The methods with hard negatives take K negatives of each caption, gathered like the captions:
@@ -156,11 +157,16 @@ def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=Tru
         are.
     pairs : Tensor (P, 2) int64
         (image, row of concept_ids) of each concept of each of this process's images. A negative
-        image marks padding, and so does a concept that is padding.
+        number marks padding, and so does a concept that is padding.
     batch_size : int
         b, the number of this process's images.
     feature_ids : Tensor (U',) int64, optional
         The strings of concept_features, where share_concepts chose them. Needs dedupe and merge.
+
+    Raises
+    ------
+    ValueError
+        For pairs of images or concepts that are not there, and for more or fewer features than ids.
 
     Returns
     -------
@@ -174,6 +180,7 @@ def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=Tru
         feature_ids = concept_ids
     elif not (dedupe and merge):
         raise ValueError("feature_ids come from share_concepts, which needs dedupe and merge")
+    _check_concepts(concept_features, feature_ids, concept_ids, pairs, batch_size)
     image, _ = _real_pairs(pairs, concept_ids)  # only counted here
     pair_counts, ids_of_all = zip(*_exchange(torch.tensor([len(image)]), feature_ids))
     given, counts, labels = _plan_columns(
@@ -181,6 +188,17 @@ def concept_columns(concept_features, concept_ids, pairs, batch_size, dedupe=Tru
     device = concept_features.device
     features = concept_features.index_select(0, given.to(device))
     return gather_features(features, counts), labels.to(device)
+
+
+def _check_concepts(concept_features, feature_ids, concept_ids, pairs, batch_size):
+    """ValueError for what concept_columns cannot mean."""
+    if len(concept_features) != len(feature_ids):
+        raise ValueError(f"{len(concept_features)} concept_features, but {len(feature_ids)} ids: "
+                         "expected one for each")
+    sizes = torch.tensor([batch_size, len(concept_ids)])
+    if (pairs >= sizes).any():
+        raise ValueError(f"the highest of pairs is {pairs.amax(0).tolist()}: expected images below "
+                         f"{batch_size} and concepts below {len(concept_ids)}")
 
 
 # ---- from logits (b, N) and labels (b, N) to this process's share -----------------------------
@@ -247,8 +265,12 @@ def _positives(labels):
 
 def _diagonal(logits, offset):
     """Labels (b, N) bool, where row i's own column is offset + i."""
-    rows = torch.arange(logits.shape[0], device=logits.device)
-    columns = torch.arange(logits.shape[1], device=logits.device)
+    b, N = logits.shape
+    if offset < 0 or offset + b > N:
+        raise ValueError(f"{b} rows whose own columns begin at offset {offset}, but {N} columns: "
+                         "expected one for each row")
+    rows = torch.arange(b, device=logits.device)
+    columns = torch.arange(N, device=logits.device)
     return columns == rows[:, None] + offset
 
 
@@ -1328,7 +1350,7 @@ def _plan_columns(concept_ids, pairs, batch_size, pair_counts, ids_of_all, dedup
 
 def _real_pairs(pairs, concept_ids):
     """Drop the padding: (P', 2) -> images (P,), rows of concepts (P,)."""
-    pairs = pairs[pairs[:, 0] >= 0]
+    pairs = pairs[(pairs >= 0).all(1)]
     pairs = pairs[concept_ids[pairs[:, 1]] >= 0]
     return pairs[:, 0], pairs[:, 1]
 

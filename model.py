@@ -1,7 +1,8 @@
 """CLIP and SigLIP in one file: a timm ViT, a text transformer, a tokenizer and the preprocessing.
 
     model = CLIP.load("out/nano/last.pt").eval()
-    images = torch.stack([model.transform(Image.open(path)) for path in paths])  # (B, 3, S, S)
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    images = torch.stack([model.transform(picture) for picture in pictures])  # (B, 3, S, S)
     image_features = model.encode_image(images, normalize=True)  # (B, D)
     text_features = model.encode_text(model.tokenize(texts), normalize=True)  # (N, D)
     cosines = image_features @ text_features.T  # (B, N)
@@ -118,6 +119,8 @@ class CLIPConfig:
             expect(field, is_tower(getattr(self, field)),
                    "width (a multiple of the heads), layers, heads, hidden units: whole numbers "
                    f"from 1 to {LARGEST_TOWER}")
+        expect("embed_dim", not self.siglip or self.embed_dim == self.vision[0],
+               f"{self.vision[0]}, the width of the image tower, as a siglip has no head there")
         expect("mean", are_numbers(self.mean, 3), "three numbers")
         expect("std", are_numbers(self.std, 3) and 0 not in self.std, "three numbers, none 0")
         expect("logit_scale", are_numbers((self.logit_scale,), 1), "a number")
@@ -508,7 +511,7 @@ class CLIP(nn.Module):
         """
         if model is not None and model not in MODELS:
             raise ValueError(f"no model {model!r}: expected one of {', '.join(MODELS)}")
-        source = source or SOURCES.get(model)
+        source = str(source or SOURCES.get(model, ""))
         if not source:
             raise ValueError(f"no released weights are known for model {model}: "
                              "give a hub id, a folder or a file")
@@ -605,6 +608,9 @@ class Tokenizer:
         """list of str -> list of tokenizers.Encoding, cleaned and cut to the context length."""
         if self.backend is None:
             raise ValueError(f"this model has no tokenizer: {tokenizer_help(self.config.name)}")
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"expected a list of texts (str), got {text!r:.80} among them")
         cleaned = [clean_text(text, self.config.text_clean) for text in texts]
         with tokenizer_errors("the model's tokenizer fails"):
             return self.backend.encode_batch(cleaned)
@@ -722,14 +728,19 @@ def set_tokenizer(model, path):
 
 
 def to_rgb(image):
+    """The image in 8 bits. ValueError for one of 16 or 32, which pillow would make white."""
+    if image.mode[0] in "IF":
+        raise ValueError(f"an image of mode {image.mode} would lose what is above 255: "
+                         "give it in 8 bits, as data.load_image does")
     return image.convert("RGB")
 
 
 def image_transform(config):
     """PIL image -> (3, S, S) float32: open_clip's transform for evaluation, bit by bit.
 
-    As open_clip it drops transparency and shows what was hidden. data.load_image puts white beneath
-    first, as transformers' processors do.
+    As open_clip it drops transparency and shows what was hidden, and it resizes an image that has a
+    palette without smoothing. data.load_image puts white beneath first, as transformers' processors
+    do, and gives RGB, whatever the file holds.
     """
     size = config.image_size
     interpolation = transforms.InterpolationMode(config.interpolation)
@@ -999,6 +1010,8 @@ def read_weights(path):
         if path.endswith(".safetensors"):
             return unpack(load_file(path))
         return unpack(torch.load(path, "cpu", weights_only=True))
+    except Unsupported as error:
+        raise ValueError(f"{path}: {error}") from None
     except Exception as error:
         why = f"{type(error).__name__}: {first_line(error).split('. ')[0]}"
         if "TorchScript" in str(error):
@@ -1019,8 +1032,15 @@ def unpack(saved):
     fields = dict(saved["config"])
     variant = fields.pop("value_tokens", "A")  # earlier versions had more kinds of patch tokens
     if variant != "A":
-        raise ValueError(f"value_tokens is {variant!r}, but this code can only do 'A'")
-    config = CLIPConfig(**fields)
+        raise Unsupported(f"value_tokens is {variant!r}, but this code can only do 'A'")
+    unknown = fields.keys() - CLIPConfig.__dataclass_fields__
+    if unknown:
+        raise Unsupported(f"its config has {', '.join(sorted(unknown))}, which this version of the "
+                          "code does not know: was it written by a newer one?")
+    try:
+        config = CLIPConfig(**fields)
+    except ValueError as error:
+        raise Unsupported(str(error)) from None
     state = plain_names(saved["model"])
     expected = saved.get("digest")  # earlier versions wrote none
     return state, config, expected is None or digest(fields, state) == expected
@@ -1179,6 +1199,8 @@ def find_files(names, source):
         for weights in (new, old):
             if config in names and weights in names:
                 return project, config, weights
+    if "last.pt" in names:
+        raise ValueError(f"{source} is the folder of a run: give {os.path.join(source, 'last.pt')}")
     raise ValueError(f"{source} lacks {WANTED}")
 
 
@@ -1505,6 +1527,7 @@ def write_timm(config):
 def export(model, format, directory):
     """Writes a new folder that open_clip, transformers or timm (image tower) loads by itself.
 
+    Where open_clip has no name for a SigLIP's image tower, its config holds the folder's own place.
     Returns the call that loads it. Raises ValueError for what a format cannot say.
     """
     if os.path.exists(directory):
@@ -1618,6 +1641,9 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         raise SystemExit(f"model.py: {error}")
     print(f"wrote {args.output}; load it with\n    {call}")
+    if args.format == "open_clip" and model.config.siglip and find_tower(model.config) is None:
+        print("If you move the folder, change timm_model_name in its open_clip_config.json, which "
+              "is where it lies now.")
     if args.format != "transformers":
         print("Put white beneath transparent images, as data.load_image does, before you give them "
               f"to {args.format}, which would drop the transparency.")

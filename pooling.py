@@ -74,7 +74,8 @@ def concept_similarity(patch_tokens, concepts, mask=None, memory_budget=None):
     v, q = patch_tokens.to(dtype), concepts.to(dtype)
     # whether there will be a backward to keep something for
     keep = torch.is_grad_enabled() and (v.requires_grad or q.requires_grad)
-    return _Similarity.apply(v, q, mask, memory_budget // 2, keep)
+    half = memory_budget // 2  # one for what is kept, the other for the chunk at work
+    return _Similarity.apply(v, q, mask, half, keep)
 
 
 def token_similarity(patch_tokens, text_tokens):
@@ -92,7 +93,8 @@ def token_similarity(patch_tokens, text_tokens):
     patch_tokens : Tensor (B, T, D)
         Of any float dtype. Our towers normalise them, the released code does not.
     text_tokens : Tensor (B, Q, D)
-        All tokens of all texts of each image, normalised, of any float dtype.
+        All tokens of all texts of each image, normalised, of any float dtype (float64 beside
+        float64 only).
 
     Returns
     -------
@@ -124,17 +126,20 @@ def _wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _chunks(v, q, mask, budget):
-    """Yield slices of images, their tokens and mask (b, T, 1), and all slices of concepts."""
+def _chunks(v, q, mask, half):
+    """Yield slices of images, their tokens and mask (b, T, 1), and all slices of concepts.
+
+    half: the bytes that the arrays of one chunk may take.
+    """
     T = v.shape[1]
     number_of_bytes = 8 if v.dtype == torch.float64 else 4
-    columns = budget // max(T * number_of_bytes, 1)  # how many columns of T numbers
+    rows = half // max(T * number_of_bytes, 1)  # of T numbers, that there is room for
     # an image takes up to six (T, n) arrays and two (T, T)
-    concepts = max(1, min(len(q), (columns - 2 * T) // 6))
-    images = max(1, columns // (6 * concepts + 2 * T))
-    concept_slices = [slice(start, start + concepts) for start in range(0, len(q), concepts)]
-    for start in range(0, len(v), images):
-        i = slice(start, start + images)
+    n = max(1, min(len(q), (rows - 2 * T) // 6))
+    b = max(1, rows // (6 * n + 2 * T))
+    concept_slices = [slice(start, start + n) for start in range(0, len(q), n)]
+    for start in range(0, len(v), b):
+        i = slice(start, start + b)
         v_i, mask_i = v[i], None
         if mask is not None:  # tokens that do not count are zero, whatever was there
             mask_i = mask[i, :, None]
@@ -157,10 +162,10 @@ def _attend(s, gram, mask):
     return a, u, (a * s).sum(1, keepdim=True), (a * u).sum(1, keepdim=True)
 
 
-def _outputs(v, q, mask, budget, keep):
+def _outputs(v, q, mask, half, keep):
     """Make room for the similarity, and for the S and G that are kept for the backward.
 
-    These are of as many images as half the budget holds.
+    These are of the first images, of as many as `half` holds, in bytes.
     """
     B, T, _ = v.shape
     N = q.shape[0]
@@ -169,21 +174,21 @@ def _outputs(v, q, mask, budget, keep):
     kept = 0
     if keep:
         size = number_of_bytes * T * (T + N)
-        kept = torch.sym_min(B, budget // torch.sym_max(size, 1))
+        kept = torch.sym_min(B, half // torch.sym_max(size, 1))
     similarity = v.new_empty((B, N), dtype=dtype)
     kept_s = v.new_empty((kept, T, N), dtype=dtype)
     kept_gram = v.new_empty((kept, T, T), dtype=dtype)
     return similarity, kept_s, kept_gram
 
 
-def _forward(v, q, mask, budget, keep):
-    similarity, kept_s, kept_gram = _outputs(v, q, mask, budget, keep)
+def _forward(v, q, mask, half, keep):
+    similarity, kept_s, kept_gram = _outputs(v, q, mask, half, keep)
     with _full_precision(v.device):
-        for i, v_i, mask_i, concepts in _chunks(v, q, mask, budget):
+        for i, v_i, mask_i, concept_slices in _chunks(v, q, mask, half):
             gram = _wide(v_i) @ _wide(v_i).mT  # (b, T, T)
-            kept = len(kept_gram[i])  # b, or less where the budget ends
+            kept = len(kept_gram[i])  # b, or less where the room ends, as a slice does
             kept_gram[i] = gram[:kept]
-            for n in concepts:
+            for n in concept_slices:
                 s = _scores(v_i, q[n], mask_i)
                 kept_s[i, :, n] = s[:kept]
                 _, _, dot, square = _attend(s, gram, mask_i)
@@ -191,15 +196,15 @@ def _forward(v, q, mask, budget, keep):
     return similarity, kept_s, kept_gram
 
 
-def _backward(grad, v, q, mask, kept_s, kept_gram, budget):
+def _backward(grad, v, q, mask, kept_s, kept_gram, half):
     dv = v.new_zeros(v.shape)  # contiguous, unlike zeros_like
     dq = q.new_zeros(q.shape, dtype=kept_s.dtype)
     with _full_precision(v.device):
-        for i, v_i, mask_i, concepts in _chunks(v, q, mask, budget):
-            kept = len(kept_gram[i]) == len(v_i)
-            gram = kept_gram[i] if kept else _wide(v_i) @ _wide(v_i).mT
-            for n in concepts:
-                s = kept_s[i, :, n] if kept else _scores(v_i, q[n], mask_i)
+        for i, v_i, mask_i, concept_slices in _chunks(v, q, mask, half):
+            is_kept = len(kept_gram[i]) == len(v_i)  # in part is as good as not at all
+            gram = kept_gram[i] if is_kept else _wide(v_i) @ _wide(v_i).mT
+            for n in concept_slices:
+                s = kept_s[i, :, n] if is_kept else _scores(v_i, q[n], mask_i)
                 a, u, dot, square = _attend(s, gram, mask_i)
                 # With g = dL/dsimilarity / |c| and r = c.p / |c|^2: dS = g a (1 + s - r u). The
                 # centring term of the softmax is absent, because the scale of a cancels:
@@ -219,12 +224,12 @@ def _backward(grad, v, q, mask, kept_s, kept_gram, budget):
 # compiler only, because the first call of an operator imports all of it.
 _forward_op = torch.library.custom_op(
     "c2lip::concept_similarity", _forward, mutates_args=(),
-    schema="(Tensor v, Tensor q, Tensor? mask, SymInt budget, bool keep)"
+    schema="(Tensor v, Tensor q, Tensor? mask, SymInt half, bool keep)"
            " -> (Tensor, Tensor, Tensor)")
 _backward_op = torch.library.custom_op(
     "c2lip::concept_similarity_backward", _backward, mutates_args=(),
     schema="(Tensor grad, Tensor v, Tensor q, Tensor? mask, Tensor kept_s, Tensor kept_gram,"
-           " SymInt budget) -> (Tensor, Tensor)")
+           " SymInt half) -> (Tensor, Tensor)")
 
 
 def _gradients(grad, v, q, *_):
@@ -238,18 +243,18 @@ _backward_op.register_fake(_gradients)
 
 class _Similarity(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, v, q, mask, budget, keep):
+    def forward(ctx, v, q, mask, half, keep):
         forward = _forward_op if torch.compiler.is_compiling() else _forward
-        similarity, kept_s, kept_gram = forward(v, q, mask, budget, keep)
+        similarity, kept_s, kept_gram = forward(v, q, mask, half, keep)
         ctx.save_for_backward(v, q, mask, kept_s, kept_gram)
-        ctx.budget = budget
+        ctx.half = half
         return similarity
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         backward = _backward_op if torch.compiler.is_compiling() else _backward
-        return *backward(grad, *ctx.saved_tensors, ctx.budget), None, None, None
+        return *backward(grad, *ctx.saved_tensors, ctx.half), None, None, None
 
 
 class _TokenSimilarity(torch.autograd.Function):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -245,6 +246,27 @@ def test_index_phrases():
         assert str(ids.dtype) == str(pairs.dtype) == "torch.int64"
     with pytest.raises(TypeError, match="list of phrases for each caption"):
         concepts.index_phrases(["a cat", "a mat"])
+    with pytest.raises(TypeError, match="list of phrases for each caption"):
+        concepts.index_phrases([["a cat", None]])
+
+
+def test_what_is_no_caption():
+    for function in (concepts.extract, concepts.negate, lambda caption: concepts.extract_batch(["a cat", caption]),
+                     lambda caption: concepts.swap_negatives(caption, random.Random(0)),
+                     lambda caption: concepts.substitute_negatives(caption, random.Random(0))):
+        for wrong in (None, 3, float("nan")):
+            with pytest.raises(TypeError, match=re.escape(f"{wrong!r}")):
+                function(wrong)
+    with pytest.raises(TypeError, match="expected a list of captions"):
+        concepts.extract_batch("a cat")
+
+
+def test_accents_that_are_signs_of_their_own():
+    caption = "A woman in a café with a jalapeño pizza"
+    apart = unicodedata.normalize("NFD", caption)
+    assert len(apart) > len(caption)
+    assert [unicodedata.normalize("NFC", phrase) for phrase in concepts.extract(apart)] == concepts.extract(caption)
+    assert concepts.extract(caption) == ["A woman", "a café", "a jalapeño pizza"]
 
 
 @settings(max_examples=100, deadline=None)
@@ -288,6 +310,16 @@ def test_units_and_their_foils():
     known = concepts.unit_pairs("a red ring left of a blue bar", random.Random(0), 9, ["a red ring", "a blue bar", "x"])
     assert {unit for unit, _ in known} == {"a red ring", "a blue bar", "a red ring left of a blue bar"}
     assert concepts.unit_pairs("", random.Random(0)) == concepts.unit_pairs("running", random.Random(0)) == []
+
+
+def test_units_of_phrases_without_their_articles():
+    """The article is the unit's, since it changes with the word; else a foil would lose letters."""
+    for seed in range(20):
+        pairs = concepts.unit_pairs("An apple on a plate", random.Random(seed), 9, ["apple", "plate"])
+        assert [unit for unit, _ in sorted(pairs)] == ["An apple", "An apple on a plate", "a plate"]
+        for unit, foil in pairs:
+            assert re.fullmatch(r"(?:An? )\w.*", foil) if unit.startswith("An") else foil.startswith(("a ", "an ")), foil
+        assert concepts.unit_pairs("He is an old man", random.Random(seed), 9, ["old man"]) == [("an old man", "a young man")]
 
 
 def test_swaps():
@@ -530,6 +562,8 @@ def test_help_and_mistakes(tmp_path):
         assert p.returncode == 2 and "error: " in p.stderr.splitlines()[-1], (args, p.stderr)
         assert "Traceback" not in p.stderr
     for status, args in ((1, ("extract", ROOT / "LICENSE", "--output", out)),
+                         (1, ("extract", tmp_path / "fine.txt", "--output", tmp_path / "o.csv")),
+                         (1, ("caps.parquet",)), (1, (tmp_path,)), (1, (tmp_path / "gold",)),
                          (1, ("extract", tmp_path / "fine.txt", "--output", out, "--workers", "0")),
                          (1, ("missing.txt",)), (1, ("eval", "missing")), (1, ("eval", tmp_path / "gold")),
                          (1, ("eval", tmp_path / "t.txt")),
@@ -766,6 +800,17 @@ def test_resume_after_kill(tmp_path):
     p = run("extract", tmp_path / "other.txt", "--output", out)
     assert p.returncode == 1 and "other inputs" in p.stderr
     assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_rerun_with_another_column_is_refused(tmp_path):
+    """Its rows are the same, its concepts would not be."""
+    table, out = tmp_path / "p.csv", tmp_path / "p.concepts.jsonl"
+    table.write_text("image,caption,title\n1.jpg,a red dog,two white cats\n")
+    assert run("extract", table).returncode == 0
+    before = out.read_bytes()
+    p = run("extract", table, "--caption-key", "title")
+    assert p.returncode == 1 and "two white cats" in p.stderr and "--caption-key" in p.stderr, p.stderr
+    assert out.read_bytes() == before and run("extract", table).returncode == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

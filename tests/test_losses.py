@@ -802,6 +802,29 @@ def test_concept_columns_by_hand():
     assert labels.tolist() == [[True, True, False, False], [False] * 4, [False, False, True, True]]
 
 
+def test_concept_columns_of_pairs_that_are_not_there():
+    P, ids = unit(3, 8, seed=0), torch.tensor([7, 5, 6])
+    padded = torch.tensor([[0, 0], [1, -1], [-1, 2]])  # a negative number is padding in either place
+    for dedupe in (True, False):
+        _, labels = concept_columns(P, ids, padded, 2, dedupe=dedupe)
+        assert labels.sum() == 1 and labels[0, 0]
+    with pytest.raises(ValueError, match=r"pairs is \[2, 0\]: expected images below 2 and concepts below 3"):
+        concept_columns(P, ids, torch.tensor([[0, 0], [2, 0]]), 2)
+    with pytest.raises(ValueError, match="concepts below 3"):
+        concept_columns(P, ids, torch.tensor([[0, 3]]), 2)
+    with pytest.raises(ValueError, match="4 concept_features, but 3 ids"):
+        concept_columns(unit(4, 8, seed=0), ids, padded, 2)
+
+
+def test_rows_without_a_column_of_their_own_are_refused():
+    I, T = unit(5, 8, seed=0), unit(4, 8, seed=1)
+    for loss in (lambda *a: siglip_loss(*a[:2], 10.0, -10.0, *a[2:]), lambda *a: clip_loss(*a[:2], 10.0, *a[2:])):
+        loss(I[:2], T, 2)
+        for wrong in ((I, T), (I[:4], T, 1), (I[:2], T, -1)):
+            with pytest.raises(ValueError, match="expected one for each row"):
+                loss(*wrong)
+
+
 def test_gather_without_processes_is_the_identity():
     x = torch.randn(3, 2, requires_grad=True)
     assert gather_features(x) is x and row_counts(3) == [3] and first_row(3) == 0

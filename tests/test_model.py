@@ -560,6 +560,9 @@ def test_mistakes_say_what_to_do(tmp_path, clip_tokenizer, siglip_tokenizer):
     fails("nano is the name of a model, not of weights: give it as --model$", "nano")
     fails("is no ViT-B-32: it has embed_dim 48, not 512", folder, "ViT-B-32")
     fails("lacks open_clip_config.json and .* or config.json and", str(tmp_path))
+    (tmp_path / "last.pt").touch()
+    fails("is the folder of a run: give .*last.pt", str(tmp_path))
+    (tmp_path / "last.pt").unlink()
     fails("in the format of transformers clip, but ViT-B-16-SigLIP is a siglip", weights, "ViT-B-16-SigLIP")
     fails("of another shape.*likely weights of another model or size", weights, "ViT-B-32-quickgelu")
 
@@ -1116,10 +1119,10 @@ def test_tokenizer_that_does_not_belong(clip_tokenizer):
 def test_siglip_value_tokens_golden():
     """The published wrapper's patch tokens, recorded in float64."""
     z = np.load(os.path.join(HERE, "fixtures", "siglip_tokens.npz"))
-    config = CLIPConfig(embed_dim=64, image_size=32, patch_size=8)
+    config = CLIPConfig(image_size=32, patch_size=8)
     width = {k[3:]: torch.from_numpy(z[k]) for k in z.files if k.startswith("sd.")}
     for heads in (1, 2, 4, 8):      # the file does not say
-        model = CLIP(replace(config, vision=(64, 2, heads, 256))).double().eval()
+        model = CLIP(replace(config, embed_dim=64, vision=(64, 2, heads, 256))).double().eval()
         model.visual.load_state_dict(width)
         with torch.no_grad():
             pooled, tokens = model.encode_image(torch.from_numpy(z["image"]).double(), return_tokens=True)
@@ -1218,8 +1221,36 @@ def test_checkpoints_of_earlier_versions(tmp_path, siglip_tokenizer):
     saved["config"]["value_tokens"] = "A"
     assert same_state(CLIP.load(save(tmp_path / "a.pt", saved)), model)
     saved["config"]["value_tokens"] = "B"
-    with pytest.raises(ValueError, match="b.pt holds no readable weights .*value_tokens is 'B', .* only do 'A'"):
+    with pytest.raises(ValueError, match="b.pt: value_tokens is 'B', .* only do 'A'"):
         CLIP.load(save(tmp_path / "b.pt", saved))
+    del saved["config"]["value_tokens"]
+    saved["config"]["colour"] = "red"
+    with pytest.raises(ValueError, match="c.pt: its config has colour, .* newer"):
+        CLIP.load(save(tmp_path / "c.pt", saved))
+
+
+def test_a_source_may_be_a_path(tmp_path, siglip_tokenizer):
+    model = nano(siglip_tokenizer)
+    file = tmp_path / "a.pt"
+    save(file, model.checkpoint())
+    export(model, "transformers", str(tmp_path / "folder"))
+    for source in (file, tmp_path / "folder"):
+        assert same_state(CLIP.from_pretrained(source), model)
+
+
+def test_what_is_no_text(siglip_tokenizer):
+    with pytest.raises(TypeError, match="None among them"):
+        nano(siglip_tokenizer).tokenize(["a", None])
+
+
+def test_images_of_more_than_8_bits_are_refused(siglip_tokenizer):
+    """They would be white."""
+    transform = nano(siglip_tokenizer).transform
+    for dtype in (np.uint16, np.int32, np.float32):
+        with pytest.raises(ValueError, match="8 bits"):
+            transform(Image.fromarray(np.full((40, 50), 300, dtype)))
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK"):
+        assert transform(Image.new(mode, (50, 40))).shape == (3, 32, 32)
 
 
 @torch.no_grad()
@@ -1396,3 +1427,5 @@ def test_gradient_checkpointing_changes_nothing(siglip_tokenizer):
 def test_config_says_what_is_wrong():
     with pytest.raises(ValueError, match="family is 'blip', expected one of clip, siglip"):
         CLIPConfig(family="blip")
+    with pytest.raises(ValueError, match="embed_dim is 64, expected 96, the width of the image tower"):
+        CLIPConfig(embed_dim=64)
