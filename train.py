@@ -1628,7 +1628,10 @@ def check_evaluation():
         evaluate.check(benches, **evaluation_options())
     except (ValueError, OSError) as error:
         flag = "--val-data" if benches == ["retrieval"] and args.val_data else "--bench"
-        raise ValueError(f"{flag}: {error}") from None
+        hint = ""
+        if "--data is missing" in str(error):
+            hint = ". What evaluate.py calls --data is --val-data here"
+        raise ValueError(f"{flag}: {error}{hint}") from None
 
 
 from_process_0(check_folder)
