@@ -237,9 +237,17 @@ def add_data_arguments(p):
                         "rows than the official ones: what is left is scored, and counted")
 
 
+def positive(text):
+    """A type of argparse: a whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return number
+
+
 def add_speed_arguments(parser):
     p = parser.add_argument_group("how it runs (torchrun shares the work between processes)")
-    p.add_argument("--batch-size", type=int, default=250, metavar="N",
+    p.add_argument("--batch-size", type=positive, default=250, metavar="N",
                    help="images or texts in a forward pass (default: 250)")
     p.add_argument("--workers", type=int, metavar="N",
                    help="processes that read images (default: 0 on a CPU, with a GPU up to 8)")
@@ -809,7 +817,8 @@ def bootstrap(columns, samples=2000, seed=0):
     """[(images (n,) of 0, 1, ..., values (n,), weights (n,)), ...] -> (1 + samples, columns).
 
     Row 0 holds each column's weighted mean; each other row the same over as many images as there
-    are, drawn with replacement, with all their items: the same draws for all columns."""
+    are, drawn with replacement, with all their items: the same draws for all columns. NaN where
+    none of a column's few images was drawn."""
     rng = np.random.default_rng(seed)
     size = 1 + max(images.max() for images, _, _ in columns)
     totals = [np.bincount(images, weights, size) for images, _, weights in columns]
@@ -820,10 +829,15 @@ def bootstrap(columns, samples=2000, seed=0):
     for _ in range(samples):
         drawn = rng.integers(size, size=size)
         count = np.bincount(drawn, minlength=size)      # how often each image was drawn
-        means.append(count @ value / np.maximum(count @ total, 1e-9))
+        weight = count @ total
+        means.append(np.divide(count @ value, weight, np.full_like(weight, np.nan),
+                               where=weight > 0))
     return np.stack(means)
 
 
+# The result of a subset knows its items: correct, image, items. That of a macro says of which
+# subset it is, with a weight for each item; that of a mean, of which parts. accuracy, low and high,
+# which all have, are put in last, from draws that all share.
 def summarize(outcomes, means, samples=2000):
     """Outcomes of tasks -> {subset or mean: {accuracy, low, high, n, chance, ...}}.
 
@@ -842,9 +856,16 @@ def summarize(outcomes, means, samples=2000):
             add_macro(results, outcome)
     add_means(results, means)
     for name, draws in resample(results, correct, samples).items():
-        image_count = len(set(results[name].get("image", numbers)))
-        add_interval(results[name], draws, image_count)
+        add_interval(results[name], draws, len(images_of(results, name)))
     return results
+
+
+def images_of(results, name):
+    """The different images, as numbers, that a subset or mean is of."""
+    result = results[name]
+    if "parts" in result:
+        return set().union(*[images_of(results, part) for part in result["parts"]])
+    return set(results[result.get("of", name)]["image"])
 
 
 def leave_out_unread(outcome):
@@ -917,7 +938,7 @@ def resample(results, values, samples=2000, seed=0):
 
 def add_interval(result, draws, image_count):
     accuracy = draws[0].item()
-    low, high = np.quantile(draws[1:], (0.025, 0.975)).tolist()
+    low, high = np.nanquantile(draws[1:], (0.025, 0.975)).tolist()
     edge = 3.84 / (image_count + 3.84)      # Wilson's bound where none or all are right; 1.96^2
     result["accuracy"] = accuracy
     result["low"] = min(accuracy, low)
@@ -943,7 +964,9 @@ def run(model, benches, **options):
     options = Options(**options)
     if options.device is not None and hasattr(model, "to"):
         model.to(options.device)
-    tasks, _ = read(benches, options, image_size(model), gives_patch_tokens(model))
+    tasks, missing = read(benches, options, image_size(model), gives_patch_tokens(model))
+    for line in missing:
+        print0(f"not there: {line}")
     results = score(model, tasks, options)
     if not options.quiet:
         for bench, subsets in results.items():
@@ -1032,7 +1055,7 @@ def check_attack(tasks, options):
     if options.attack and options.pooled:
         raise ValueError("--attack and --pooled exclude each other: give one of them")
     attacked = any(is_attacked(task, options) for task in itertools.chain(*tasks.values()))
-    if options.attack < 0 or options.attack_steps < 1:
+    if not options.attack >= 0 or options.attack_steps < 1:     # nan is not, either
         raise ValueError(f"--attack {options.attack:g} --attack-steps {options.attack_steps}: "
                          "expected at least 0, and at least 1 step")
     if options.attack and not attacked:
@@ -1097,15 +1120,23 @@ def report_cut(model, texts, tokens):
     # A text is cut if it fills all places, and is the same to the model without its last word. The
     # place before the last tells whether it does: the last is padding, or ends the text.
     full = (tokens[:, -2] != tokens[:, -1]).nonzero()[:, 0].tolist()
-    shorter = [texts[i].rsplit(maxsplit=1)[0] for i in full]
     if not full:
         return
-    same = (model.tokenize(shorter) == tokens[full]).all(1).tolist()
+    shorter = model.tokenize([without_last_word(texts[i]) for i in full])
+    if shorter.shape != tokens[full].shape:     # it pads to the longest text, and cuts none
+        return
+    same = (shorter == tokens[full]).all(1).tolist()
     cut = [texts[i] for i, is_same in zip(full, same) if is_same]
     if cut:
         print0(f"{len(cut)} of {len(texts)} texts are cut at the model's {tokens.shape[1]} tokens; "
                "those that differ only behind them tie, and ties count as errors. The first: "
                f"{cut[0]!r}")
+
+
+def without_last_word(text):
+    """A text of one word, or in a script without spaces, loses its last letter."""
+    words = text.rsplit(maxsplit=1)
+    return words[0] if len(words) > 1 else text[:-1]
 
 
 def image_size(model):
@@ -1252,15 +1283,27 @@ def read(benches, options, image_size=32, has_patches=True, skip=False):
     """-> {bench: [Choices or Ranking, ...]} and a list of what is not there, a line each.
 
     What is not there is an error, unless all benches are asked for or skip is given, or
-    --allow-missing and another part of the same benchmark is there.
+    --allow-missing and another part of the same benchmark is there. What is there and is not as it
+    should be is an error, unless all are asked for.
     """
+    if isinstance(benches, str) or not benches:
+        raise ValueError(f"benches is {benches!r}: expected a list of names")
+    if options.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype is {options.dtype!r}: expected float32 or bfloat16")
     if options.pooled and not has_patches:
         raise ValueError(f"--pooled: {NO_PATCHES}")
-    if list(benches) == ["all"]:
+    wants_all = list(benches) == ["all"]
+    if wants_all:
         benches, skip = BENCHES, True
+    check_names(benches)
     tasks, missing = {}, []
     for bench in benches:
-        found, absent = read_bench(bench, options, image_size, has_patches)
+        try:
+            found, absent = read_bench(bench, options, image_size, has_patches)
+        except (ValueError, OSError) as error:
+            if not wants_all:
+                raise
+            found, absent = [], plain_words(error)
         if absent and not skip and not (options.allow_missing and found):
             raise Missing(absent)
         if absent:
@@ -1289,6 +1332,8 @@ def read_bench(bench, options, image_size, has_patches):
             files.append(str(error))
         images |= source.images
         for task in found:
+            if not task.images or not task.texts:
+                raise ValueError(f"{bench}: no item of {part} is left to score")
             task.partial = source.partial
         tasks += found
     absent = files[:1]
@@ -1620,7 +1665,7 @@ def valse(source):
                                  "mturk": {"foil": 0, "caption": 3, "other": 0}, ...}, ...}
     """
     rows = source.rows("image_file", "caption", "foil", kinds={"mturk": dict})
-    rows = [row for row in rows if row["mturk"]["caption"] >= 2]
+    rows = [row for row in rows if row["mturk"].get("caption", 0) >= 2]
     images = source.pictures(pick(rows, "image_file"))
     yield Choices(source.subset, first_text_wins, 1 / 2, images, pick(rows, "caption", "foil"))
 
@@ -1692,9 +1737,14 @@ def whatsup_controlled(source):
             some_images, some_texts = groups.get(key, ((), ()))
             groups[key] = some_images + image, some_texts + options
     for name, groups, size in ("pair", pairs, 2), ("set", sets, 4):
-        images, texts = zip(*groups.values())
         subset = f"{source.subset}_{name}"
-        yield Choices(subset, first_text_wins, (1 / 4) ** size, list(images), list(texts))
+        whole = [group for group in groups.values() if len(group[0]) == size]
+        if len(whole) < len(groups):    # of a part of the file
+            print0(f"{subset}: {len(groups) - len(whole)} of {len(groups)} skipped, which lack "
+                   f"some of their {size} images")
+        if whole:
+            images, texts = zip(*whole)
+            yield Choices(subset, first_text_wins, (1 / 4) ** size, list(images), list(texts))
 
 
 def cola(source):
@@ -2019,8 +2069,14 @@ def folder(source):
     if not os.path.isfile(path):
         raise Missing(f"folder: {path}: give --classes FILE, with a name for each of the "
                       f"{len(data.classes)} folders, one a line")
-    names = Path(path).read_text("utf-8")
-    yield classification(source, data, names.strip().splitlines(), ["a photo of a {}."])
+    with expecting(f"{path}: expected a name on each line, in UTF-8"):
+        names = Path(path).read_text("utf-8-sig").strip().splitlines()
+    names = [name.strip() for name in names]
+    if len(names) != len(data.classes) or "" in names:
+        raise ValueError(f"--classes {path}: {len(names)} lines, of which {names.count('')} are "
+                         f"empty: expected a name for each of the {len(data.classes)} folders, "
+                         f"{', '.join(data.classes[:3])}, ...")
+    yield classification(source, data, names, ["a photo of a {}."])
 
 
 def choices(source):
@@ -2048,8 +2104,16 @@ def choices(source):
         if not (image and caption and negatives):
             raise ValueError(f"{options.data}: row {number} needs image, caption and negative, and "
                              f"has {', '.join(map(str, row))}")
+        subset = row.get("subset") or "choices"
+        for name, value in (("image", image), ("caption", caption), ("subset", subset)):
+            if not is_kind(value, str):
+                raise ValueError(f"{options.data}: row {number} has {value!r:.80} as {name}: "
+                                 "expected text")
+        if subset in ("macro", "micro"):
+            raise ValueError(f"{options.data}: row {number}: the subset {subset} would be taken "
+                             "for the mean of that name: call it otherwise")
         picture = Picture(os.path.join(options.image_root, image))
-        groups.setdefault(row.get("subset") or "choices", []).append((picture, caption, negatives))
+        groups.setdefault(subset, []).append((picture, caption, negatives))
     for subset, rows in groups.items():
         most = max(len(negatives) for _, _, negatives in rows)
         texts = []
@@ -2096,6 +2160,8 @@ def torchvision_set(source, download=False):
     except (RuntimeError, OSError) as error:
         error = " ".join(str(error).split())
         raise Missing(f"{source.bench}: {error}; get it: {GET} {source.bench}") from None
+    except ImportError as error:        # flowers and cars want scipy
+        raise Missing(f"{source.bench}: {error}: pip install {error.name or 'it'}") from None
     if name == "Caltech101":        # torchvision leaves the background out
         data = image_folder(source, os.path.join(data.root, "101_ObjectCategories"))
     known = PROMPTS[source.bench]
@@ -2329,7 +2395,8 @@ def check_members(members, folder, limit):
 def check_names(benches):
     for bench in benches:
         if bench not in BENCHES:
-            raise ValueError(f"no bench {bench!r}: expected some of {', '.join(BENCHES)}, or all")
+            alone = " (the word all stands alone)" if bench == "all" else ""
+            raise ValueError(f"no bench {bench!r}{alone}: expected some of {', '.join(BENCHES)}")
 
 
 def describe(bench, data_dir):
@@ -2385,7 +2452,8 @@ def read_all_results(paths):
             raise ValueError(f"no file {path}: expected files of --json")
         with expecting(f"{path}: expected files of --json"):
             read.append(read_results(path))
-    return zip(*read)
+    names, results = zip(*read)
+    return distinct(names, paths), results
 
 
 def all_keys(dicts):
@@ -2399,7 +2467,15 @@ def model_name(file):
     path = Path(name)
     if path.suffix == ".pt" and path.parent.name:
         name = path.parent.name
+    if file.get("interpolate") is not None:
+        name = f"{name} at {file['interpolate']:g}"
     return f"{name} (pooled)" if file.get("pooled") else name
+
+
+def distinct(names, paths):
+    """The names of several models; where two of different paths are equal, the paths."""
+    count = collections.Counter(name for name, _ in set(zip(names, paths)))
+    return [path if count[name] > 1 else name for name, path in zip(names, paths)]
 
 
 def compare(files, items=False, form=None, columns=None, reference=False):
@@ -2410,6 +2486,16 @@ def compare(files, items=False, form=None, columns=None, reference=False):
         return
     for title, chosen in choose_tables(results, columns):
         print(format_table(title, chosen, names, results, form or "text", reference) + "\n")
+        unlike = [" ".join(column) for column in chosen if not is_of_same_items(results, column)]
+        if unlike and form is None:
+            print(f"not of the same items in all files: {', '.join(unlike)}\n")
+
+
+def is_of_same_items(results, column):
+    """Whether all models that have this (bench, subset) were scored on the same."""
+    seen = [file[column[0]][column[1]] for file in results if column[1] in file.get(column[0], {})]
+    items = [(result["n"], result.get("image")) for result in seen]
+    return all(some == items[0] for some in items)
 
 
 def choose_tables(results, columns=None):
@@ -2472,7 +2558,7 @@ def compare_two(name_a, name_b, a, b, items):
 def compare_bench(bench, a, b, items):
     """a, b: {subset or mean: results} of one benchmark."""
     for name, draws in paired_draws(bench, a, b).items():
-        low, high = np.quantile(draws[1:], (0.025, 0.975))
+        low, high = np.nanquantile(draws[1:], (0.025, 0.975))
         line = (f"{bench + ' ' + name:32s}{a[name]['n']:6d} {100 * a[name]['accuracy']:6.1f} "
                 f"{100 * b[name]['accuracy']:6.1f}  {draws[0]:+6.1f}  {low:+6.1f} .. {high:+6.1f}")
         if "correct" not in a[name]:
@@ -2500,7 +2586,8 @@ def paired_draws(bench, a, b, seed=0):
         if "correct" in a[name] and "correct" in b[name]:
             if any(a[name].get(key) != b[name].get(key) for key in ("n", "data", "image")):
                 raise ValueError(f"{bench} {name}: A ({a[name]['n']} items) and B "
-                                 f"({b[name]['n']}) differ in items, data or protocol version")
+                                 f"({b[name]['n']}) differ in items, data or protocol version: "
+                                 "score both again, with the same files of this benchmark")
             change[name] = np.subtract(b[name]["correct"], a[name]["correct"])
     draws = resample(shared, change, seed=seed)
     return {name: 100 * shares for name, shares in draws.items()}
@@ -2533,11 +2620,12 @@ def format_table(title, columns, names, results, form="text", reference=False):
         for number, (row, file) in enumerate(zip(rows, results)):
             row.append(make_cell(find_result(file, parts), number == best))
     if reference:
-        for method in all_keys([TABLE[bench].get("published", {}) for bench, _ in columns]):
+        published = {bench: TABLE.get(bench, {}).get("published", {}) for bench, _ in columns}
+        for method in all_keys(published.values()):
             row = [f"{method} (published)"]
             for parts in groups:
                 bench, subset = parts[0]
-                figures = TABLE[bench].get("published", {}).get(method, {})
+                figures = published[bench].get(method, {})
                 row.append(Cell(str(figures.get(subset, "")) if len(parts) == 1 else ""))
             if any(cell.value for cell in row[1:]):
                 rows.append(row)
@@ -2585,7 +2673,7 @@ def clear_best(results, parts):
         if subset not in paired:
             return None
         draws.append(paired[subset])
-    clear = np.quantile(np.mean(draws, 0)[1:], 0.025) > 0
+    clear = np.nanquantile(np.mean(draws, 0)[1:], 0.025) > 0
     return best if clear else None
 
 
@@ -2690,6 +2778,9 @@ def read_log(path):
         try:
             row = json.loads(line)
             values = dict(row)
+            step = row.get("step", 0)
+            if type(step) is not int:
+                raise ValueError("no step")
             arguments = dict(row.get("args", arguments))
             for bench, subsets in row.get("eval", {}).items():
                 for name, result in subsets.items():
@@ -2699,7 +2790,7 @@ def read_log(path):
             continue
         for key, value in values.items():
             if "step" in row and type(value) in (int, float) and math.isfinite(value):
-                curves.setdefault(key, {})[row["step"]] = value
+                curves.setdefault(key, {})[step] = value
     return curves, arguments
 
 
@@ -2751,7 +2842,7 @@ def plot(files, keys=None, radar=False, output="curves.png"):
     if not all(logs) or not chosen or not set(chosen) <= set(known):
         raise ValueError("plot takes log.jsonl of train.py, none empty, and --keys from: "
                          + ", ".join(known))
-    names = [Path(path).resolve().parent.name for path in files]
+    names = distinct([Path(path).resolve().parent.name for path in files], files)
     save_figure(draw_curves(names, logs, chosen), output)
 
 
@@ -2889,7 +2980,7 @@ def show(checkpoint, image=None, scene=0, caption=None, concepts=None, boxes=Non
          output="attention.png"):
     """Draw the similarity maps of the phrases of a caption, a row for each checkpoint."""
     paths = checkpoint.split(",")
-    names = [Path(path).resolve().parent.name for path in paths]
+    names = distinct([Path(path).resolve().parent.name for path in paths], paths)
     models = [CLIP.load(path).eval() for path in paths]
     known = []          # [category, x, y, width, height] of each thing in the image
     if image:
@@ -3064,8 +3155,7 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
              interpolate=None, **settings):
     """Score one or several models on benchmarks, print tables, and write --json."""
     benches = (bench or default_bench(settings["data"])).split(",")
-    if benches != ["all"]:
-        check_names(benches)
+    check_command(benches, json_path, checkpoint, settings["data"])
     options = prepare(settings)
     started = time.time()
     files = []          # what --json holds of each model
@@ -3082,13 +3172,14 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
             print_table(name, subsets, reference)
         files.append({
             "checkpoint": label, "sha256": fingerprint(network), "protocol": PROTOCOL,
-            "pooled": options.pooled,
+            "pooled": options.pooled, "interpolate": interpolate,
             "data_sha256": data_digests(tasks), "missing": missing, "results": results})
     print0(f"\n{time.time() - started:.1f} s")
     for line in missing:
         print0(f"not there: {line}")
     if len(files) > 1:
         labels = [model_name(file) for file in files]
+        labels = distinct(labels, [file["checkpoint"] for file in files])
         tables = [file["results"] for file in files]
         for title, columns in choose_tables(tables):
             print0("\n" + format_table(title, columns, labels, tables))
@@ -3096,6 +3187,26 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
         given = {"init": init, "model": model, "tokenizer": tokenizer, "interpolate": interpolate}
         given |= {"bench": bench, "torch": torch.__version__, "processes": WORLD, **settings}
         write_json(json_path, files, given)
+
+
+def check_command(benches, json_path, checkpoint, data):
+    """ValueError for what would be found out only after hours, or not at all."""
+    if benches != ["all"]:
+        check_names(benches)
+    if json_path:
+        folder = os.path.dirname(json_path) or "."
+        if os.path.isdir(json_path) or not os.path.isdir(folder):
+            raise ValueError(f"--json {json_path}: expected a file, in a folder that is there")
+    for path in checkpoint.split(",") if checkpoint else []:
+        if not os.path.exists(path):
+            raise ValueError(f"--checkpoint {checkpoint}: no checkpoint at {path or repr(path)}")
+    if not data or benches == ["all"]:
+        return
+    readers = {"folder"} if os.path.isdir(data) else {"retrieval", "choices", "pointing"}
+    if not readers.intersection(benches):
+        kind = "a folder" if os.path.isdir(data) else "no folder"
+        raise ValueError(f"--data {data}: none of {', '.join(benches)} reads it. As it is {kind}, "
+                         f"expected one of {', '.join(sorted(readers))}")
 
 
 def prepare(settings):
@@ -3132,6 +3243,8 @@ def verify(registry, bench, tolerance, **settings):
     close, count = 0, 0
     for name, entry in read_registry(registry).items():
         figures = {key: value for key, value in entry["figures"].items() if key in only}
+        if not figures:     # another model's
+            continue
         try:
             tasks, _ = read(figures, options, skip=True)
             if not tasks:
@@ -3147,6 +3260,8 @@ def verify(registry, bench, tolerance, **settings):
             for subset, published in subsets.items():
                 found = find_result(results, [(key, subset)])
                 if not found:
+                    print0(f"{key + ' ' + subset:32s}  not scored: its files are not there, or it "
+                           "is no subset")
                     continue
                 ours = 100 * found["accuracy"]
                 is_close = abs(ours - published) <= tolerance + 1e-9
@@ -3193,7 +3308,7 @@ def load_verified(name, entry, data_dir):
     if "url" in entry:
         fetch(entry["url"], path, entry.get("sha256"), data_dir)
     if not os.path.isfile(path):
-        raise Missing(f"no {path}: {entry['by_hand']}")
+        raise Missing(f"no {path}: {entry.get('by_hand', 'put the weights there')}")
     return CLIP.from_pretrained(path, entry.get("model"))
 
 
@@ -3246,7 +3361,8 @@ def plain_words(error):
         return f"no file {error.filename}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return str(error).strip().splitlines()[-1]
+    lines = str(error).strip().splitlines()     # a process that reads images puts its trace first
+    return lines[-1] if lines else type(error).__name__
 
 
 if __name__ == "__main__":

@@ -918,8 +918,18 @@ def test_zero_shot(nano, official, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=f"7 classes, {len(files)} images instead of 7, 50000"):
         read(["imagenet"], nano, args)
     (tmp_path / "names.txt").write_text("one\ntwo")
-    with pytest.raises(ValueError, match="7 classes, .* instead of 2,"):
+    for text, says in (("one\ntwo", "names.txt: 2 lines, .* expected a name for each of the 7 folders"),
+                       ("a\n\nb\nc\nd\ne\nf", "names.txt: 7 lines, of which 1 are empty")):
+        (tmp_path / "names.txt").write_text(text)
+        with pytest.raises(ValueError, match=says):
+            read(["folder"], nano, args)
+    (tmp_path / "names.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="names.txt: expected a name on each line, in UTF-8"):
         read(["folder"], nano, args)
+    (tmp_path / "names.txt").write_text("\ufeff" + "\n".join(classes), encoding="utf-8")    # as Windows writes it
+    found = read(["folder"], nano, args)
+    [task] = found["folder"] if isinstance(found, dict) else found[0]["folder"]
+    assert task.texts[0] == (f"a photo of a {classes[0]}.",)
 
 
 @pytest.mark.parametrize("bench", list(evaluate.TORCHVISION))

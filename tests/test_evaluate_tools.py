@@ -653,6 +653,97 @@ def test_run_takes_any_object_with_four_members():
         evaluate.run(model, ["scenes"], image_rot="x")
 
 
+def test_run_says_what_it_cannot_mean():
+    for benches, options, says in (("scenes", {}, "expected a list of names"), ([], {}, "expected a list of names"),
+                                   (["scnes"], {}, "no bench 'scnes'"), (["scenes", "all"], {}, "stands alone"),
+                                   (["scenes"], {"dtype": "float16"}, "expected float32 or bfloat16")):
+        with pytest.raises(ValueError, match=says):
+            evaluate.run(nano(0).eval(), benches, **options)
+
+
+def test_run_says_what_is_not_there(tmp_path, capsys):
+    (tmp_path / "coco" / "val2017").mkdir(parents=True)
+    (tmp_path / "sugarcrepe").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "coco" / "val2017" / "1.jpg")
+    item = {"filename": "1.jpg", "caption": "a dog", "negative_caption": "a cat"}
+    (tmp_path / "sugarcrepe" / "swap_att.json").write_text(json.dumps({"0": item}))
+    found = evaluate.run(nano(0).eval(), ["sugarcrepe"], data_dir=str(tmp_path), allow_missing=True)
+    assert found["sugarcrepe"].keys() == {"swap_att"}
+    assert "not there: sugarcrepe: no " in capsys.readouterr().out
+
+
+def test_all_leaves_out_what_is_not_as_it_should_be(tmp_path, capsys):
+    """--bench all of a table of pairs, which is none of boxes nor of choices."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
+    (tmp_path / "pairs.csv").write_text("image,caption\n1.png,a dog\n")
+    options = evaluate.Options(data=str(tmp_path / "pairs.csv"), image_root=str(tmp_path), data_dir=str(tmp_path))
+    tasks, missing = evaluate.read(["all"], options)
+    assert "retrieval" in tasks and not {"choices", "pointing"} & tasks.keys()
+    assert any("needs image, caption and negative" in line for line in missing)
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--json", "."], "--json .: expected a file"), (["--json", "no/x.json"], "--json no/x.json: expected a file"),
+    (["--checkpoint", "{good},"], "no checkpoint at ''"), (["--checkpoint", "{good},gone.pt"], "no checkpoint at gone.pt"),
+    (["--bench", "scenes", "--data", "x.csv"], "--data x.csv: none of scenes reads it. As it is no folder, expected one of"),
+    (["--bench", "retrieval", "--data", "."], "--data .: none of retrieval reads it. As it is a folder, expected one of"),
+    (["--bench", "scenes,all"], "stands alone")])
+def test_what_can_be_known_before_it_is_scored(checkpoints, capsys, argv, says):
+    argv = [word.format(good=checkpoints[0]) for word in argv]
+    if "--checkpoint" not in argv:
+        argv += ["--checkpoint", checkpoints[0]]
+    with pytest.raises(ValueError) as raised:
+        command(argv)
+    assert says in str(raised.value) and capsys.readouterr().out == ""
+
+
+class Padding:
+    """A tokenizer that pads its texts to the longest of them, as many do."""
+    def tokenize(self, texts):
+        longest = max(len(text) for text in texts)
+        return torch.tensor([list(text.encode()) + [0] * (longest - len(text)) for text in texts])
+
+
+def test_what_is_cut_is_said_and_nothing_else(capsys):
+    texts = ["a dog", "a very long text of many words"]
+    evaluate.report_cut(Padding(), texts, Padding().tokenize(texts))
+    model = nano(0)
+    length = model.config.context_length
+    word = next(w for w in ("a", "q", "z") if model.tokenize.encode([w * length])[0].ids)
+    for text in (word * (length - 2), word * (length - 1), "ring " * 3 * length, word * 3 * length):
+        is_cut = bool(model.tokenize.encode([text])[0].overflowing)
+        evaluate.report_cut(model, [text], model.tokenize([text]))
+        assert ("are cut" in capsys.readouterr().out) == is_cut, text[:40]
+
+
+def test_few_images_beside_many():
+    """The interval of a subset of few images is what it is without the other subsets, up to chance; and so is that of
+    its macro, and of a mean of it alone."""
+    rng = random.Random(0)
+
+    def outcome(subset, right, images):
+        margins = torch.tensor(right) * 2.0 - 1
+        return Outcome(subset, margins, 0.5, images, images, [0] * len(images))
+
+    many = outcome("many", [rng.randint(0, 1) for _ in range(300)], [f"m{i}" for i in range(300)])
+    for right in ([1], [1, 1, 1], [0, 0], [1, 1, 1, 1, 0], [1] * 20):
+        few = outcome("few", right, [f"f{i}" for i in range(len(right))])
+        alone = evaluate.summarize([few], {"mean": ["few"]})
+        beside = evaluate.summarize([few, many], {"mean": ["few"], "both": ["few", "many"]})
+        for name in ("few", "few_macro", "mean"):
+            for end in ("low", "high"):
+                assert 0 <= beside[name][end] <= 1
+                assert beside[name][end] == pytest.approx(alone[name][end], abs=0.21 if len({*right}) == 2 else 1e-9), name
+        assert 0 <= beside["both"]["low"] <= beside["both"]["accuracy"] <= beside["both"]["high"] <= 1
+
+
+def test_models_of_one_folder_have_names_of_their_own():
+    assert evaluate.distinct(["a", "b"], ["x/a/last.pt", "x/b/last.pt"]) == ["a", "b"]
+    assert evaluate.distinct(["a", "a", "b"], ["x/a", "y/a", "b"]) == ["x/a", "y/a", "b"]
+    assert evaluate.distinct(["a", "a"], ["x/a", "x/a"]) == ["a", "a"]
+    assert evaluate.model_name({"checkpoint": "out/a/last.pt", "interpolate": 0.5}) == "a at 0.5"
+
+
 def test_run_where_no_image_can_be_read_any_more(tmp_path):
     (tmp_path / "pairs.csv").write_text("image,caption\nnone.png,a dog\n1.png,a cat\n")
     with pytest.raises(ValueError, match="none of 2 images can be read, the first is .*none.png: check --image-root"):
@@ -761,13 +852,22 @@ def test_choices_on_ones_own_table(own):
 @pytest.mark.parametrize("text, says", [
     ("image,caption\n1.png,a dog", "own.csv: row 1 needs image, caption and negative, and has image, caption"),
     ("image,caption,negative\n1.png,a dog,", "row 1 needs image, caption and negative"),
-    ("image,caption,negative\n9.png,a dog,a cat", "cannot read .*9.png"), ("", "no rows")])
+    ("image,caption,negative\n9.png,a dog,a cat", "cannot read .*9.png"), ("", "no rows"),
+    ("image,caption,negative,subset\n1.png,a dog,a cat,macro", "row 1: the subset macro would be taken for the mean")])
 def test_mistakes_in_ones_own_table(own, text, says):
     (own / "own.csv").write_text(text)
     with pytest.raises(ValueError, match=says):
         evaluate.run(nano(0).eval(), ["choices"], data=str(own / "own.csv"), image_root=str(own))
     with pytest.raises(ValueError, match="choices: --data is missing, for example --data mine.csv"):
         evaluate.run(nano(0).eval(), ["choices"])
+
+
+def test_own_rows_of_other_kinds_than_text(own):
+    good = {"image": "1.png", "caption": "a dog", "negative": "a cat"}
+    for key, wrong in (("image", 5), ("caption", 7), ("caption", ["a", "c"]), ("subset", 3)):
+        (own / "own.jsonl").write_text(json.dumps({**good, key: wrong}) + "\n")
+        with pytest.raises(ValueError, match=f"row 1 has .* as {key}: expected text"):
+            evaluate.run(nano(0).eval(), ["choices"], data=str(own / "own.jsonl"), image_root=str(own))
 
 
 def test_several_models_in_one_call(checkpoints, own, capsys):
