@@ -443,7 +443,9 @@ class Choices:
     def needed(self):
         """The pictures and texts of the items whose images are there; the others cost nothing."""
         for pictures, texts in zip(self.images, self.texts):
-            if not any(x.missing for x in pictures):
+            if self.text_only:
+                yield (), texts
+            elif not any(x.missing for x in pictures):
                 yield pictures, texts
 
 
