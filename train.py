@@ -978,12 +978,13 @@ loader = DataLoader(
     collate_fn=collate,
     **loading)
 replay_loader = None
-if replay is not None:
+if replay is not None:      # files are cropped and read as those of --data are, scenes are not
+    replay_transform = train_transform(model.config) if args.replay else model.transform
     replay_loader = DataLoader(
         Seeded(replay, args.seed, neighbours=False),
         batch_sampler=Epochs(len(replay), min(args.batch_size, len(replay)), args.seed, rank,
                              world_size, first_step, args.steps),
-        collate_fn=Collate(collate.transform, model.tokenize, with_concepts=False),
+        collate_fn=Collate(replay_transform, model.tokenize, with_concepts=False),
         **loading)
 
 seen = 0        # rows of this process that were read, and that could not be
@@ -1769,6 +1770,9 @@ def dry_run():
            f"{peak_mib():.0f} MiB. Nothing was trained")
 
 
+if args.dry_run and first_step >= args.steps:
+    stop_all(f"--dry-run: {args.resume} is at step {first_step:,} of {args.steps:,}: nothing is "
+             "left to train", 0)
 if args.dry_run:
     dry_run()
     end()
@@ -1923,7 +1927,8 @@ def baseline_command():
     if world_size > 1:
         here = os.environ.get("LOCAL_WORLD_SIZE", world_size)
         launcher = ["torchrun", f"--nproc_per_node={here}"]
-    command = [*launcher, "train.py", "--method", "siglip" if args.loss != "clip" else "clip"]
+    plain = "clip" if model.logit_bias is None else "siglip"
+    command = [*launcher, "train.py", "--method", plain]
     of_terms = [flag_of(f"{term}_weight") for term in TERMS]
     command += own_arguments(without=(
         "--method", "--out-dir", "--resume", "--overwrite", "--replay", "--caption-xac-sentences",

@@ -369,6 +369,28 @@ def test_a_loss_that_does_not_see_the_scale_or_the_bias(tmp_path, processes, acc
     assert len(curve(tmp_path)) == 2
 
 
+def test_gift_replays_photographs_beside_scenes(tmp_path):
+    """JPEGs, which come as tensors, and are cropped as those of --data."""
+    with open(tmp_path / "b.csv", "w") as table:
+        table.write("image,caption\n")
+        for i in range(8):
+            Image.new("RGB", (40 + i, 36)).save(tmp_path / f"{i}.jpg")
+            table.write(f"{i}.jpg,a red dog\n")
+    run("train.py", *SMALL, "--method", "gift", "--replay", tmp_path / "b.csv", "--image-root", tmp_path, "--steps", 2,
+        "--out-dir", tmp_path / "out")
+    assert len(curve(tmp_path / "out", "cd")) == len(curve(tmp_path / "out", "ita")) == 2
+
+
+def test_the_baseline_of_a_softmax_is_one(tmp_path):
+    """Also where the weights decide, and no --loss is given."""
+    run("train.py", *SMALL, "--method", "clip", "--steps", 2, "--out-dir", tmp_path / "a")
+    done = run("train.py", *SMALL, "--init", tmp_path / "a" / "last.pt", "--steps", 2, "--out-dir", tmp_path / "b")
+    assert "--method clip " in done.stdout and "--method siglip" not in done.stdout
+    done = run("train.py", *SMALL, "--init", tmp_path / "a" / "last.pt", "--steps", 2, "--out-dir", tmp_path / "b",
+               "--resume", "auto", "--dry-run")
+    assert done.returncode == 0 and "is at step 2 of 2: nothing is left to train" in done.stdout + done.stderr
+
+
 def test_lost_rows_of_replay_count_against_max_bad(tmp_path):
     Image.new("RGB", (40, 36)).save(tmp_path / "a.png")
     (tmp_path / "a.csv").write_text("image,caption\n" + "a.png,a red dog\n" * 40)
