@@ -79,6 +79,7 @@ CROWDED = {     # with a softmax, which leaves the plateau of the first steps so
     "NPC alone": ["--loss", "clip", "--xac-weight", "0"],
     "C2LIP": ["--loss", "clip"],
     "C2LIP, XAC 0.1": ["--loss", "clip", "--xac-weight", "0.1"],
+    "C2LIP, XAC 0.3": ["--loss", "clip", "--xac-weight", "0.3"],
     "C2LIP, XAC 1": ["--loss", "clip", "--xac-weight", "1"],
 }
 # Student's t, by the number of seeds; from 10 on as of 10, which is too wide rather than too narrow
