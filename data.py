@@ -19,6 +19,7 @@ In this order: Scenes; CaptionFile, which are the pairs on disk; the index of a 
 tables and tars; images; train_transform and Collate, from rows to batches; Epochs and Seeded, the
 order of the rows; how many workers; the tokenizer of a model from scratch.
 """
+import ast
 import concurrent.futures
 import contextlib
 import fcntl
@@ -312,15 +313,15 @@ class CaptionFile(Dataset):
 
     Optional columns or json keys of any of them: concepts and negatives (lists, or texts with |
     in between), negative_image (a path), neighbours (numbers of rows of the same file, counted
-    from 0; numbers of rows that are not used are passed over), and units (a json list of pairs, a
-    part of the caption and a false version of it).
+    from 0; those of rows that are not used or not there, such as -1, are passed over), and units (a
+    json list of pairs, a part of the caption and a false version of it).
 
     sources      files joined by "::"; {000..331}, {a,b}, * and ? are patterns, as in a shell
     image_root   folder that the image paths of tables are relative to
     image_key    column of the image paths; by default the first of IMAGE_KEYS that there is
     caption_key  column or json key of the captions, or several joined by commas; by default the
-                 first of CAPTION_KEYS that is not empty. A json list in a column is several
-                 captions, of which `Seeded` draws one.
+                 first of CAPTION_KEYS that is not empty. A list in a column, in json or as Python
+                 prints it, is several captions, of which `Seeded` draws one.
     captions     a table with the captions of the images in sources, joined by the first of
                  JOIN_KEYS that it has to the images' key, url or path
     max_pixels   largest image that is decoded, see load_image
@@ -555,11 +556,23 @@ class Part:
         numbers = self.index.column("numbers")
         found = []
         for text in texts:
-            number = int(text) if text.isdecimal() and len(text) < 19 else -1
+            number = row_number(text)
             place = int(np.searchsorted(numbers, number))
             if place < len(self) and numbers[place] == number:
                 found.append(place)
         return found
+
+
+def row_number(text):
+    """The whole number that a text is, 1.0 as well, which is how pandas writes a column with gaps.
+    ValueError for anything else."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number.is_integer() or abs(number) >= 2**53:
+        raise ValueError(f"neighbours {text:.40}: expected numbers of rows, from 0")
+    return int(number)
 
 
 def write_rows(path, options, writer, bar):
@@ -739,7 +752,10 @@ def make_sample(path, number, row, options, writer):
         sources, place = options.joined.find(row, image)
         if sources:
             writer.number("used", place)
-    captions = captions_of(sources, options.caption_keys)
+    try:
+        captions = captions_of(sources, options.caption_keys)
+    except ValueError as error:
+        return Report(name, f"caption {error}", 1)
     if not image:
         return Report(name, "no image", 1)
     if not captions:
@@ -1162,10 +1178,12 @@ def read_annotations(path):
     (Karpathy and Fei-Fei 2015), each a dict of image and caption, a list of all its captions.
 
     Karpathy's file has all splits, of which "#SPLIT" behind its name chooses one; the default,
-    train, has restval, too, as is usual for COCO. Raises ValueError for other files.
+    train, has restval, too, as is usual for COCO. Raises ValueError for other files, and for a
+    split that the file does not have.
     """
     file, split = file_and_split(path)
     splits = ("train", "restval") if split == "train" else (split,)
+    found = set()       # the splits that there are
     rows = []
     try:
         with open(file, encoding="utf-8") as f:
@@ -1176,7 +1194,9 @@ def read_annotations(path):
         for image in content["images"]:
             if "sentences" not in image:
                 rows.append({"image": image["file_name"], "caption": captions.get(image["id"])})
-            elif image["split"] in splits:
+                continue
+            found.add(image["split"])
+            if image["split"] in splits:
                 name = os.path.join(image.get("filepath", ""), image["filename"])
                 sentences = [sentence["raw"] for sentence in image["sentences"]]
                 rows.append({"image": name, "caption": sentences})
@@ -1185,8 +1205,11 @@ def read_annotations(path):
         raise ValueError(
             f"{file}: expected captions_*.json of COCO or dataset_*.json of Karpathy's splits "
             f"({type(error).__name__} {what:.100})") from None
+    if not found and path != file:
+        raise ValueError(f"{path}: {file} has no splits: give it without #{split}")
     if not rows:
-        raise ValueError(f"{path}: no images of this split")
+        there_are = ", ".join(sorted(map(str, found))) or "no images at all"
+        raise ValueError(f"{path}: no images of this split, but {there_are}")
     yield from rows
 
 
@@ -1499,25 +1522,49 @@ def parse_json(text):
     return value if isinstance(value, dict) else {}
 
 
-def parse_list(value, separator="|", empty=False):
-    """A list of stripped strings from a list, a json list, or a text with separators.
+LIST_OF_TEXTS = re.compile(r"""\s*\[\s*['"]""")
+# numpy prints ['a' 'b'], which Python would read as one text
+WITHOUT_COMMA = re.compile(r"""['"]\s+['"]""")
 
-    separator  between the strings of a text; None: the text is one string, if not a json list
+
+def parse_list(value, separator="|", empty=False):
+    """A list of stripped strings from a list, a list that was written as a text (see list_in_text),
+    or a text with separators.
+
+    separator  between the strings of a text; None: the text is one string, if it is no list
     empty      keep empty strings
-    Raises ValueError for a broken json list, unless separator is None.
+    Raises ValueError for a list of anything but texts and numbers, and for a broken one: a text
+    that begins with "[" or, where the separator is None and "[a] dog" is a caption, with "['".
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            if separator:
-                raise ValueError(f"{value:.40} is no list in json") from None
+        listed = list_in_text(value)
+        if listed is None and (separator or LIST_OF_TEXTS.match(value)):
+            raise ValueError(f"{value:.40} is no list in json")
+        value = value if listed is None else listed
     if isinstance(value, str):
         value = value.split(separator) if separator else [value]
     if not isinstance(value, list):
         return []
+    for item in value:
+        if isinstance(item, (dict, list, tuple)):
+            raise ValueError(f"{to_text(item):.40} in a list: expected a text")
     texts = ["" if item is None else to_text(item).strip() for item in value]
     return texts if empty else [text for text in texts if text]
+
+
+def list_in_text(text):
+    """The list that a text is, in json or as Python prints it ("['a', 'b']"), which is how pandas
+    writes a column of lists; None if it is neither."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    if WITHOUT_COMMA.search(text):
+        return None
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
 
 
 def parse_pairs(value):

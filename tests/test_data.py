@@ -214,8 +214,10 @@ def test_annotations_of_coco_and_karpathy(folder):
         with pytest.raises(ValueError, match="expected captions_.*json of COCO") as error:
             CaptionFile(write(folder, "x.json", text))
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
-    with pytest.raises(ValueError, match="no images of this split"):
+    with pytest.raises(ValueError, match="no images of this split, but restval, test, train, val"):
         CaptionFile(f"{path}#dev")
+    with pytest.raises(ValueError, match="captions_val.json has no splits: give it without #val"):
+        CaptionFile(str(folder / "captions_val.json#val"))
     with pytest.raises(ValueError, match="no file .*y.json#val"):
         CaptionFile(str(folder / "y.json#val"))
 
@@ -1384,9 +1386,18 @@ def test_rows_of_one_key_are_several_captions_and_tables_join_too(folder):
 
 
 def test_captions_with_brackets(folder):
-    cells = ['[a sign] on a wall', '["broken, a cat', '["one", "two"]', "a | b"]
+    cells = ['[a sign] on a wall', '["broken, a cat', '["one", "two"]', "a | b", "['a dog', \"a cat's\"]",
+             "[1] a dog", "[a, b]", "['a' 'b']", [{"raw": "a dog"}], [["a", "b"]]]
     path = write(folder, "t.jsonl", "".join(json.dumps({"image": "a.png", "caption": c}) + "\n" for c in cells))
-    assert CaptionFile(path, str(folder)).captions == [cells[0], cells[1], "one", "two", "a | b"]
+    data = CaptionFile(path, str(folder))
+    assert data.captions == [cells[0], "one", "two", "a | b", "a dog", "a cat's", "[1] a dog", "[a, b]"]
+    assert data.skipped == [(f"a.png (row {row})", f"caption {what}") for row, what in (
+        (2, '["broken, a cat is no list in json'), (8, "['a' 'b'] is no list in json"),
+        (9, "{'raw': 'a dog'} in a list: expected a text"), (10, "['a', 'b'] in a list: expected a text"))]
+    concepts = write(folder, "c.jsonl", "".join(json.dumps({"image": "a.png", "caption": "x", "concepts": c}) + "\n"
+                                                for c in ("['a dog', 'a cat']", "['a' 'b']", [["a"]])))
+    rows = CaptionFile(concepts, str(folder))
+    assert rows[0]["concepts"] == ["a dog", "a cat"] and "no list" in rows[1]["error"] and "expected a text" in rows[2]["error"]
 
 
 def test_captions_that_fit_nothing(shards, tmp_path):
@@ -1510,6 +1521,10 @@ def test_negative_images_and_neighbours(folder):
     joined = CaptionFile(table, str(folder), captions=write(folder, "j.csv", "path,caption\na.png,A\nc.png,C\n"))
     assert joined[0]["neighbours"] == [1] and joined[1]["caption"] == "C"       # the one in between is left out
     assert data[0]["negatives"] == ["a blue wall", "", "no wall"] and data[5]["neighbours"] == [4, 5]
+    odd = CaptionFile(write(folder, "odd.csv", "image,caption,neighbours\na.png,a wall,1.0\nb.jpg,a sea,-1|9\nc.png,x,b.jpg\n"
+                            "a.png,y,0.5\nb.jpg,z,1e300\n"), str(folder))      # pandas writes 1.0 where a row has none
+    assert odd[0]["neighbours"] == [1] and odd[1]["neighbours"] == []
+    assert all("expected numbers of rows" in odd[row]["error"] for row in (2, 3, 4))
     seeded = Seeded(data, 0)
     assert {seeded[(epoch, 0)]["neighbour"]["caption"] for epoch in range(20)} == {"a blue wall", "a green wall"}
     assert "neighbour" not in Seeded(data, 0, neighbours=False)[(0, 0)]
