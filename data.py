@@ -349,7 +349,9 @@ class CaptionFile(Dataset):
         self.skipped = []
         self.remarks = []
         columns = set()
-        caption_keys = caption_key.split(",") if caption_key else []
+        caption_keys = []
+        if caption_key:
+            caption_keys = [key.strip() for key in caption_key.split(",")]
         joined = None
         if captions:
             joined = JoinedCaptions(captions, caption_keys, index_dir)
@@ -706,11 +708,17 @@ def write_captions(path, caption_keys, writer):
             notes.add(row)
             continue
         notes.add_columns(row)
-        name_column = first_present(JOIN_KEYS, row)
-        name = str(row.get(name_column) or "")
+        column = first_present(JOIN_KEYS, row)
+        name_column = column or name_column
+        name = row.get(column)
+        name = "" if name is None else str(name)
         about = {key: value for key, value in row.items() if key in wanted}
         writer.text([name, about])
         hashes.append(name_hash(name))
+    if not name_column:
+        names = ", ".join(map(to_text, notes.columns))
+        raise ValueError(f"{path}: its columns or keys {names:.200} do not say of which image a "
+                         f"caption is: expected one of {', '.join(JOIN_KEYS)}")
     order = np.argsort(hashes, kind="stable")
     writer.numbers("hashes", np.array(hashes)[order])
     writer.numbers("order", order)

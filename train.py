@@ -53,8 +53,8 @@ PRESETS = {
 }
 
 
-def read_table(file, name):
-    """The keys, and the values that are plain texts, of the table `name` in one of our files.
+def read_dict(file, name):
+    """The keys, and the values that are plain texts, of the dict `name` in one of our files.
 
     The file is read and not imported, since it imports torch. So a method that is added to
     losses.py is known here.
@@ -63,11 +63,11 @@ def read_table(file, name):
     with open(os.path.join(folder, file), encoding="utf-8") as f:
         statements = ast.parse(f.read()).body
     for statement in statements:
-        if isinstance(statement, ast.Assign) and statement.targets[0].id == name:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
             table = statement.value
             return {key.value: getattr(value, "value", None)
                     for key, value in zip(table.keys, table.values)}
-    raise ValueError(f"{file} has no table {name}")
+    raise ValueError(f"{file} has no dict {name}")
 
 
 def flag_of(name):
@@ -75,13 +75,13 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
-TERMS = read_table("losses.py", "TERMS")    # {term: what it does}
+TERMS = read_dict("losses.py", "TERMS")     # {term: what it does}
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     usage="python train.py [--method NAME] [--model NAME] [--data FILE] [more: see --help]")
 
 group = parser.add_argument_group("what to train")
-group.add_argument("--method", choices=read_table("losses.py", "METHODS"), default="c2lip",
+group.add_argument("--method", choices=read_dict("losses.py", "METHODS"), default="c2lip",
                    help="The losses; their terms are weighted as published. Default: c2lip.")
 group.add_argument("--preset", choices=PRESETS,
                    help="Where the defaults of steps, batch size, rates and so on come from: nano "
@@ -372,6 +372,8 @@ if args.out_dir is None:
         folder += "-baseline"
     args.out_dir = os.path.join("out", folder)
 last_path = os.path.join(args.out_dir, "last.pt")
+best_path = os.path.join(args.out_dir, "best.pt")
+ema_path = os.path.join(args.out_dir, "ema.pt")
 log_path = os.path.join(args.out_dir, "log.jsonl")
 
 # ---- what cannot be done ---------------------------------------------------
@@ -382,15 +384,15 @@ if args.model is not None and args.model not in MODELS:
     parser.error(f"argument --model: invalid choice: {args.model!r} (choose from "
                  f"{', '.join(MODELS)})")
 POSITIVE = ("steps", "epochs", "batch_size", "accum", "lr", "save_every", "log_every", "keep",
-            "timeout", "attack_steps", "attack_epsilon")
+            "timeout", "attack_steps", "attack_epsilon", "max_pixels", "grad_clip")
 # Those that may be 0, and the largest value of each.
 FROM_ZERO = {"weight_decay": math.inf, "warmup": math.inf, "workers": math.inf,
-             "max_skips": math.inf, "eval_every": math.inf, "grad_clip": math.inf,
-             "caption_xac_sentences": math.inf, "max_bad": 1, "relations": 1, "ema": 1,
-             "beta2": 0.99999}
+             "max_skips": math.inf, "eval_every": math.inf, "caption_xac_sentences": math.inf,
+             "max_bad": 1, "relations": 1, "ema": 1, "beta2": 0.99999, "seed": 2**32 - 1}
 for name in POSITIVE:
     value = getattr(args, name)
-    if value is not None and not 0 < value < math.inf:
+    is_default = value == parser.get_default(name)      # --grad-clip has infinity
+    if not is_default and not 0 < value < math.inf:
         parser.error(f"{flag_of(name)} {value}: expected a number above 0")
 for name, largest in FROM_ZERO.items():
     value = getattr(args, name)
@@ -406,6 +408,18 @@ if args.caption_xac_sentences > 0 and not weights["caption_xac"]:
                  "term that --caption-xac-weight adds: give it a weight above 0")
 if args.replay and not method.replay:
     parser.error(f"--replay {args.replay}: --method {args.method} has no use for it, gift has")
+if args.captions and not args.data:
+    parser.error(f"--captions {args.captions} is for the images of --data: give both")
+for name in ("image_root", "image_key", "caption_key"):
+    if getattr(args, name) and not (args.data or args.replay or args.val_data):
+        parser.error(f"{flag_of(name)} {getattr(args, name)} is for files, and scenes are drawn: "
+                     "give --data")
+for name in ("world", "relations"):
+    if args.data and getattr(args, name) != parser.get_default(name):
+        parser.error(f"{flag_of(name)} {getattr(args, name)} is for scenes, not for --data")
+if args.bench == "none" and args.val_data:
+    parser.error("--bench none evaluates nothing, and --val-data is for evaluation: give one of "
+                 "them")
 if method.replay and not (weights["cd"] > 0 or weights["ita"] > 0):
     parser.error(f"--method {args.method} without --cd-weight and --ita-weight learns nothing from "
                  "--replay: give one of them a weight above 0")
@@ -632,18 +646,21 @@ def open_pairs(files, captions=None):
                        index_dir=args.index_dir)
 
 
+content = None      # of --data: the number of rows, and a digest of the first captions
 if args.data:
     dataset = guard(open_pairs, args.data, args.captions)
     check_lost(dataset)
     first_rows = [dataset.sample(index) for index in range(min(len(dataset), 1000))]
+    first_captions = json.dumps([row["captions"] for row in first_rows])
+    content = [len(dataset), hashlib.sha256(first_captions.encode()).hexdigest()[:16]]
 else:
     scenes = args.steps * args.batch_size if args.steps else 100_000
     dataset = Scenes(scenes, "train", args.seed, relations=args.relations,
                      negative_images=method.negative_images, world=args.world)
 if with_paraphrases and args.data:
     with_several = sum(len(set(row["captions"])) > 1 for row in first_rows)
-    if not with_several:
-        stop(f"--paraphrase-weight {args.paraphrase_weight:g}: none of the first "
+    if not with_several and len(first_rows) == len(dataset):
+        stop(f"--paraphrase-weight {args.paraphrase_weight:g}: none of the "
              f"{len(first_rows):,} rows of {args.data} has two captions (rows of one image are not "
              "joined): name several columns, --caption-key A,B, or put json lists into one")
     print0(f"{with_several:,} of the first {len(first_rows):,} rows have a second caption")
@@ -710,6 +727,11 @@ def damage(path):
 def choose_checkpoint():
     """The path of the checkpoint to go on from; None: a new run. ValueError for neither."""
     found = checkpoints()
+    products = [path for path in (best_path, ema_path) if os.path.exists(path)]
+    if products and not found and not args.overwrite and not args.dry_run:
+        raise ValueError(
+            f"{args.out_dir} holds {os.path.basename(products[0])} of a run, without a checkpoint "
+            "to go on from: choose another --out-dir, or discard it (--overwrite)")
     if args.resume is None:
         if found and not args.overwrite and not args.dry_run:
             raise ValueError(
@@ -751,7 +773,7 @@ MAY_CHANGE = {      # these may differ,
     "image_root", "workers", "accum", "device", "dtype", "compile", "grad_checkpointing", "timeout",
     "max_pixels", "index_dir", "val_image_root", "val_image_key", "val_caption_key"}
 SILENT = {          # and these say where weights came from, or what else this command does
-    "init", "preset", "tokenizer", "resume", "out_dir", "overwrite", "dry_run"}
+    "model", "init", "preset", "tokenizer", "resume", "out_dir", "overwrite", "dry_run"}
 
 
 def read_header(path):
@@ -767,7 +789,20 @@ def read_header(path):
     if header.get("order") != ORDER and step > 0:
         stop_all(f"--resume {path}: an earlier version made it, whose order of rows this version "
                  f"cannot continue: give it as --init {path}, or train on with that version")
+    check_content(path, header)
     return name, step, saved_args
+
+
+def check_content(path, header):
+    """Stops where --data has other rows than a checkpoint was trained on."""
+    was = header.get("content", content)    # older checkpoints do not say
+    if was == content or args.data != header["args"].get("data"):
+        return      # other files are reported as such
+    rows = f"{was[0]:,} rows, now {content[0]:,}"
+    if was[0] == content[0]:
+        rows = "the same number of rows, with other captions"
+    stop_all(f"--resume {path}: {args.data} has changed, it had {rows}: go on with what it was, or "
+             f"begin a new run from its weights, --init {path}")
 
 
 def compare_arguments(saved_args):
@@ -806,6 +841,7 @@ def check_agreement():
     """Each node has its own command line and disk: stops where one differs from process 0."""
     mine = {flag_of(name): value for name, value in vars(args).items() if name not in OWN}
     mine["data of so many rows:"] = len(dataset)
+    mine["captions with digest"] = content and content[1]
     mine["--resume"] = digest(args.resume)
     theirs = [None] * world_size
     dist.all_gather_object(theirs, mine)
@@ -922,15 +958,15 @@ def learning_rate(step):
 # ---- the rest of the checkpoint --------------------------------------------
 def best_before():
     """The mean in best.pt, which an evaluation after the last checkpoint may have raised."""
-    path = os.path.join(args.out_dir, "best.pt")
-    if args.overwrite or not os.path.exists(path) or damage(path) is not None:
+    if args.overwrite or not os.path.exists(best_path) or damage(best_path) is not None:
         return 0.0
-    found = torch.load(path, mmap=True, weights_only=True)
+    found = torch.load(best_path, mmap=True, weights_only=True)
     return found.get("mean", 0.0) if found["step"] <= first_step else 0.0
 
 
 best = 0.0      # the best mean of all figures so far
-thresholds = torch.zeros(4, device=args.device)     # of ce_clip, from one step to the next
+thresholds = torch.zeros(4, device=args.device)     # of ce_clip, from the last whole step
+next_thresholds = thresholds                        # and from the one that is under way
 if args.resume:
     saved = torch.load(args.resume, map_location=args.device, weights_only=True)
     model.load_state_dict(saved["model"])       # once more, in this run's dtype
@@ -1007,7 +1043,8 @@ def check_rows(rows, step):
         key, why = rows["bad"][-1]
         stop(f"{bad} of {seen + bad} rows could not be read, more than --max-bad "
              f"{args.max_bad:g}; the last is {key}: {why}. "
-             "Check --image-root and --image-key, or raise --max-bad")
+             "Check --image-root and --image-key, or raise --max-bad. "
+             f"{save_what_is_done()}")
 
 
 INPUTS = ("images", "tokens", "concept_tokens", "spans", "negative_tokens", "negative_images",
@@ -1117,10 +1154,10 @@ def loss_terms(out, rows, plan, taught):
     Its own images are compared with the captions and concepts of all processes. Summed over the
     processes, the shares are the loss of the whole batch.
     """
-    global thresholds
+    global next_thresholds
     features = features_of(out, rows, plan, taught)
     terms = method.loss(features)
-    thresholds = terms.pop("thresholds", thresholds)
+    next_thresholds = terms.pop("thresholds", thresholds)
     if not features.replayed:       # a batch of replay has the method's own terms alone
         added = {name: weight for name, weight in weights.items() if name not in terms}
         terms = {**terms, **extra_terms(features, added)}
@@ -1245,9 +1282,10 @@ def loss_of_pixels(pixels, texts, labels):
 @torch.no_grad()
 def teach(parts, rows):
     """The teacher's features of a batch that comes in parts, if a loss asks for them."""
-    is_asked = weights["distill"] > 0 or method.replay == ("replayed" in rows)
-    if not with_teacher or not is_asked:
+    if not with_teacher:
         return None
+    if method.replay and "replayed" not in rows and not weights["distill"]:
+        return None     # it is asked about the batch of replay alone
     outs = [forward(teacher, pick(part, ("images", "tokens", "negative_tokens"))) for part in parts]
     names = pick(outs[0], ("image_features", "text_features", "negative_features"))
     return {name: torch.cat([out[name] for out in outs]) for name in names}
@@ -1471,7 +1509,8 @@ def save(step):
         return
     checkpoint = {
         **model.checkpoint(), "optimizer": optimizer.state_dict(), "step": step, "order": ORDER,
-        "best": best, "thresholds": thresholds, "initial_scale": initial_scale, "args": vars(args)}
+        "content": content, "best": best, "thresholds": thresholds, "initial_scale": initial_scale,
+        "args": vars(args)}
     if teacher is not None:
         checkpoint["teacher"] = teacher.state_dict()
     write(checkpoint, "last.pt")
@@ -1629,10 +1668,12 @@ def check_evaluation():
         evaluate.check(benches, **evaluation_options())
     except (ValueError, OSError) as error:
         flag = "--val-data" if benches == ["retrieval"] and args.val_data else "--bench"
-        hint = ""
-        if "--data is missing" in str(error):
-            hint = ". What evaluate.py calls --data is --val-data here"
-        raise ValueError(f"{flag}: {error}{hint}") from None
+        message = str(error)
+        for name in ("image-root", "image-key", "caption-key"):
+            message = message.replace(f"--{name}", f"--val-{name}")
+        if "--data is missing" in message:
+            message += ". What evaluate.py calls --data is --val-data here"
+        raise ValueError(f"{flag}: {message}") from None
 
 
 from_process_0(check_folder)
@@ -1647,13 +1688,17 @@ def prepare_folder():
     return open_log()
 
 
+def resumes_here():
+    """Whether the checkpoint to go on from is one of --out-dir, so that what is older there is of
+    the same run."""
+    return bool(args.resume) and os.path.samefile(os.path.dirname(args.resume) or ".", args.out_dir)
+
+
 def discard_former_run():
-    """What --overwrite allows to lose: all that is younger than the checkpoint to go on from."""
-    found = checkpoints()
-    for name in ("best.pt", "ema.pt"):
-        found.append(os.path.join(args.out_dir, name))
-    for path in found:
-        if args.resume and os.path.exists(path):
+    """What --overwrite allows to lose: all that is younger than the checkpoint to go on from, and
+    all of another run."""
+    for path in (*checkpoints(), best_path, ema_path):
+        if resumes_here() and os.path.exists(path):
             if os.path.samefile(path, args.resume) or step_in(path) <= first_step:
                 continue
         remove(path)
@@ -1680,7 +1725,7 @@ def open_log():
     kept = []
     evaluated = False
     unreadable = 0
-    if args.resume and os.path.exists(log_path):
+    if resumes_here() and os.path.exists(log_path):
         with open(log_path, encoding="utf-8", errors="replace") as f:
             for line in f:
                 step = step_of(line)
@@ -1876,6 +1921,7 @@ for step in range(first_step + 1, args.steps + 1):
         leave_out(step, rows, values["loss"], grad_norm)
     else:
         left_out = 0
+        thresholds = next_thresholds
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     after_step()

@@ -1409,6 +1409,19 @@ def test_captions_that_fit_nothing(shards, tmp_path):
         CaptionFile(shards, captions=write(tmp_path, "c.csv", "url,caption\nhttp://y/1,a cat\n,a dog\n"))
     with pytest.raises(ValueError, match="no images with captions.* short.*--caption-key"):
         CaptionFile(shards, captions=write(tmp_path, "c.csv", "url,short\nhttp://x/1,a cat\n"))
+    with pytest.raises(ValueError, match="its columns or keys caption, id do not say of which image a caption is"):
+        CaptionFile(shards, captions=write(tmp_path, "c.csv", "caption,id\na cat,1\n"))
+
+
+def test_captions_of_an_image_whose_key_is_0(folder):
+    table = write(folder, "c.jsonl", '{"key": 0, "caption": "a cat"}\n{"caption": "of none"}\n')
+    data = CaptionFile(write(folder, "t.jsonl", '{"key": 0, "image": "a.png"}\n'), str(folder), captions=table)
+    assert data[0]["caption"] == "a cat"
+
+
+def test_several_caption_columns_with_spaces_between(folder):
+    path = write(folder, "t.csv", "image,short,long\na.png,a cat,a cat on a mat\n")
+    assert CaptionFile(path, str(folder), caption_key="short, long").captions == ["a cat", "a cat on a mat"]
 
 
 # ------------------------------------------------------------------------------------------------------- negatives

@@ -2,7 +2,9 @@
 import argparse
 import ast
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import pty
 import random
@@ -466,7 +468,7 @@ def test_paraphrases_need_several_captions(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     common = ["--image-root", tmp_path, "--preset", "nano", "--paraphrase-weight", "0.5", "--out-dir", tmp_path / "out"]
     says = mistake("--data", tmp_path / "one.jsonl", *common)
-    assert "none of the first 64 rows" in says and "--caption-key" in says
+    assert "none of the 64 rows" in says and "--caption-key" in says
     done = run("train.py", *SMALL, "--data", tmp_path / "two.jsonl", *common)
     assert "32 of the first 64 rows have a second caption" in done.stdout
     assert all(x > 0 for x in curve(tmp_path / "out", "paraphrase"))
@@ -531,6 +533,50 @@ def test_a_new_run_does_not_begin_in_the_folder_of_another(tmp_path):
     run("train.py", *SMALL, "--seed", 1, "--steps", 2, "--keep", 2, "--overwrite", "--out-dir", tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "log.jsonl", "step_00000002.pt"]
     assert curve(tmp_path, "step") == [1, 2]
+
+
+def test_a_folder_with_results_alone_is_not_lost(tmp_path):
+    """Its last.pt may have been moved away; best.pt would be the next run's."""
+    (tmp_path / "best.pt").write_bytes(b"of a run")
+    line = mistake("--out-dir", tmp_path)
+    assert "holds best.pt of a run, without a checkpoint to go on from" in line and "--overwrite" in line
+    assert "holds best.pt of a run" in mistake("--resume", "auto", "--out-dir", tmp_path)
+    assert (tmp_path / "best.pt").read_bytes() == b"of a run"
+
+
+def test_another_runs_folder_is_not_mixed_with_this_run(tmp_path):
+    """A checkpoint of one folder, and --out-dir with --overwrite in another: nothing of the latter stays."""
+    run("train.py", *SMALL, "--steps", 2, "--out-dir", tmp_path / "a")
+    run("train.py", *SMALL, "--seed", 1, "--steps", 3, "--save-every", 1, "--keep", 3, "--out-dir", tmp_path / "b")
+    run("train.py", *SMALL, "--steps", 4, "--resume", tmp_path / "a" / "last.pt", "--overwrite", "--out-dir",
+        tmp_path / "b")
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["last.pt", "log.jsonl"]
+    assert curve(tmp_path / "b", "step") == [3, 4] and curve(tmp_path / "a", "step") == [1, 2]
+
+
+def test_data_that_has_changed_is_not_resumed(tmp_path):
+    args = [*SMALL, *pairs(tmp_path, 32, 0)[:4], "--preset", "nano", "--out-dir", tmp_path / "out"]
+    run("train.py", *args, "--steps", 2)
+    resume = [*args, "--resume", "auto", "--steps", 3]
+    table = tmp_path / "pairs.csv"
+    text = table.read_text()
+    table.write_text(text + "0.png,one more\n")
+    done = run("train.py", *resume, check=False)
+    assert done.returncode == 1 and "pairs.csv has changed, it had 32 rows, now 33: go on with what it was" in done.stderr
+    table.write_text(text.replace("number 7", "number 70"))
+    done = run("train.py", *resume, check=False)
+    assert done.returncode == 1 and "it had the same number of rows, with other captions" in done.stderr
+    table.write_text(text)
+    run("train.py", *resume)
+    assert curve(tmp_path / "out", "step") == [1, 2, 3]
+
+
+def test_a_model_may_be_named_where_weights_named_it(tmp_path):
+    run("train.py", *SMALL, "--steps", 2, "--out-dir", tmp_path / "a")
+    run("train.py", *SMALL, "--init", tmp_path / "a" / "last.pt", "--preset", "nano", "--steps", 2, "--out-dir",
+        tmp_path / "b")
+    run("train.py", *SMALL, "--steps", 3, "--resume", "auto", "--out-dir", tmp_path / "b")
+    assert curve(tmp_path / "b", "step") == [1, 2, 3]
 
 
 def test_going_back_discards_what_followed(tmp_path):
@@ -950,6 +996,26 @@ def test_one_dead_process_ends_all(tmp_path):
     assert process.wait(timeout=60) != 0
 
 
+def test_a_step_that_is_left_out_leaves_no_thresholds(tmp_path):
+    """Those of ce_clip go from one step to the next; from a loss that is not a number they would spoil all the others."""
+    calls = []
+
+    def fail_at_the_second(features):
+        calls.append(0)
+        terms = METHODS["siglip"].loss(features)
+        spoilt = math.nan if len(calls) == 2 else 1
+        return {"contrastive": terms["contrastive"] * spoilt + features.thresholds.sum(),
+                "thresholds": features.thresholds + spoilt}
+
+    def prepare():
+        METHODS["ce_clip"] = dataclasses.replace(METHODS["ce_clip"], loss=fail_at_the_second, weights={})
+    process = Forked("train.py", *SMALL, "--method", "ce_clip", "--steps", 4, "--out-dir", tmp_path, folder=OUTPUTS,
+                     prepare=prepare)
+    assert process.wait() == 0, process.stderr
+    assert curve(tmp_path, "left_out") == [1] and math.isfinite(curve(tmp_path)[-1])
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["thresholds"].tolist() == [3.0] * 4
+
+
 def test_steps_that_are_not_finite_are_left_out(tmp_path):
     """One broken image after another: a learning rate that diverges at once stops after --max-skips steps."""
     done = run("train.py", *SMALL, "--lr", "1e12", "--warmup", 1, "--max-skips", 2, "--out-dir", tmp_path, check=False)
@@ -1258,6 +1324,17 @@ def test_too_many_bad_rows_end_training(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_what_is_done_is_saved_before_bad_rows_end_training(tmp_path):
+    args = pairs(tmp_path, 32, 0)
+    for i in range(32):     # read one by one, in an order that is not that of the file
+        if i % 4 == 0:
+            (tmp_path / f"{i}.png").write_bytes(b"no image")
+    done = run("train.py", *args, "--batch-size", 4, "--max-bad", 0.12, "--out-dir", tmp_path / "out", check=False)
+    assert done.returncode == 1 and "more than --max-bad 0.12" in done.stderr
+    saved = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"]
+    assert f"Saved step {saved}: go on with --resume auto" in done.stderr and saved > 0
+
+
 def test_rows_that_a_file_has_lost_count_as_bad(tmp_path):
     args = pairs(tmp_path, 20, 0)
     rows = [json.dumps({"image": f"{i}.png", "caption": f"a wall number {i}"}) for i in range(20)]
@@ -1317,7 +1394,14 @@ def test_exact_decoding_differs_by_a_little(tmp_path):
     ("train.py", ["--caption-xac-sentences", "2"], 2, "--caption-xac-sentences 2: sentences are for the term"),
     ("train.py", ["--attack-steps", "0"], 2, "--attack-steps 0: expected a number above 0"),
     ("train.py", ["--beta2", "1.5"], 2, "--beta2 1.5: expected a number from 0 to 0.99999"),
-    ("train.py", ["--grad-clip", "-1"], 2, "--grad-clip -1.0: expected a number of at least 0"),
+    ("train.py", ["--grad-clip", "0"], 2, "--grad-clip 0.0: expected a number above 0"),
+    ("train.py", ["--seed", str(2**64)], 2, f"--seed {2**64}: expected a number from 0 to 4294967295"),
+    ("train.py", ["--max-pixels", "0"], 2, "--max-pixels 0: expected a number above 0"),
+    ("train.py", ["--captions", "x.csv"], 2, "--captions x.csv is for the images of --data: give both"),
+    ("train.py", ["--caption-key", "title"], 2, "--caption-key title is for files, and scenes are drawn: give --data"),
+    ("train.py", ["--data", "x.csv", "--world", "large"], 2, "--world large is for scenes, not for --data"),
+    ("train.py", ["--bench", "none", "--val-data", "x.csv"], 2, "--bench none evaluates nothing, and --val-data is"),
+    ("train.py", ["--bench", "retrieval"], 1, "--data is missing"),
     ("evaluate.py", [], 1, "give what to evaluate"),
     ("evaluate.py", ["--checkpoint", "x.pt", "--bench", "sugarcrape"], 1, "no bench 'sugarcrape': expected"),
     ("evaluate.py", ["--checkpoint", "README.md"], 1, "README.md holds no readable weights"),
@@ -1391,6 +1475,13 @@ def test_held_out_pairs_may_have_other_columns_and_folders(tmp_path):
                tmp_path / "held", "--val-image-key", "picture", "--val-caption-key", "words", "--out-dir",
                tmp_path / "out")
     assert "t2i_r1" in done.stdout
+
+
+def test_columns_of_held_out_pairs_are_named_by_their_own_flags(tmp_path):
+    data = pairs(tmp_path, 32, 0)
+    (tmp_path / "val.csv").write_text("picture,words\n0.png,a wall\n")
+    line = mistake(*data, "--val-data", tmp_path / "val.csv", "--out-dir", tmp_path / "out")
+    assert line.startswith("train.py: --val-data: ") and "--val-image-key, --val-caption-key" in line
 
 
 def test_lost_rows_count_against_max_bad(tmp_path):
