@@ -902,6 +902,9 @@ else:
     model = guard(CLIP.from_pretrained, args.init, args.model)
     if args.tokenizer:
         model = guard(set_tokenizer, model, args.tokenizer)
+for drawn in (dataset, replay):
+    if isinstance(drawn, Scenes):
+        drawn.image_size = model.config.image_size      # as evaluate.py draws them
 if args.loss == "clip":
     model.logit_bias = model.config.logit_bias = None   # unused, it would be an error under DDP
 elif args.loss == "siglip" and model.logit_bias is None:

@@ -26,6 +26,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
+import data
 from losses import METHODS, TERMS
 from model import CLIP, CLIPConfig
 
@@ -369,6 +370,24 @@ def test_a_loss_that_does_not_see_the_scale_or_the_bias(tmp_path, processes, acc
     run("train.py", *SMALL, "--steps", 2, "--method", "gift", "--ita-weight", 0, "--accum", accum, "--out-dir", tmp_path,
         processes=processes)
     assert len(curve(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("method", ["siglip", "gift"])
+def test_scenes_are_drawn_at_the_models_size(tmp_path, method):
+    """As evaluate.py draws them, and not drawn small and enlarged."""
+    def prepare():
+        render = data.Scenes.render
+
+        def recorded(scenes, *args):
+            with open(tmp_path / "sizes", "a") as f:
+                f.write(f"{scenes.image_size}\n")
+            return render(scenes, *args)
+        data.Scenes.render = recorded
+    process = Forked("train.py", *SMALL, "--model", "micro-siglip", "--init", "scratch", "--preset", "nano", "--method",
+                     method, "--steps", 1, "--batch-size", 4, "--out-dir", tmp_path, folder=OUTPUTS, prepare=prepare)
+    assert process.wait() == 0, process.stderr
+    sizes = (tmp_path / "sizes").read_text().split()
+    assert sizes[2000:] == ["48"] * (8 if method == "gift" else 4)      # after those whose captions a tokenizer reads
 
 
 def test_gift_replays_photographs_beside_scenes(tmp_path):
