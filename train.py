@@ -1042,12 +1042,16 @@ def check_rows(rows, step):
         tqdm.write(f"skipped {key}: {why}")
         log({"step": step, "skipped": key, "error": why})
     allowed = args.max_bad * max(seen + bad, min(len(dataset), 1000))
-    if rows["bad"] and (bad > allowed or not rows["keys"]):
-        key, why = rows["bad"][-1]
-        stop(f"{bad} of {seen + bad} rows could not be read, more than --max-bad "
-             f"{args.max_bad:g}; the last is {key}: {why}. "
-             "Check --image-root and --image-key, or raise --max-bad. "
-             f"{save_what_is_done()}")
+    if not rows["bad"] or (bad <= allowed and rows["keys"]):
+        return
+    problem = (f"{bad} of {seen + bad} rows could not be read, more than --max-bad "
+               f"{args.max_bad:g}")
+    if bad <= allowed:
+        problem = (f"no row could be read of the {len(rows['bad'])} of a batch that process {rank} "
+                   "has")
+    key, why = rows["bad"][-1]
+    stop(f"{problem}; the last is {key}: {why}. Check --image-root and --image-key, or raise "
+         f"--max-bad. {save_what_is_done()}")
 
 
 INPUTS = ("images", "tokens", "concept_tokens", "spans", "negative_tokens", "negative_images",

@@ -1343,6 +1343,12 @@ def test_too_many_bad_rows_end_training(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_batch_without_any_row_ends_training(tmp_path):
+    """However many bad rows are allowed: there is nothing to take a step on."""
+    done = run("train.py", *pairs(tmp_path, 0, 16), "--max-bad", 1, "--out-dir", tmp_path / "out", check=False)
+    assert done.returncode == 1 and "no row could be read of the 16 of a batch that process 0 has" in done.stderr
+
+
 def test_what_is_done_is_saved_before_bad_rows_end_training(tmp_path):
     args = pairs(tmp_path, 32, 0)
     for i in range(32):     # read one by one, in an order that is not that of the file
