@@ -304,7 +304,7 @@ class Missing(ValueError):
 
 
 class MissingImages(Missing):
-    """Images of a part of a benchmark; read_bench counts those of all parts, and says so once."""
+    """Images of a part of a benchmark. It says nothing: absence counts those of all parts."""
 
 
 @contextlib.contextmanager
@@ -1180,7 +1180,7 @@ class Source:
     image_size: int = 32            # of the model, for built-in drawings
     has_patches: bool = True        # whether the model gives patch tokens
     partial: str = ""               # what is to be said of a file that is not whole
-    images: dict = field(default_factory=dict)      # {path asked for by pictures: is it there?}
+    images: dict = field(default_factory=dict)      # {path: is it there?}, filled by pictures
 
     @property
     def spec(self):
@@ -1282,11 +1282,16 @@ def is_kind(value, kind):
 
 
 def read(benches, options, image_size=32, has_patches=True, skip=False):
-    """-> {bench: [Choices or Ranking, ...]} and a list of what is not there, a line each.
+    """Read benchmarks: what images and texts they compare.
 
-    What is not there is an error, unless all benches are asked for or skip is given, or
-    --allow-missing and another part of the same benchmark is there. What is there and is not as it
-    should be is an error, unless all are asked for.
+    benches: a list of names, or ["all"]: see read_all
+    image_size, has_patches: of the model, see Source
+    skip: pass over what is not there, as --allow-missing does where another part of the same
+        benchmark is there
+
+    Returns {bench: [Choices, Ranking or Pointing, ...]}, and a line for each benchmark of which
+    something is not there. Raises Missing for what is not there and may not be passed over, and
+    ValueError for what is there and not as it should be.
     """
     if isinstance(benches, str) or not benches:
         raise ValueError(f"benches is {benches!r}: expected a list of names")
@@ -1294,19 +1299,14 @@ def read(benches, options, image_size=32, has_patches=True, skip=False):
         raise ValueError(f"dtype is {options.dtype!r}: expected float32 or bfloat16")
     if options.pooled and not has_patches:
         raise ValueError(f"--pooled: {NO_PATCHES}")
-    wants_all = list(benches) == ["all"]
-    if wants_all:
-        benches, skip = BENCHES, True
+    if list(benches) == ["all"]:
+        return read_all(options, image_size, has_patches)
     check_names(benches)
     tasks, missing = {}, []
     for bench in benches:
-        try:
-            found, absent = read_bench(bench, options, image_size, has_patches)
-        except (ValueError, OSError) as error:
-            if not wants_all:
-                raise
-            found, absent = [], plain_words(error)
-        if absent and not skip and not (options.allow_missing and found):
+        found, absent = read_bench(bench, options, image_size, has_patches)
+        may_lack = skip or (options.allow_missing and found)
+        if absent and not may_lack:
             raise Missing(absent)
         if absent:
             missing.append(absent)
@@ -1315,41 +1315,67 @@ def read(benches, options, image_size=32, has_patches=True, skip=False):
     return tasks, missing
 
 
+def read_all(options, image_size, has_patches):
+    """As read, of all benchmarks: whatever is wrong with one of them is a line, and no error."""
+    tasks, missing = {}, []
+    for bench in BENCHES:
+        try:
+            found, absent = read_bench(bench, options, image_size, has_patches)
+        except (ValueError, OSError) as error:
+            found, absent = [], plain_words(error)
+        if absent:
+            missing.append(absent)
+        if found:
+            tasks[bench] = found
+    return tasks, missing
+
+
 def read_bench(bench, options, image_size, has_patches):
-    """-> the tasks of a benchmark, and one line on what is not there of all of its parts, or "".
-    Its function is called for each of its files, or once."""
+    """Read all parts of a benchmark, most of which have a file each.
+
+    Returns the tasks of those that are there, and one line on what is not there, or "". Raises
+    ValueError for what is there and not as it should be.
+    """
     parts = TABLE[bench].get("files", [bench])
     if bench == "retrieval" and options.data and not os.path.isdir(options.data):
         parts = ["data"]
-    tasks, files, images = [], [], {}
-    lacks_images = False
+    tasks, absent = [], []          # absent: why a part cannot be read
+    images = {}                     # {path: is it there?}, of all parts
     for part in parts:
-        source = Source(bench, part, options, image_size, has_patches)
-        found = []
+        source = Source(bench, part, options, image_size, has_patches, images=images)
         try:
-            found = list(READERS[bench](source))
-        except MissingImages:
-            lacks_images = True
+            tasks += read_part(source)
         except Missing as error:
-            files.append(str(error))
-        images |= source.images
-        for task in found:
-            if not task.images or not task.texts:
-                raise ValueError(f"{bench}: no item of {part} is left to score")
-            task.partial = source.partial
-        tasks += found
-    absent = files[:1]
-    if len(files) > 1:
-        absent[0] += f" (and {len(files) - 1} more)"
-    if lacks_images:
+            absent.append(error)
+    return tasks, absence(bench, options, absent, images)
+
+
+def read_part(source):
+    """The tasks of one part of a benchmark. Raises Missing for files or images not there."""
+    tasks = list(READERS[source.bench](source))
+    for task in tasks:
+        if not task.images or not task.texts:
+            raise ValueError(f"{source.bench}: no item of {source.subset} is left to score")
+        task.partial = source.partial
+    return tasks
+
+
+def absence(bench, options, absent, images):
+    """The line of read_bench: the first file that is not there, and how many images are not."""
+    reasons = []
+    if absent and bench == "retrieval" and not options.data:
+        reasons.append(f"{needs_data(bench)}, or the official files")
+    files = [str(error) for error in absent if not isinstance(error, MissingImages)]
+    if files:
+        more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+        reasons.append(f"{files[0]}{more}")
+    if len(files) < len(absent):
         gone = [path for path, there in images.items() if not there]
-        absent.append(
+        reasons.append(
             f"{bench}: {len(gone)} of {len(images)} images are missing, the first is "
             f"{gone[0][:300]}. Give --image-root DIR, or get them: {GET} {bench}; "
             "--allow-missing skips some, but not all")
-    if absent and bench == "retrieval" and not options.data:
-        absent.insert(0, f"{needs_data(bench)}, or the official files")
-    return tasks, "; ".join(absent)
+    return "; ".join(reasons)
 
 
 def needs_data(bench):
