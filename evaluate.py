@@ -997,7 +997,7 @@ def check_pictures(task, options):
 
 def score(model, tasks, options):
     """tasks {bench: [Choices, Ranking or Pointing, ...]} -> results, as run returns them."""
-    check_attack(tasks, options)
+    check_attack(model, tasks, options)
     pictures, texts = needed_by(tasks)
     image_features = encode_images(model, [] if options.pooled else pictures, options)
     text_features = encode_texts(model, texts, options)
@@ -1052,8 +1052,8 @@ def is_attacked(task, options):
     return all(way == "i2t" for way, _ in task.recalls.values())
 
 
-def check_attack(tasks, options):
-    """Raise ValueError for an attack that has nothing to attack, or no step."""
+def check_attack(model, tasks, options):
+    """Raise ValueError for an attack that has nothing to attack, no step, or no way to pixels."""
     if options.attack and options.pooled:
         raise ValueError("--attack and --pooled exclude each other: give one of them")
     attacked = any(is_attacked(task, options) for task in itertools.chain(*tasks.values()))
@@ -1064,6 +1064,20 @@ def check_attack(tasks, options):
         raise ValueError(f"--attack {options.attack:g}: it needs a benchmark of zero-shot "
                          f"classification, such as cifar10, folder or scenes, and these are "
                          f"{', '.join(tasks)}")
+    if options.attack:
+        mean_and_std(model)
+
+
+def mean_and_std(model):
+    """Those by which the model's transform normalises pixels: (2, 3). Raises ValueError where it
+    does not say: an attack moves pixels, and so has to undo what the transform did to them."""
+    steps = getattr(model.transform, "transforms", None) or [model.transform]
+    last = steps[-1]
+    if not hasattr(last, "mean") or not hasattr(last, "std"):
+        raise ValueError(f"--attack: the model's transform ends with {type(last).__name__}: "
+                         "expected torchvision's Compose with Normalize as its last step; give "
+                         "the model such a transform, or leave --attack out")
+    return torch.tensor([last.mean, last.std])
 
 
 def attacked_outcomes(model, task, text_features, options):
@@ -1075,10 +1089,7 @@ def attacked_outcomes(model, task, text_features, options):
     attacks images as they are before they are resized, here their pixels are what the tower sees.
     """
     device, _ = model_place(model)
-    normalize = getattr(model.transform, "transforms", [None])[-1]
-    if not hasattr(normalize, "mean"):
-        raise ValueError("--attack: the model's transform has to end with Normalize, and does not")
-    mean, std = torch.tensor([normalize.mean, normalize.std], device=device)[:, :, None, None]
+    mean, std = mean_and_std(model).to(device)[:, :, None, None]    # (3, 1, 1) each
     texts = task.candidates(text_features).to(device)               # (M, D)
     scale = model.logit_scale.exp().item() if hasattr(model, "logit_scale") else 100.0
 

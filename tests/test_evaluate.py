@@ -741,6 +741,31 @@ def test_attacked_images_are_scored_beside_the_others(nano, tmp_path):
         evaluate.run(nano, ["retrieval"], attack=1, quiet=True, data=captioned(tmp_path), image_root=str(tmp_path))
 
 
+def test_an_attack_on_unknown_pixels_is_told_before_anything_is_encoded(nano):
+    """Without Normalize at the end of the transform nobody knows what a pixel is."""
+    class Steps:
+        def __init__(self, *steps):
+            self.transforms = steps
+
+        def __call__(self, image):
+            return nano.transform(image)
+
+    def encode(inputs):
+        raise AssertionError("encoded")
+
+    model = types.SimpleNamespace(encode_image=encode, encode_text=encode, tokenize=nano.tokenize)
+    normalize = nano.transform.transforms[-1]
+    for transform, name in ((lambda image: nano.transform(image), "function"), (Steps(), "Steps"),
+                            (Steps(normalize, torch.nn.Identity()), "Identity")):
+        model.transform = transform
+        with pytest.raises(ValueError, match=f"--attack: the model's transform ends with {name}: expected .*Normalize.*; "
+                                             "give .*, or leave --attack out$"):
+            evaluate.run(model, ["scenes"], attack=1, quiet=True)
+    model.transform = Steps(normalize)
+    with pytest.raises(AssertionError, match="encoded"):
+        evaluate.run(model, ["scenes"], attack=1, quiet=True)
+
+
 def captioned(folder):
     (folder / "pairs.csv").write_text("image,caption\n" + "".join(f"data/{i}/{i}.png,picture {i}\n" for i in range(3)))
     return str(folder / "pairs.csv")
