@@ -1008,8 +1008,7 @@ def score(model, tasks, options):
             outcomes += judge(model, task, image_features, text_features, options)
         names = [outcome.subset for outcome in outcomes]
         results[bench] = summarize(outcomes, means_of(bench, names))
-    eleven = [(bench, subset) for bench, (subset,) in GROUPS[ELEVEN].items()]
-    mean = find_result(results, eleven)
+    mean = find_result(results, the_eleven())
     if mean:
         results[ELEVEN] = {"mean": mean}
     if options.pooled:
@@ -1017,6 +1016,11 @@ def score(model, tasks, options):
             for result in subsets.values():
                 result["pooled"] = True
     return results
+
+
+def the_eleven():
+    """[(bench, subset), ...] of the sets whose mean is a result of its own."""
+    return [(bench, subset) for bench, (subset,) in GROUPS[ELEVEN].items()]
 
 
 def needed_by(tasks):
@@ -2585,8 +2589,9 @@ def compare_two(name_a, name_b, a, b, items):
           "\n")
     print(f"{'percent':32s}     n      A      B   B - A    95 % interval        p  gained  lost")
     for bench in a:
-        if bench in b:
+        if bench in b and bench != ELEVEN:
             compare_bench(bench, a[bench], b[bench], items)
+    compare_eleven(a, b)
     alone = []
     for bench in all_keys([a, b]):
         names = set(a.get(bench, {})) ^ set(b.get(bench, {}))
@@ -2597,9 +2602,7 @@ def compare_two(name_a, name_b, a, b, items):
 def compare_bench(bench, a, b, items):
     """a, b: {subset or mean: results} of one benchmark."""
     for name, draws in paired_draws(bench, a, b).items():
-        low, high = np.nanquantile(draws[1:], (0.025, 0.975))
-        line = (f"{bench + ' ' + name:32s}{a[name]['n']:6d} {100 * a[name]['accuracy']:6.1f} "
-                f"{100 * b[name]['accuracy']:6.1f}  {draws[0]:+6.1f}  {low:+6.1f} .. {high:+6.1f}")
+        line = difference_line(f"{bench} {name}", a[name], b[name], draws)
         if "correct" not in a[name]:
             print(f"{line}     mean")
             continue
@@ -2611,6 +2614,21 @@ def compare_bench(bench, a, b, items):
             for word, numbers in ("gained", gained), ("lost", lost):
                 for number in numbers:
                     print(f"    {word}: {a[name]['items'][number]}")
+
+
+def compare_eleven(a, b):
+    """The mean of the eleven sets of classification, where both files hold all of them."""
+    mean_a, mean_b = find_result(a, the_eleven()), find_result(b, the_eleven())
+    if mean_a and mean_b:
+        draws = paired_mean_draws(the_eleven(), a, b)
+        print(f"{difference_line(f'{ELEVEN} mean', mean_a, mean_b, draws)}     mean")
+
+
+def difference_line(name, a, b, draws):
+    """a, b: two models' results; draws (1 + samples,) of B - A, see paired_draws."""
+    low, high = np.nanquantile(draws[1:], (0.025, 0.975))
+    return (f"{name:32s}{a['n']:6d} {100 * a['accuracy']:6.1f} {100 * b['accuracy']:6.1f}  "
+            f"{draws[0]:+6.1f}  {low:+6.1f} .. {high:+6.1f}")
 
 
 def paired_draws(bench, a, b, seed=0):
@@ -2630,6 +2648,22 @@ def paired_draws(bench, a, b, seed=0):
             change[name] = np.subtract(b[name]["correct"], a[name]["correct"])
     draws = resample(shared, change, seed=seed)
     return {name: 100 * shares for name, shares in draws.items()}
+
+
+def paired_mean_draws(parts, a, b):
+    """B - A as by paired_draws, of the mean of parts: [(bench, subset or mean), ...]. Images are
+    drawn anew for each benchmark, as mean_of_benches takes them to be independent.
+
+    a, b: {bench: {subset or mean: results}} of two models -> (1 + samples,). Raises ValueError
+    where the models were scored on other items, or items are not known.
+    """
+    draws = {}
+    for seed, bench in enumerate(dict(parts)):
+        draws[bench] = paired_draws(bench, a[bench], b[bench], seed)
+    unknown = [f"{bench} {subset}" for bench, subset in parts if subset not in draws[bench]]
+    if unknown:
+        raise ValueError(f"no items of {unknown[0]} in these files: expected files of --json")
+    return np.mean([draws[bench][subset] for bench, subset in parts], 0)
 
 
 @dataclass
@@ -2695,6 +2729,8 @@ def clear_best(results, parts):
     """The number of the model with the highest accuracy (mean of parts, as in find_result), if its
     lead over the second is beyond chance: the 95 % interval of the paired difference is above 0.
     Else None, as where they were scored on other items."""
+    if parts == [(ELEVEN, "mean")]:     # it has no items of its own
+        parts = the_eleven()
     accuracy = {}
     for number, file in enumerate(results):
         found = find_result(file, parts)
@@ -2703,17 +2739,11 @@ def clear_best(results, parts):
     if len(accuracy) < 2:
         return None
     best, second = sorted(accuracy, key=accuracy.get, reverse=True)[:2]
-    draws = []
-    for seed, (bench, subset) in enumerate(parts):
-        try:
-            paired = paired_draws(bench, results[second][bench], results[best][bench], seed)
-        except ValueError:
-            return None
-        if subset not in paired:
-            return None
-        draws.append(paired[subset])
-    clear = np.nanquantile(np.mean(draws, 0)[1:], 0.025) > 0
-    return best if clear else None
+    try:
+        lead = paired_mean_draws(parts, results[second], results[best])
+    except ValueError:
+        return None
+    return best if np.nanquantile(lead[1:], 0.025) > 0 else None
 
 
 def make_cell(result, is_best):

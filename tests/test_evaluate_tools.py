@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -292,6 +293,64 @@ def test_run_gives_the_mean_of_the_eleven_sets(monkeypatch):
     found = evaluate.run(nano(0).eval(), ["scenes", "scenes_pointing"], quiet=True)
     both = [found["scenes_pointing"]["quadrant"]["accuracy"], found["scenes"]["swap_att"]["accuracy"]]
     assert found[evaluate.ELEVEN]["mean"]["accuracy"] == pytest.approx(sum(both) / 2)
+
+
+@pytest.fixture
+def eleven(tmp_path):
+    """Files of two models on the eleven sets of 60 images and more; the second is ahead."""
+    files = []
+    for number in range(2):
+        rng, found = np.random.default_rng(number), {}
+        for more, (bench, (name,)) in enumerate(evaluate.GROUPS[evaluate.ELEVEN].items()):
+            images = [f"{i}.jpg" for i in range(60 + more)]
+            margins = torch.from_numpy(rng.random(len(images)) - 0.5 + 0.1 * number)
+            outcome = Outcome("top1", margins, 0.1, images, images, [i % 7 for i in range(len(images))])
+            found[bench] = evaluate.summarize([outcome], {})
+        parts = [(bench, name) for bench, (name,) in evaluate.GROUPS[evaluate.ELEVEN].items()]
+        found[evaluate.ELEVEN] = {"mean": evaluate.find_result(found, parts)}
+        files.append(results(tmp_path / f"{number}.json", found, checkpoint=f"out/m{number}/last.pt"))
+    return files
+
+
+def test_compare_shows_the_mean_of_the_eleven_sets(eleven, capsys):
+    """Its difference and interval, against items of each set drawn anew, the same of both models."""
+    command(["compare", *eleven])
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("classification_11 mean")]
+    a, b = (json.loads(open(path).read())["results"] for path in eleven)
+    rng, draws, differences = np.random.default_rng(9), [], []
+    for bench, (name,) in evaluate.GROUPS[evaluate.ELEVEN].items():
+        weights = np.array(a[bench][name].get("weights", np.ones(a[bench]["top1"]["n"])))
+        change = np.subtract(b[bench]["top1"]["correct"], a[bench]["top1"]["correct"])
+        drawn = rng.integers(len(change), size=(4000, len(change)))
+        draws.append((change * weights)[drawn].sum(1) / weights[drawn].sum(1))
+        differences.append(b[bench][name]["accuracy"] - a[bench][name]["accuracy"])
+    low, high = 100 * np.quantile(np.mean(draws, 0), (0.025, 0.975))
+    row = line.split()
+    means = [100 * file[evaluate.ELEVEN]["mean"]["accuracy"] for file in (a, b)]
+    assert row[2:6] == [str(11 * 60 + 55), *(f"{mean:.1f}" for mean in means), f"{100 * np.mean(differences):+.1f}"]
+    assert float(row[6]) == pytest.approx(low, abs=0.4) and float(row[8]) == pytest.approx(high, abs=0.4)
+    assert row[9:] == ["mean"] and out.endswith("in one file only: none\n") and low > 0
+    command(["compare", *eleven, "--columns", "headline", "--format", "markdown"])
+    assert f"| **{means[1]:.1f}** [" in capsys.readouterr().out.splitlines()[3]
+
+    file = json.loads(open(eleven[1]).read())
+    del file["results"]["pets"], file["results"][evaluate.ELEVEN]
+    results(Path(eleven[1]), file["results"])
+    command(["compare", *eleven])
+    out = capsys.readouterr().out
+    assert "\nclassification_11" not in out and "pets top1_macro, classification_11 mean" in out
+
+
+def test_the_lead_in_several_subsets_of_one_benchmark_draws_its_images_once():
+    """Their mean is as uncertain as each of them where they agree on every image."""
+    images = [f"{i}.jpg" for i in range(100)]
+    files = []
+    for right in ([1] * 50 + [0] * 50, [1] * 56 + [0] * 44):
+        outcomes = [Outcome(name, torch.tensor(right) - 0.5, 0.5, images, images) for name in "xyz"]
+        files.append({"b": {name: {**r, "data": ""} for name, r in evaluate.summarize(outcomes, {}).items()}})
+    one, three = (evaluate.paired_mean_draws([("b", name) for name in names], *files) for names in ("x", "xyz"))
+    assert np.allclose(one, three) and one[0] == pytest.approx(6)
 
 
 def test_groups_name_what_benchmarks_have():
