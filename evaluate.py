@@ -3309,37 +3309,45 @@ def verify(registry, bench, tolerance, **settings):
     options = prepare(settings)
     only = bench.split(",") if bench else list(BENCHES)
     check_names(only)
-    close, count = 0, 0
+    are_close = []          # of each published figure, whether ours is
     for name, entry in read_registry(registry).items():
         figures = {key: value for key, value in entry["figures"].items() if key in only}
         if not figures:     # another model's
             continue
         try:
-            tasks, _ = read(figures, options, skip=True)
-            if not tasks:
-                print0(f"\n{name}: none of the files of {', '.join(figures)} are there")
-                continue
-            model = load_verified(name, entry, options.data_dir)
+            results = score_verified(name, entry, figures, options)
         except (ValueError, OSError) as error:
             print0(f"\n{name}: not verified, {plain_words(error)}")
             continue
-        results = score(model.to(options.device).eval(), tasks, options)
         print0(f"\n{name:32s}    ours  published  difference")
         for key, subsets in figures.items():
             for subset, published in subsets.items():
                 found = find_result(results, [(key, subset)])
+                label = f"{key + ' ' + subset:32s}"
                 if not found:
-                    print0(f"{key + ' ' + subset:32s}  not scored: its files are not there, or it "
-                           "is no subset")
+                    print0(f"{label}  not scored: its files are not there, or it is no subset")
                     continue
                 ours = 100 * found["accuracy"]
-                is_close = abs(ours - published) <= tolerance + 1e-9
-                close += is_close
-                count += 1
+                difference = ours - published
+                is_close = abs(difference) <= tolerance + 1e-9
+                are_close.append(is_close)
                 verdict = "" if is_close else f"  more than {tolerance:g}"
-                print0(f"{key + ' ' + subset:32s}  {ours:6.1f}  {published:9.1f}  "
-                      f"{ours - published:+10.1f}{verdict}")
-    print0(f"\n{close} of {count} figures are within {tolerance:g} points")
+                print0(f"{label}  {ours:6.1f}  {published:9.1f}  {difference:+10.1f}{verdict}")
+    print0(f"\n{sum(are_close)} of {len(are_close)} figures are within {tolerance:g} points")
+
+
+def score_verified(name, entry, benches, options):
+    """The results of a model of the registry on those benchmarks whose files are there. Raises
+    ValueError or OSError where there are none, or the model cannot be had."""
+    tasks, _ = read(benches, options, skip=True)
+    if not tasks:       # said before the weights are downloaded
+        raise Missing(f"none of the files of {', '.join(benches)} are there")
+    model = load_verified(name, entry, options.data_dir).to(options.device).eval()
+    size, patches = image_size(model), gives_patch_tokens(model)
+    tasks, missing = read(benches, options, size, patches, skip=True)
+    if not tasks:
+        raise Missing(missing[0])
+    return score(model, tasks, options)
 
 
 def read_registry(path):
@@ -3361,6 +3369,9 @@ def read_registry(path):
         registry = json.loads(Path(path).read_text("utf-8"))
         for entry in registry.values():
             check_names(entry["figures"])
+            for key in ("init", "checkpoint", "model", "path", "url", "sha256"):
+                if not is_kind(entry.get(key) or "", str):
+                    raise ValueError(f"{key} is no text")
             for known in entry["figures"].values():
                 if not all(is_kind(figure, (int, float)) for figure in known.values()):
                     raise ValueError("a figure is no number")

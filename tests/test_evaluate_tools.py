@@ -267,9 +267,27 @@ def test_one_table_over_benchmarks(several, capsys):
     command(["compare", *several])
     out = capsys.readouterr().out
     assert out.index("headline") < out.index("sugarcrepe  ") and out.count("percent with 95 % intervals") == 3
+    assert "not of the same items" not in out
     for columns in ("relation", "swap_attribute"):
         with pytest.raises(ValueError, match=f"no figure of these files is named {columns}: expected .* headline, attri"):
             command(["compare", *several, "--columns", columns])
+
+
+def test_a_table_of_other_items_says_so(several, tmp_path, capsys):
+    """Of other images, or of another number of items; a model without the benchmark does not count."""
+    file = json.loads(open(several[1]).read())
+    images = file["results"]["sugarcrepe"]["swap_att"]["image"]
+    images[0] = images[1]
+    file["results"]["scenes"]["np_binding"]["n"] = 79
+    changed = results(tmp_path / "changed.json", file["results"])
+    command(["compare", several[0], changed, several[2], "--columns", "swap_att,swap_obj,np_binding"])
+    unlike = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not of the same items")]
+    assert unlike == ["not of the same items in all files: sugarcrepe swap_att",
+                      "not of the same items in all files: scenes np_binding"]
+    command(["compare", several[0], changed, "--columns", "np_binding"])
+    assert "not of the same items" not in capsys.readouterr().out
+    command(["compare", several[0], changed, "--columns", "swap_att", "--format", "csv"])       # to paste: only the table
+    assert "not of the same items" not in capsys.readouterr().out
 
 
 def test_the_mean_of_benchmarks_is_of_independent_ones():
@@ -1174,10 +1192,56 @@ def test_verify_tells_a_wrong_figure(checkpoints, tmp_path, capsys):
     assert lines[0][2:4] == [ours, f"{right:.1f}"] and len(lines[0]) == 5
     assert lines[1][2:4] == [ours, f"{right + 1:.1f}"] and lines[1][5:] == ["more", "than", "0.3"]
     assert "absent: not verified, " in out and "by hand: not verified, no " in out and "see y" in out
-    assert "no files: none of the files of sugarcrepe are there" in out and "1 of 2 figures are within 0.3 points" in out
-    (tmp_path / "bad.json").write_text('{"x": {"figures": {"scenes": {"a": "b"}}}}')
-    with pytest.raises(ValueError, match="bad.json: expected {NAME: .*a figure is no number"):
+    assert "scenes_pointing gone              not scored: its files are not there, or it is no subset\n" in out
+    assert "no files: not verified, none of the files of sugarcrepe are there\n" in out
+    assert out.endswith("\n1 of 2 figures are within 0.3 points\n")
+    registry = {"of mine": {"path": "x.pt", "figures": {"scenes_pointing": {"quadrant": 1}, "sugarcrepe": {"add": 1}}},
+                "of others": {"path": "y.pt", "figures": {"sugarcrepe": {"add": 1}}}}
+    (tmp_path / "registry.json").write_text(json.dumps(registry))
+    command(["verify", "--registry", str(tmp_path / "registry.json"), "--data-dir", str(tmp_path), "--bench",
+             "scenes_pointing", "--tolerance", "2"])
+    assert capsys.readouterr().out.strip().splitlines() == [
+        f"of mine: not verified, no {tmp_path / 'x.pt'}: put the weights there", "", "0 of 0 figures are within 2 points"]
+
+
+@pytest.mark.parametrize("entry, says", [
+    ({"figures": {"scenes": {"a": "b"}}}, "a figure is no number"), ({"figures": {"scnes": {"a": 1}}}, "no bench 'scnes'"),
+    ({}, r"\('figures'\)"), ({"figures": {"scenes": 3}}, "object has no"), (3, "not subscriptable"),
+    *[({key: 5, "figures": {"scenes": {"a": 1}}}, f"{key} is no text") for key in ("init", "checkpoint", "path", "url")]])
+def test_verify_of_a_registry_that_is_none(tmp_path, entry, says):
+    (tmp_path / "bad.json").write_text(json.dumps({"x": entry}))
+    with pytest.raises(ValueError, match="bad.json: expected {NAME: .*" + says):
         command(["verify", "--registry", str(tmp_path / "bad.json")])
+    with pytest.raises(ValueError, match="no bench 'scnes': expected some of scenes, "):
+        command(["verify", "--bench", "scnes"])
+
+
+def test_verify_scores_what_evaluate_scores(tmp_path, capsys, monkeypatch):
+    """Scenes are drawn at the size of the model; one without patch tokens, and one whose images cannot be read, do not
+    keep the others from being verified."""
+    model = nano(0, image_size=64, patch_size=16).eval()
+    torch.save(model.checkpoint(), tmp_path / "last.pt")
+    found = evaluate.run(model, ["scenes_pointing"], quiet=True)["scenes_pointing"]["quadrant"]
+    figures = {"scenes_pointing": {"quadrant": 100 * found["accuracy"]}}
+    registry = {"blind": {"init": "blind", "figures": figures},
+                "torn": {"init": "torn", "figures": figures},
+                "good": {"checkpoint": str(tmp_path / "last.pt"), "figures": figures}}
+    (tmp_path / "registry.json").write_text(json.dumps(registry))
+    blind, torn = nano(1), nano(2)
+    blind.encode_image = lambda pixels: None
+
+    def unreadable(image):
+        if image.size != (64, 64):      # which asks for the size of the model
+            raise OSError("torn")
+        return torn.known(image)
+
+    torn.known, torn.transform = torn.transform, unreadable
+    monkeypatch.setattr(evaluate, "load_source", lambda source, name: {"blind": blind, "torn": torn}[source])
+    command(["verify", "--registry", str(tmp_path / "registry.json"), "--tolerance", "0", "--workers", "0"])
+    out = capsys.readouterr().out
+    assert "blind: not verified, scenes_pointing: this model's encode_image gives no patch tokens" in out
+    assert "torn: not verified, cannot read small val 1 0 (torn)" in out
+    assert out.endswith("\n1 of 1 figures are within 0 points\n")
 
 
 def test_the_registry_has_published_figures():
