@@ -2157,6 +2157,8 @@ def choices(source):
                              "for the mean of that name: call it otherwise")
         picture = Picture(os.path.join(options.image_root, image))
         groups.setdefault(subset, []).append((picture, caption, negatives))
+    if not groups:
+        raise ValueError(f"{options.data}: none of its rows can be read")
     for subset, rows in groups.items():
         most = max(len(negatives) for _, _, negatives in rows)
         texts = []
@@ -2473,7 +2475,10 @@ def describe(bench, data_dir):
 def mcnemar(gained, lost):
     """Two-sided p of the exact McNemar test, which takes the items as independent."""
     changed = gained + lost
-    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
+    ways, tail = 1, 0           # ways: to choose k of what has changed
+    for k in range(min(gained, lost) + 1):
+        tail += ways
+        ways = ways * (changed - k) // (k + 1)
     return min(1.0, 2 * tail / 2 ** changed)
 
 
@@ -3187,8 +3192,14 @@ def load_source(source, name=None):
     return CLIP.from_pretrained(source, name)
 
 
+def load_interpolated(path, source, name, weight):
+    """The checkpoint at path, moved towards --init, see interpolate_weights."""
+    return interpolate_weights(CLIP.load(path), CLIP.from_pretrained(source, name), weight)
+
+
 def models_of(checkpoint, init, name, weight):
-    """Yield (what it is called, model) for each that --checkpoint, --init, --model mean."""
+    """What --checkpoint, --init, --model and --interpolate mean: [(what it is called, function that
+    loads it), ...]."""
     checkpoints = checkpoint.split(",") if checkpoint else []
     sources = init.split(",") if init else []
     if name and not init:
@@ -3196,17 +3207,15 @@ def models_of(checkpoint, init, name, weight):
     if weight is not None:
         if len(checkpoints) != 1 or len(sources) != 1:
             raise ValueError("--interpolate takes one --checkpoint and one --init (or --model)")
-        model = CLIP.load(checkpoints[0])
-        model = interpolate_weights(model, CLIP.from_pretrained(sources[0], name), weight)
-        yield checkpoints[0], model
-        return
+        path, source = checkpoints[0], sources[0]
+        return [(path, functools.partial(load_interpolated, path, source, name, weight))]
     if not checkpoints and not sources:
         raise ValueError("give what to evaluate: --checkpoint FILE, or --init SOURCE (or --model "
                          "NAME for its default weights); several are joined by commas")
-    for path in checkpoints:
-        yield path, CLIP.load(path)
-    for source in sources:
-        yield source or name, load_source(source, name)
+    models = [(path, functools.partial(CLIP.load, path)) for path in checkpoints]
+    models += [(source or name, functools.partial(load_source, source, name))
+               for source in sources]
+    return models
 
 
 def fingerprint(model):
@@ -3225,12 +3234,16 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
     """Score one or several models on benchmarks, print tables, and write --json."""
     benches = (bench or default_bench(settings["data"])).split(",")
     check_command(benches, json_path, checkpoint, settings["data"])
+    models = models_of(checkpoint, init, model, interpolate)
+    given = {"init": init, "model": model, "tokenizer": tokenizer, "interpolate": interpolate}
+    given |= {"bench": bench, "torch": torch.__version__, "processes": WORLD, **settings}
     options = prepare(settings)
     started = time.time()
     files = []          # what --json holds of each model
-    for label, network in models_of(checkpoint, init, model, interpolate):
-        if files:       # not the first
+    for number, (label, load) in enumerate(models, 1):
+        if number > 1:
             print0(f"\n{label}:")
+        network = load()
         if tokenizer:
             set_tokenizer(network, tokenizer)
         network.to(options.device).eval()
@@ -3243,8 +3256,10 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
             "checkpoint": label, "sha256": fingerprint(network), "protocol": PROTOCOL,
             "pooled": options.pooled, "interpolate": interpolate,
             "data_sha256": data_digests(tasks), "missing": missing, "results": results})
+        if json_path and RANK == 0:     # before the next model, which may fail
+            write_json(numbered(json_path, number, len(models)), {**files[-1], "settings": given})
     print0(f"\n{time.time() - started:.1f} s")
-    for line in missing:
+    for line in all_keys([file["missing"] for file in files]):
         print0(f"not there: {line}")
     if len(files) > 1:
         labels = [model_name(file) for file in files]
@@ -3252,10 +3267,6 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
         tables = [file["results"] for file in files]
         for title, columns in choose_tables(tables):
             print0("\n" + format_table(title, columns, labels, tables))
-    if json_path and RANK == 0:
-        given = {"init": init, "model": model, "tokenizer": tokenizer, "interpolate": interpolate}
-        given |= {"bench": bench, "torch": torch.__version__, "processes": WORLD, **settings}
-        write_json(json_path, files, given)
 
 
 def check_command(benches, json_path, checkpoint, data):
@@ -3295,13 +3306,15 @@ def prepare(settings):
     return options
 
 
-def write_json(path, files, settings):
-    """A file for each model; of several the number of the model is put before the ending."""
+def numbered(path, number, count):
+    """The path itself, or of one of several models that with its number before the ending."""
     stem, ending = os.path.splitext(path)
-    for number, content in enumerate(files, 1):
-        name = path if len(files) == 1 else f"{stem}.{number}{ending}"
-        Path(name).write_text(json.dumps({**content, "settings": settings}))
-        print0(f"wrote {name}")
+    return path if count == 1 else f"{stem}.{number}{ending}"
+
+
+def write_json(path, content):
+    Path(path).write_text(json.dumps(content))
+    print(f"wrote {path}")
 
 
 def verify(registry, bench, tolerance, **settings):

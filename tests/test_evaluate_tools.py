@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -63,6 +64,13 @@ def test_paired_equals_plain_computation(n, right_a, right_b):
     if n == 3000:       # the bootstrap of a mean of many items is the normal interval
         half = 196 * math.sqrt(sum((y - x - difference / 100) ** 2 for x, y in zip(a, b))) / n
         assert low == pytest.approx(difference - half, rel=0.03) and high == pytest.approx(difference + half, rel=0.03)
+
+
+def test_mcnemar_of_many_items_takes_no_time():
+    """As many as two models on ImageNet differ in: nearly the normal distribution."""
+    started = time.process_time()
+    assert mcnemar(20_000, 20_300) == pytest.approx(math.erfc(299 / math.sqrt(2 * 40_300)), rel=1e-4)
+    assert time.process_time() - started < 5
 
 
 def test_bootstrap_draws_whole_groups_and_is_a_function_of_its_seed():
@@ -900,6 +908,27 @@ def test_open_clip_mistakes():
         assert "\n" not in str(wrong.value)
 
 
+def test_a_model_that_fails_takes_no_other_with_it(checkpoints, tmp_path, capsys):
+    with pytest.raises(ValueError, match="ViT-B-99"):
+        command(["--checkpoint", checkpoints[1], "--init", "open_clip:ViT-B-99/x", "--bench", "scenes_pointing", "--json",
+                 str(tmp_path / "r.json")])
+    assert os.listdir(tmp_path) == ["r.1.json"] and f"wrote {tmp_path / 'r.1.json'}\n" in capsys.readouterr().out
+    names, (found,) = evaluate.read_all_results([str(tmp_path / "r.1.json")])
+    assert names == ["run1"] and found["scenes_pointing"]["quadrant"]["n"] == 2000
+
+
+def test_what_any_of_several_models_lacks_is_told_once(checkpoints, capsys, monkeypatch):
+    """--bench all, of which the first model has no patch tokens to point with."""
+    blind = nano(1).eval()
+    encode = blind.encode_image
+    blind.encode_image = lambda pixels: encode(pixels)
+    monkeypatch.setattr(evaluate, "BENCHES", dict.fromkeys(["scenes_pointing", "mmvp", "folder", "scenes"]))
+    monkeypatch.setattr(evaluate, "models_of", lambda *flags: [("a", lambda: blind), ("b", lambda: CLIP.load(checkpoints[1]))])
+    command(["--bench", "all", "--data-dir", "nowhere"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not there: ")]
+    assert [line.split(": ")[1] for line in lines] == ["scenes_pointing", "mmvp", "folder"]
+
+
 @pytest.fixture
 def own(tmp_path):
     """A table of one's own, with one or two negatives and two subsets."""
@@ -930,6 +959,7 @@ def test_choices_on_ones_own_table(own):
     ("image,caption\n1.png,a dog", "own.csv: row 1 needs image, caption and negative, and has image, caption"),
     ("image,caption,negative\n1.png,a dog,", "row 1 needs image, caption and negative"),
     ("image,caption,negative\n9.png,a dog,a cat", "cannot read .*9.png"), ("", "no rows"),
+    ("image,caption,negative\n1.png,a dog,a cat,more", "own.csv: none of its rows can be read"),
     ("image,caption,negative,subset\n1.png,a dog,a cat,macro", "row 1: the subset macro would be taken for the mean")])
 def test_mistakes_in_ones_own_table(own, text, says):
     (own / "own.csv").write_text(text)
@@ -937,6 +967,14 @@ def test_mistakes_in_ones_own_table(own, text, says):
         evaluate.run(nano(0).eval(), ["choices"], data=str(own / "own.csv"), image_root=str(own))
     with pytest.raises(ValueError, match="choices: --data is missing, for example --data mine.csv"):
         evaluate.run(nano(0).eval(), ["choices"])
+
+
+def test_own_rows_that_cannot_be_read_are_told(own, capsys):
+    (own / "own.csv").write_text("image,caption,negative\n1.png,a dog,a cat\n1.png,a dog,a cat,more\n")
+    found = evaluate.run(nano(0).eval(), ["choices"], data=str(own / "own.csv"), image_root=str(own), quiet=True)
+    assert found["choices"]["choices"]["n"] == 1 and "row 2: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no file .*: --data takes a .csv, .tsv or .jsonl file"):
+        evaluate.run(nano(0).eval(), ["choices"], data=str(own / "gone.csv"))
 
 
 def test_own_rows_of_other_kinds_than_text(own):
