@@ -584,6 +584,9 @@ def test_show_of_an_image_file_with_a_caption_or_concepts(checkpoints, tmp_path,
     for extra in ([], ["--caption", " "]):
         with pytest.raises(ValueError, match="give --concepts, or a --caption"):
             command([*show, *extra])
+    (tmp_path / "torn.jpg").write_bytes((tmp_path / "i.jpg").read_bytes()[:300])
+    with pytest.raises(ValueError, match=f"^--image {tmp_path / 'torn.jpg'}: "):
+        command([*show, "--image", str(tmp_path / "torn.jpg"), "--concepts", "a red couch"])
     with pytest.raises(ValueError, match="no checkpoint at none.pt"):
         command(["show", "--checkpoint", "none.pt"])
     with pytest.raises(FileNotFoundError, match="none.jpg"):
