@@ -312,7 +312,7 @@ def expecting(what, advice=""):
     """Whatever is wrong in the content of a file becomes one line of what was expected."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as error:
         raise ValueError(f"{what} ({error!s:.200}){advice}") from None
 
 
@@ -2075,7 +2075,8 @@ def read_boxes(path):
             for name, some in content.items():
                 rows += [(name, row) for row in some]
         for name, row in rows:
-            if not has_keys(row, {0: str, 1: number, 2: number, 3: number, 4: number}):
+            kinds = {0: str, 1: number, 2: number, 3: number, 4: number}
+            if not has_keys(row, kinds) or len(row) != len(kinds):
                 raise ValueError(f"a box is {row!r:.60}")
     return rows
 
@@ -2138,15 +2139,16 @@ def choices(source):
         raise Missing(needs_data("choices"))
     groups = {}         # {subset: rows of (picture, caption, negatives)}
     for number, row in enumerate(read_table(options.data), 1):
-        image = row.get(options.image_key or "image")
-        caption = row.get(options.caption_key or "caption")
+        image_key, caption_key = options.image_key or "image", options.caption_key or "caption"
+        image, caption = row.get(image_key), row.get(caption_key)
         negatives = []
         for column, value in row.items():
             if column and column.startswith("negative"):
                 negatives += parse_list(value, separator=None)
         if not (image and caption and negatives):
-            raise ValueError(f"{options.data}: row {number} needs image, caption and negative, and "
-                             f"has {', '.join(map(str, row))}")
+            filled = [str(column) for column, value in row.items() if value]
+            raise ValueError(f"{options.data}: row {number} needs {image_key}, {caption_key} and "
+                             f"negative, and has {', '.join(filled) or 'nothing'}")
         subset = row.get("subset") or "choices"
         for name, value in (("image", image), ("caption", caption), ("subset", subset)):
             if not is_kind(value, str):
@@ -2532,18 +2534,30 @@ def compare(files, items=False, form=None, columns=None, reference=False):
     if form is None and not columns and not reference and len(files) == 2:
         compare_two(*names, *results, items)
         return
+    if items:
+        raise ValueError("--items are those of two files: give two, and neither --format, "
+                         "--columns nor --reference, which make a table")
     for title, chosen in choose_tables(results, columns):
         print(format_table(title, chosen, names, results, form or "text", reference) + "\n")
         unlike = [" ".join(column) for column in chosen if not is_of_same_items(results, column)]
         if unlike and form is None:
-            print(f"not of the same items in all files: {', '.join(unlike)}\n")
+            print("not of the same items, data or protocol version in all files: "
+                  f"{', '.join(unlike)}\n")
 
 
 def is_of_same_items(results, column):
     """Whether all models that have this (bench, subset) were scored on the same."""
-    seen = [file[column[0]][column[1]] for file in results if column[1] in file.get(column[0], {})]
-    items = [(result["n"], result.get("image")) for result in seen]
+    bench, subset = column
+    items = []
+    for file in results:
+        if subset in file.get(bench, {}):
+            items.append(what_was_scored(file[bench][subset]))
     return all(some == items[0] for some in items)
+
+
+def what_was_scored(result):
+    """Equal for two results that may be compared item by item."""
+    return [result.get(key) for key in ("n", "data", "image")]
 
 
 def choose_tables(results, columns=None):
@@ -2646,7 +2660,7 @@ def paired_draws(bench, a, b, seed=0):
     change = {}         # {subset: 1 where only B is right, -1 where only A is}
     for name in shared:
         if "correct" in a[name] and "correct" in b[name]:
-            if any(a[name].get(key) != b[name].get(key) for key in ("n", "data", "image")):
+            if what_was_scored(a[name]) != what_was_scored(b[name]):
                 raise ValueError(f"{bench} {name}: A ({a[name]['n']} items) and B "
                                  f"({b[name]['n']}) differ in items, data or protocol version: "
                                  "score both again, with the same files of this benchmark")
@@ -3043,7 +3057,10 @@ def similarity_maps(model, image, phrases):
 def seen_box(model, size):
     """What a model sees of an image of this size, as imshow's extent: left, right, bottom, top."""
     width, height = size
-    if model.config.resize == "shortest":       # the square in the middle
+    if not hasattr(model, "config"):
+        raise ValueError("pointing: the model has no config.resize: expected 'shortest' where it "
+                         "sees the square in the middle of an image, else 'squash'")
+    if model.config.resize == "shortest":
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
         return left, left + side, top + side, top

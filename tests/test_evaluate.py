@@ -298,6 +298,9 @@ def test_rows_that_a_protocol_cannot_mean(nano, official, tmp_path):
         (tmp_path / "mmvp" / "Questions.csv").write_text("Question ID,Type,Statement\n" + rows)
         with pytest.raises(ValueError, match="^mmvp: expected pairs of rows of three values: ID, type, statement$"):
             read(["mmvp"], nano, args)
+    (tmp_path / "mmvp" / "Questions.csv").write_text('Question ID,Type,Statement\n1,Texts,"' + "no end " * 20_000)
+    with pytest.raises(ValueError, match="Questions.csv is not the official file of unknown rows .field larger than"):
+        read(["mmvp"], nano, args)
     os.makedirs(tmp_path / "negbench")
     for answer in ("4", "-1", "1.5", ""):
         content = f"image_path,caption_0,caption_1,caption_2,caption_3,correct_answer,correct_answer_template\n1.jpg,a,b,c,d,{answer},hybrid"

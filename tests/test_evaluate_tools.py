@@ -290,12 +290,26 @@ def test_a_table_of_other_items_says_so(several, tmp_path, capsys):
     changed = results(tmp_path / "changed.json", file["results"])
     command(["compare", several[0], changed, several[2], "--columns", "swap_att,swap_obj,np_binding"])
     unlike = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not of the same items")]
-    assert unlike == ["not of the same items in all files: sugarcrepe swap_att",
-                      "not of the same items in all files: scenes np_binding"]
+    says = "not of the same items, data or protocol version in all files: "
+    assert unlike == [f"{says}sugarcrepe swap_att", f"{says}scenes np_binding"]
     command(["compare", several[0], changed, "--columns", "np_binding"])
     assert "not of the same items" not in capsys.readouterr().out
     command(["compare", several[0], changed, "--columns", "swap_att", "--format", "csv"])       # to paste: only the table
     assert "not of the same items" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [{"data_sha256": {"sugarcrepe": "other"}}, {"protocol": 2}])
+def test_a_table_of_other_data_says_so(several, tmp_path, capsys, more):
+    """As many items of as many images, with other texts, or by another protocol."""
+    file = json.loads(open(several[1]).read())
+    command(["compare", several[0], results(tmp_path / "other.json", file["results"], **more), "--columns", "swap_obj"])
+    assert "version in all files: sugarcrepe swap_obj\n" in capsys.readouterr().out
+
+
+def test_items_are_of_two_files(three):
+    for more in (three[2:], ["--columns", "swap"], ["--format", "csv"], ["--reference"]):
+        with pytest.raises(ValueError, match="^--items are those of two files: give two, and neither --format"):
+            command(["compare", *three[:2], *more, "--items"])
 
 
 def test_the_mean_of_benchmarks_is_of_independent_ones():
@@ -960,7 +974,7 @@ def test_choices_on_ones_own_table(own):
 
 @pytest.mark.parametrize("text, says", [
     ("image,caption\n1.png,a dog", "own.csv: row 1 needs image, caption and negative, and has image, caption"),
-    ("image,caption,negative\n1.png,a dog,", "row 1 needs image, caption and negative"),
+    ("image,caption,negative\n1.png,a dog,", "row 1 needs image, caption and negative, and has image, caption$"),
     ("image,caption,negative\n9.png,a dog,a cat", "cannot read .*9.png"), ("", "no rows"),
     ("image,caption,negative\n1.png,a dog,a cat,more", "own.csv: none of its rows can be read"),
     ("image,caption,negative,subset\n1.png,a dog,a cat,macro", "row 1: the subset macro would be taken for the mean")])
@@ -976,6 +990,8 @@ def test_own_rows_that_cannot_be_read_are_told(own, capsys):
     (own / "own.csv").write_text("image,caption,negative\n1.png,a dog,a cat\n1.png,a dog,a cat,more\n")
     found = evaluate.run(nano(0).eval(), ["choices"], data=str(own / "own.csv"), image_root=str(own), quiet=True)
     assert found["choices"]["choices"]["n"] == 1 and "row 2: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="row 1 needs image, text and negative, and has image, caption, negative$"):
+        evaluate.run(nano(0).eval(), ["choices"], data=str(own / "own.csv"), caption_key="text")
     with pytest.raises(ValueError, match="no file .*: --data takes a .csv, .tsv or .jsonl file"):
         evaluate.run(nano(0).eval(), ["choices"], data=str(own / "gone.csv"))
 
@@ -1180,7 +1196,9 @@ def test_pointing_mistakes(tmp_path):
     plain.encode_image = lambda pixels: None
     with pytest.raises(ValueError, match="scenes_pointing: this model's encode_image gives no patch tokens"):
         evaluate.run(plain, ["scenes_pointing"])
-    for text in ("3", "[]", '{"1.png": [["a", 1, 2, 3]]}', '{"1.png": [["a", 1, 2, 3, null]]}', '{"annotations": [{}]}', "{"):
+    with pytest.raises(ValueError, match="pointing: the model has no config.resize: expected 'shortest'"):
+        evaluate.run(Plain(nano(0)), ["scenes_pointing"])
+    for text in ("3", "[]", '{"1.png": [["a", 1, 2, 3, 4, 5]]}', '{"1.png": [["a", 1, 2, 3]]}', '{"1.png": [["a", 1, 2, 3, null]]}', '{"annotations": [{}]}', "{"):
         (tmp_path / "b.json").write_text(text)
         with pytest.raises(ValueError, match="b.json: expected COCO's instances, or|coco"):
             evaluate.run(Colours(), ["pointing"], data=str(tmp_path / "b.json"), data_dir=str(tmp_path))
