@@ -2861,7 +2861,7 @@ def new_figure(width, height):
 def read_log(path):
     """A log.jsonl of train.py -> {"loss": {step: value}, "scenes.swap_att": {step: percent}, ...},
     and the arguments of the run. Of a step that occurs twice, after a resume, the later counts."""
-    curves, arguments = {}, {}
+    curves, arguments, skipped = {}, {}, 0
     for line in Path(path).read_text("utf-8", "replace").splitlines():
         try:
             row = json.loads(line)
@@ -2874,11 +2874,13 @@ def read_log(path):
                 for name, result in subsets.items():
                     values[f"{bench}.{name}"] = 100 * result["accuracy"]
         except (ValueError, AttributeError, TypeError, KeyError):
-            print(f"{path}: a line skipped that is not of train.py")
+            skipped += 1
             continue
         for key, value in values.items():
             if "step" in row and type(value) in (int, float) and math.isfinite(value):
                 curves.setdefault(key, {})[step] = value
+    if skipped:
+        print(f"{path}: lines skipped that are not of train.py: {skipped}")
     return curves, arguments
 
 
@@ -3200,6 +3202,10 @@ class OpenCLIP(torch.nn.Module):
         except Exception as error:      # of many kinds: an unknown tag, no network, a wrong file
             first_line = str(error).strip().split("\n")[0]
             raise ValueError(f"open_clip:{name} cannot be read: {first_line[:300]}") from None
+
+    @property
+    def logit_scale(self):      # --attack asks for it
+        return self.model.logit_scale
 
 
 def load_source(source, name=None):
