@@ -585,9 +585,10 @@ def rank(blocks, positive, k):
     targets of NaN are never found."""
     margins = []
     for block, mask in zip(blocks, positive.split(500)):
-        scores = block.nan_to_num(-2.0)                                 # (<= 500, M)
+        scores = block.nan_to_num(-2.0)             # (<= 500, M); -2 is below every cosine,
         best = scores.masked_fill(~mask, -2).amax(1)
-        others = scores.masked_fill(mask, -3).topk(min(k, scores.shape[1])).values
+        others = scores.masked_fill(mask, -3)       # and -3 below -2: where there are not k others
+        others = others.topk(min(k, scores.shape[1])).values
         margins.append(best.masked_fill(best == -2, float("nan")) - others[:, -1])
     return torch.cat(margins)
 
@@ -837,9 +838,11 @@ def bootstrap(columns, samples=2000, seed=0):
     return np.stack(means)
 
 
-# The result of a subset knows its items: correct, image, items. That of a macro says of which
-# subset it is, with a weight for each item; that of a mean, of which parts. accuracy, low and high,
-# which all have, are put in last, from draws that all share.
+# What a result holds, beside n and chance:
+#     of a subset   right, ties; of each item correct (0 or 1), image (a number), items (in words)
+#     of a macro    of (the subset), weights (of its items)
+#     of a mean     parts (names of subsets, macros or other means)
+# accuracy, low and high come last, from draws that all share.
 def summarize(outcomes, means, samples=2000):
     """Outcomes of tasks -> {subset or mean: {accuracy, low, high, n, chance, ...}}.
 
@@ -1191,7 +1194,7 @@ class Source:
     """The files of one part of a benchmark, as benchmarks.json lists them."""
     bench: str
     subset: str
-    options: "Options"
+    options: Options
     image_size: int = 32            # of the model, for built-in drawings
     has_patches: bool = True        # whether the model gives patch tokens
     partial: str = ""               # what is to be said of a file that is not whole
@@ -2507,7 +2510,7 @@ def read_all_results(paths):
 
 
 def all_keys(dicts):
-    """The different keys of several dicts, in order of first appearance."""
+    """The different keys of several dicts (or values of lists), in order of first appearance."""
     return list(dict.fromkeys(itertools.chain(*dicts)))
 
 
@@ -3356,19 +3359,7 @@ def verify(registry, bench, tolerance, **settings):
             print0(f"\n{name}: not verified, {plain_words(error)}")
             continue
         print0(f"\n{name:32s}    ours  published  difference")
-        for key, subsets in figures.items():
-            for subset, published in subsets.items():
-                found = find_result(results, [(key, subset)])
-                label = f"{key + ' ' + subset:32s}"
-                if not found:
-                    print0(f"{label}  not scored: its files are not there, or it is no subset")
-                    continue
-                ours = 100 * found["accuracy"]
-                difference = ours - published
-                is_close = abs(difference) <= tolerance + 1e-9
-                are_close.append(is_close)
-                verdict = "" if is_close else f"  more than {tolerance:g}"
-                print0(f"{label}  {ours:6.1f}  {published:9.1f}  {difference:+10.1f}{verdict}")
+        are_close += print_figures(figures, results, tolerance)
     print0(f"\n{sum(are_close)} of {len(are_close)} figures are within {tolerance:g} points")
 
 
@@ -3384,6 +3375,26 @@ def score_verified(name, entry, benches, options):
     if not tasks:
         raise Missing(missing[0])
     return score(model, tasks, options)
+
+
+def print_figures(figures, results, tolerance):
+    """A line for each published figure, {bench: {subset: percent}}, with ours -> of each that we
+    have, whether the two are close."""
+    are_close = []
+    for bench, subsets in figures.items():
+        for subset, published in subsets.items():
+            found = find_result(results, [(bench, subset)])
+            label = f"{bench + ' ' + subset:32s}"
+            if not found:
+                print0(f"{label}  not scored: its files are not there, or it is no subset")
+                continue
+            ours = 100 * found["accuracy"]
+            difference = ours - published
+            is_close = abs(difference) <= tolerance + 1e-9
+            are_close.append(is_close)
+            verdict = "" if is_close else f"  more than {tolerance:g}"
+            print0(f"{label}  {ours:6.1f}  {published:9.1f}  {difference:+10.1f}{verdict}")
+    return are_close
 
 
 def read_registry(path):

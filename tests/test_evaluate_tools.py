@@ -1209,7 +1209,10 @@ def test_pointing_mistakes(tmp_path):
         evaluate.run(plain, ["scenes_pointing"])
     with pytest.raises(ValueError, match="pointing: the model has no config.resize: expected 'shortest'"):
         evaluate.run(Plain(nano(0)), ["scenes_pointing"])
-    for text in ("3", "[]", '{"1.png": [["a", 1, 2, 3, 4, 5]]}', '{"1.png": [["a", 1, 2, 3]]}', '{"1.png": [["a", 1, 2, 3, null]]}', '{"annotations": [{}]}', "{"):
+    (tmp_path / "five.json").write_text('{"1.png": [["a", 1, 2, 3, 4, 5]]}')
+    with pytest.raises(ValueError, match="five.json: expected COCO's instances, or .*a box is ..a., 1, 2, 3, 4, 5"):
+        evaluate.read_boxes(tmp_path / "five.json")
+    for text in ("3", "[]", '{"1.png": [["a", 1, 2, 3]]}', '{"1.png": [["a", 1, 2, 3, null]]}', '{"annotations": [{}]}', "{"):
         (tmp_path / "b.json").write_text(text)
         with pytest.raises(ValueError, match="b.json: expected COCO's instances, or|coco"):
             evaluate.run(Colours(), ["pointing"], data=str(tmp_path / "b.json"), data_dir=str(tmp_path))
