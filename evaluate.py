@@ -2349,7 +2349,8 @@ def first_digest(data_dir, path, digest):
     name = os.path.relpath(path, data_dir)
     known = {}
     if os.path.isfile(record):
-        known = json.loads(Path(record).read_text("utf-8"))
+        with expecting(f"{record}: expected {{file: sha256}}", ": delete it"):
+            known = dict(json.loads(Path(record).read_text("utf-8")))
     if name not in known:
         print(f"{path}: its true sha256 is not known; from now on it is that of this first "
               f"download, {digest}")
@@ -2364,8 +2365,9 @@ def fetch_part(url, part):
     record = f"{part}.json"
     known, start = None, 0
     if os.path.isfile(part) and os.path.isfile(record):
-        known = json.loads(Path(record).read_text("utf-8"))
-        start = os.path.getsize(part)
+        with contextlib.suppress(ValueError):       # a full disk may have cut the record off
+            known = json.loads(Path(record).read_text("utf-8"))
+            start = os.path.getsize(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         reply = urllib.request.urlopen(request, timeout=60)

@@ -1494,6 +1494,15 @@ def test_a_part_without_a_record_and_a_page_instead_of_a_file(serve, tmp_path):
     (tmp_path / "x.part").write_bytes(b"what is this")
     fetch(server.url, str(path), None, tmp_path)
     assert path.read_bytes() == b"content" and server.asked == [0]
+    path.unlink()
+    (tmp_path / "x.part").write_bytes(b"cont")
+    (tmp_path / "x.part.json").write_text('{"size": 7')         # cut off
+    fetch(server.url, str(path), None, tmp_path)
+    assert path.read_bytes() == b"content" and server.asked == [0, 0]
+    for text in ("", "3"):
+        (tmp_path / "sha256.json").write_text(text)
+        with pytest.raises(ValueError, match="sha256.json: expected {file: sha256} .*: delete it$"):
+            fetch(server.url, str(path), None, tmp_path)
     server = serve(b"<html>too many downloads</html>", kind="text/html; charset=utf-8")
     with pytest.raises(ValueError, match="a web page came instead"):
         fetch(server.url, str(tmp_path / "y"), None, tmp_path)
