@@ -1357,15 +1357,16 @@ def read_bench(bench, options, image_size, has_patches):
     parts = TABLE[bench].get("files", [bench])
     if bench == "retrieval" and options.data and not os.path.isdir(options.data):
         parts = ["data"]
-    tasks, absent = [], []          # absent: why a part cannot be read
-    images = {}                     # {path: is it there?}, of all parts
+    tasks = []
+    errors = []         # Missing, of each part that is not there
+    images = {}         # {path: is it there?}, of all parts
     for part in parts:
         source = Source(bench, part, options, image_size, has_patches, images=images)
         try:
             tasks += read_part(source)
         except Missing as error:
-            absent.append(error)
-    return tasks, absence(bench, options, absent, images)
+            errors.append(error)
+    return tasks, absence(bench, options, errors, images)
 
 
 def read_part(source):
@@ -1378,16 +1379,16 @@ def read_part(source):
     return tasks
 
 
-def absence(bench, options, absent, images):
+def absence(bench, options, errors, images):
     """The line of read_bench: the first file that is not there, and how many images are not."""
     reasons = []
-    if absent and bench == "retrieval" and not options.data:
+    if errors and bench == "retrieval" and not options.data:
         reasons.append(f"{needs_data(bench)}, or the official files")
-    files = [str(error) for error in absent if not isinstance(error, MissingImages)]
+    files = [str(error) for error in errors if not isinstance(error, MissingImages)]
     if files:
         more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
         reasons.append(f"{files[0]}{more}")
-    if len(files) < len(absent):
+    if len(files) < len(errors):
         gone = [path for path, there in images.items() if not there]
         reasons.append(
             f"{bench}: {len(gone)} of {len(images)} images are missing, the first is "
