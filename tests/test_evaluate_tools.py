@@ -388,9 +388,11 @@ def test_the_lead_in_several_subsets_of_one_benchmark_draws_its_images_once():
     files = []
     for right in ([1] * 50 + [0] * 50, [1] * 56 + [0] * 44):
         outcomes = [Outcome(name, torch.tensor(right) - 0.5, 0.5, images, images) for name in "xyz"]
-        files.append({"b": {name: {**r, "data": ""} for name, r in evaluate.summarize(outcomes, {}).items()}})
+        files.append(dict.fromkeys("bc", {name: {**r, "data": ""} for name, r in evaluate.summarize(outcomes, {}).items()}))
     one, three = (evaluate.paired_mean_draws([("b", name) for name in names], *files) for names in ("x", "xyz"))
     assert np.allclose(one, three) and one[0] == pytest.approx(6)
+    both = evaluate.paired_mean_draws([("b", "x"), ("c", "x")], *files)      # of two benchmarks they are others
+    assert both[0] == pytest.approx(6) and both.std() == pytest.approx(one.std() / math.sqrt(2), rel=0.1)
 
 
 def test_groups_name_what_benchmarks_have():
