@@ -304,7 +304,7 @@ class Missing(ValueError):
 
 
 class MissingImages(Missing):
-    """Images of a part of a benchmark; read_bench counts those of all parts, and says so once."""
+    """Images of a part of a benchmark. It says nothing: absence counts those of all parts."""
 
 
 @contextlib.contextmanager
@@ -312,7 +312,7 @@ def expecting(what, advice=""):
     """Whatever is wrong in the content of a file becomes one line of what was expected."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as error:
         raise ValueError(f"{what} ({error!s:.200}){advice}") from None
 
 
@@ -585,9 +585,10 @@ def rank(blocks, positive, k):
     targets of NaN are never found."""
     margins = []
     for block, mask in zip(blocks, positive.split(500)):
-        scores = block.nan_to_num(-2.0)                                 # (<= 500, M)
+        scores = block.nan_to_num(-2.0)             # (<= 500, M); -2 is below every cosine,
         best = scores.masked_fill(~mask, -2).amax(1)
-        others = scores.masked_fill(mask, -3).topk(min(k, scores.shape[1])).values
+        others = scores.masked_fill(mask, -3)       # and -3 below -2: where there are not k others
+        others = others.topk(min(k, scores.shape[1])).values
         margins.append(best.masked_fill(best == -2, float("nan")) - others[:, -1])
     return torch.cat(margins)
 
@@ -837,9 +838,11 @@ def bootstrap(columns, samples=2000, seed=0):
     return np.stack(means)
 
 
-# The result of a subset knows its items: correct, image, items. That of a macro says of which
-# subset it is, with a weight for each item; that of a mean, of which parts. accuracy, low and high,
-# which all have, are put in last, from draws that all share.
+# What a result holds, beside n and chance:
+#     of a subset   right, ties; of each item correct (0 or 1), image (a number), items (in words)
+#     of a macro    of (the subset), weights (of its items)
+#     of a mean     parts (names of subsets, macros or other means)
+# accuracy, low and high come last, from draws that all share.
 def summarize(outcomes, means, samples=2000):
     """Outcomes of tasks -> {subset or mean: {accuracy, low, high, n, chance, ...}}.
 
@@ -997,7 +1000,7 @@ def check_pictures(task, options):
 
 def score(model, tasks, options):
     """tasks {bench: [Choices, Ranking or Pointing, ...]} -> results, as run returns them."""
-    check_attack(tasks, options)
+    check_attack(model, tasks, options)
     pictures, texts = needed_by(tasks)
     image_features = encode_images(model, [] if options.pooled else pictures, options)
     text_features = encode_texts(model, texts, options)
@@ -1008,8 +1011,7 @@ def score(model, tasks, options):
             outcomes += judge(model, task, image_features, text_features, options)
         names = [outcome.subset for outcome in outcomes]
         results[bench] = summarize(outcomes, means_of(bench, names))
-    eleven = [(bench, subset) for bench, (subset,) in GROUPS[ELEVEN].items()]
-    mean = find_result(results, eleven)
+    mean = find_result(results, the_eleven())
     if mean:
         results[ELEVEN] = {"mean": mean}
     if options.pooled:
@@ -1017,6 +1019,11 @@ def score(model, tasks, options):
             for result in subsets.values():
                 result["pooled"] = True
     return results
+
+
+def the_eleven():
+    """[(bench, subset), ...] of the sets whose mean is a result of its own."""
+    return [(bench, subset) for bench, (subset,) in GROUPS[ELEVEN].items()]
 
 
 def needed_by(tasks):
@@ -1052,8 +1059,8 @@ def is_attacked(task, options):
     return all(way == "i2t" for way, _ in task.recalls.values())
 
 
-def check_attack(tasks, options):
-    """Raise ValueError for an attack that has nothing to attack, or no step."""
+def check_attack(model, tasks, options):
+    """Raise ValueError for an attack that has nothing to attack, no step, or no way to pixels."""
     if options.attack and options.pooled:
         raise ValueError("--attack and --pooled exclude each other: give one of them")
     attacked = any(is_attacked(task, options) for task in itertools.chain(*tasks.values()))
@@ -1064,6 +1071,20 @@ def check_attack(tasks, options):
         raise ValueError(f"--attack {options.attack:g}: it needs a benchmark of zero-shot "
                          f"classification, such as cifar10, folder or scenes, and these are "
                          f"{', '.join(tasks)}")
+    if options.attack:
+        mean_and_std(model)
+
+
+def mean_and_std(model):
+    """Those by which the model's transform normalises pixels: (2, 3). Raises ValueError where it
+    does not say: an attack moves pixels, and so has to undo what the transform did to them."""
+    steps = getattr(model.transform, "transforms", None) or [model.transform]
+    last = steps[-1]
+    if not hasattr(last, "mean") or not hasattr(last, "std"):
+        raise ValueError(f"--attack: the model's transform ends with {type(last).__name__}: "
+                         "expected torchvision's Compose with Normalize as its last step; give "
+                         "the model such a transform, or leave --attack out")
+    return torch.tensor([last.mean, last.std])
 
 
 def attacked_outcomes(model, task, text_features, options):
@@ -1075,10 +1096,7 @@ def attacked_outcomes(model, task, text_features, options):
     attacks images as they are before they are resized, here their pixels are what the tower sees.
     """
     device, _ = model_place(model)
-    normalize = getattr(model.transform, "transforms", [None])[-1]
-    if not hasattr(normalize, "mean"):
-        raise ValueError("--attack: the model's transform has to end with Normalize, and does not")
-    mean, std = torch.tensor([normalize.mean, normalize.std], device=device)[:, :, None, None]
+    mean, std = mean_and_std(model).to(device)[:, :, None, None]    # (3, 1, 1) each
     texts = task.candidates(text_features).to(device)               # (M, D)
     scale = model.logit_scale.exp().item() if hasattr(model, "logit_scale") else 100.0
 
@@ -1176,11 +1194,11 @@ class Source:
     """The files of one part of a benchmark, as benchmarks.json lists them."""
     bench: str
     subset: str
-    options: "Options"
+    options: Options
     image_size: int = 32            # of the model, for built-in drawings
     has_patches: bool = True        # whether the model gives patch tokens
     partial: str = ""               # what is to be said of a file that is not whole
-    images: dict = field(default_factory=dict)      # {path asked for by pictures: is it there?}
+    images: dict = field(default_factory=dict)      # {path: is it there?}, filled by pictures
 
     @property
     def spec(self):
@@ -1282,11 +1300,16 @@ def is_kind(value, kind):
 
 
 def read(benches, options, image_size=32, has_patches=True, skip=False):
-    """-> {bench: [Choices or Ranking, ...]} and a list of what is not there, a line each.
+    """Read benchmarks: what images and texts they compare.
 
-    What is not there is an error, unless all benches are asked for or skip is given, or
-    --allow-missing and another part of the same benchmark is there. What is there and is not as it
-    should be is an error, unless all are asked for.
+    benches: a list of names, or ["all"]: see read_all
+    image_size, has_patches: of the model, see Source
+    skip: pass over what is not there, as --allow-missing does where another part of the same
+        benchmark is there
+
+    Returns {bench: [Choices, Ranking or Pointing, ...]}, and a line for each benchmark of which
+    something is not there. Raises Missing for what is not there and may not be passed over, and
+    ValueError for what is there and not as it should be.
     """
     if isinstance(benches, str) or not benches:
         raise ValueError(f"benches is {benches!r}: expected a list of names")
@@ -1294,19 +1317,14 @@ def read(benches, options, image_size=32, has_patches=True, skip=False):
         raise ValueError(f"dtype is {options.dtype!r}: expected float32 or bfloat16")
     if options.pooled and not has_patches:
         raise ValueError(f"--pooled: {NO_PATCHES}")
-    wants_all = list(benches) == ["all"]
-    if wants_all:
-        benches, skip = BENCHES, True
+    if list(benches) == ["all"]:
+        return read_all(options, image_size, has_patches)
     check_names(benches)
     tasks, missing = {}, []
     for bench in benches:
-        try:
-            found, absent = read_bench(bench, options, image_size, has_patches)
-        except (ValueError, OSError) as error:
-            if not wants_all:
-                raise
-            found, absent = [], plain_words(error)
-        if absent and not skip and not (options.allow_missing and found):
+        found, absent = read_bench(bench, options, image_size, has_patches)
+        may_lack = skip or (options.allow_missing and found)
+        if absent and not may_lack:
             raise Missing(absent)
         if absent:
             missing.append(absent)
@@ -1315,41 +1333,68 @@ def read(benches, options, image_size=32, has_patches=True, skip=False):
     return tasks, missing
 
 
+def read_all(options, image_size, has_patches):
+    """As read, of all benchmarks: whatever is wrong with one of them is a line, and no error."""
+    tasks, missing = {}, []
+    for bench in BENCHES:
+        try:
+            found, absent = read_bench(bench, options, image_size, has_patches)
+        except (ValueError, OSError) as error:
+            found, absent = [], plain_words(error)
+        if absent:
+            missing.append(absent)
+        if found:
+            tasks[bench] = found
+    return tasks, missing
+
+
 def read_bench(bench, options, image_size, has_patches):
-    """-> the tasks of a benchmark, and one line on what is not there of all of its parts, or "".
-    Its function is called for each of its files, or once."""
+    """Read all parts of a benchmark, most of which have a file each.
+
+    Returns the tasks of those that are there, and one line on what is not there, or "". Raises
+    ValueError for what is there and not as it should be.
+    """
     parts = TABLE[bench].get("files", [bench])
     if bench == "retrieval" and options.data and not os.path.isdir(options.data):
         parts = ["data"]
-    tasks, files, images = [], [], {}
-    lacks_images = False
+    tasks = []
+    errors = []         # Missing, of each part that is not there
+    images = {}         # {path: is it there?}, of all parts
     for part in parts:
-        source = Source(bench, part, options, image_size, has_patches)
-        found = []
+        source = Source(bench, part, options, image_size, has_patches, images=images)
         try:
-            found = list(READERS[bench](source))
-        except MissingImages:
-            lacks_images = True
+            tasks += read_part(source)
         except Missing as error:
-            files.append(str(error))
-        images |= source.images
-        for task in found:
-            if not task.images or not task.texts:
-                raise ValueError(f"{bench}: no item of {part} is left to score")
-            task.partial = source.partial
-        tasks += found
-    absent = files[:1]
-    if len(files) > 1:
-        absent[0] += f" (and {len(files) - 1} more)"
-    if lacks_images:
+            errors.append(error)
+    return tasks, absence(bench, options, errors, images)
+
+
+def read_part(source):
+    """The tasks of one part of a benchmark. Raises Missing for files or images not there."""
+    tasks = list(READERS[source.bench](source))
+    for task in tasks:
+        if not task.images or not task.texts:
+            raise ValueError(f"{source.bench}: no item of {source.subset} is left to score")
+        task.partial = source.partial
+    return tasks
+
+
+def absence(bench, options, errors, images):
+    """The line of read_bench: the first file that is not there, and how many images are not."""
+    reasons = []
+    if errors and bench == "retrieval" and not options.data:
+        reasons.append(f"{needs_data(bench)}, or the official files")
+    files = [str(error) for error in errors if not isinstance(error, MissingImages)]
+    if files:
+        more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+        reasons.append(f"{files[0]}{more}")
+    if len(files) < len(errors):
         gone = [path for path, there in images.items() if not there]
-        absent.append(
+        reasons.append(
             f"{bench}: {len(gone)} of {len(images)} images are missing, the first is "
             f"{gone[0][:300]}. Give --image-root DIR, or get them: {GET} {bench}; "
             "--allow-missing skips some, but not all")
-    if absent and bench == "retrieval" and not options.data:
-        absent.insert(0, f"{needs_data(bench)}, or the official files")
-    return tasks, "; ".join(absent)
+    return "; ".join(reasons)
 
 
 def needs_data(bench):
@@ -2034,7 +2079,8 @@ def read_boxes(path):
             for name, some in content.items():
                 rows += [(name, row) for row in some]
         for name, row in rows:
-            if not has_keys(row, {0: str, 1: number, 2: number, 3: number, 4: number}):
+            kinds = {0: str, 1: number, 2: number, 3: number, 4: number}
+            if not has_keys(row, kinds) or len(row) != len(kinds):
                 raise ValueError(f"a box is {row!r:.60}")
     return rows
 
@@ -2097,15 +2143,16 @@ def choices(source):
         raise Missing(needs_data("choices"))
     groups = {}         # {subset: rows of (picture, caption, negatives)}
     for number, row in enumerate(read_table(options.data), 1):
-        image = row.get(options.image_key or "image")
-        caption = row.get(options.caption_key or "caption")
+        image_key, caption_key = options.image_key or "image", options.caption_key or "caption"
+        image, caption = row.get(image_key), row.get(caption_key)
         negatives = []
         for column, value in row.items():
             if column and column.startswith("negative"):
                 negatives += parse_list(value, separator=None)
         if not (image and caption and negatives):
-            raise ValueError(f"{options.data}: row {number} needs image, caption and negative, and "
-                             f"has {', '.join(map(str, row))}")
+            filled = [str(column) for column, value in row.items() if value]
+            raise ValueError(f"{options.data}: row {number} needs {image_key}, {caption_key} and "
+                             f"negative, and has {', '.join(filled) or 'nothing'}")
         subset = row.get("subset") or "choices"
         for name, value in (("image", image), ("caption", caption), ("subset", subset)):
             if not is_kind(value, str):
@@ -2116,6 +2163,8 @@ def choices(source):
                              "for the mean of that name: call it otherwise")
         picture = Picture(os.path.join(options.image_root, image))
         groups.setdefault(subset, []).append((picture, caption, negatives))
+    if not groups:
+        raise ValueError(f"{options.data}: none of its rows can be read")
     for subset, rows in groups.items():
         most = max(len(negatives) for _, _, negatives in rows)
         texts = []
@@ -2301,7 +2350,8 @@ def first_digest(data_dir, path, digest):
     name = os.path.relpath(path, data_dir)
     known = {}
     if os.path.isfile(record):
-        known = json.loads(Path(record).read_text("utf-8"))
+        with expecting(f"{record}: expected {{file: sha256}}", ": delete it"):
+            known = dict(json.loads(Path(record).read_text("utf-8")))
     if name not in known:
         print(f"{path}: its true sha256 is not known; from now on it is that of this first "
               f"download, {digest}")
@@ -2316,8 +2366,9 @@ def fetch_part(url, part):
     record = f"{part}.json"
     known, start = None, 0
     if os.path.isfile(part) and os.path.isfile(record):
-        known = json.loads(Path(record).read_text("utf-8"))
-        start = os.path.getsize(part)
+        with contextlib.suppress(ValueError):       # a full disk may have cut the record off
+            known = json.loads(Path(record).read_text("utf-8"))
+            start = os.path.getsize(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         reply = urllib.request.urlopen(request, timeout=60)
@@ -2432,7 +2483,10 @@ def describe(bench, data_dir):
 def mcnemar(gained, lost):
     """Two-sided p of the exact McNemar test, which takes the items as independent."""
     changed = gained + lost
-    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
+    ways, tail = 1, 0           # ways: to choose k of what has changed
+    for k in range(min(gained, lost) + 1):
+        tail += ways
+        ways = ways * (changed - k) // (k + 1)
     return min(1.0, 2 * tail / 2 ** changed)
 
 
@@ -2459,7 +2513,7 @@ def read_all_results(paths):
 
 
 def all_keys(dicts):
-    """The different keys of several dicts, in order of first appearance."""
+    """The different keys of several dicts (or values of lists), in order of first appearance."""
     return list(dict.fromkeys(itertools.chain(*dicts)))
 
 
@@ -2486,18 +2540,30 @@ def compare(files, items=False, form=None, columns=None, reference=False):
     if form is None and not columns and not reference and len(files) == 2:
         compare_two(*names, *results, items)
         return
+    if items:
+        raise ValueError("--items are those of two files: give two, and neither --format, "
+                         "--columns nor --reference, which make a table")
     for title, chosen in choose_tables(results, columns):
         print(format_table(title, chosen, names, results, form or "text", reference) + "\n")
         unlike = [" ".join(column) for column in chosen if not is_of_same_items(results, column)]
         if unlike and form is None:
-            print(f"not of the same items in all files: {', '.join(unlike)}\n")
+            print("not of the same items, data or protocol version in all files: "
+                  f"{', '.join(unlike)}\n")
 
 
 def is_of_same_items(results, column):
     """Whether all models that have this (bench, subset) were scored on the same."""
-    seen = [file[column[0]][column[1]] for file in results if column[1] in file.get(column[0], {})]
-    items = [(result["n"], result.get("image")) for result in seen]
+    bench, subset = column
+    items = []
+    for file in results:
+        if subset in file.get(bench, {}):
+            items.append(what_was_scored(file[bench][subset]))
     return all(some == items[0] for some in items)
+
+
+def what_was_scored(result):
+    """Equal for two results that may be compared item by item."""
+    return [result.get(key) for key in ("n", "data", "image")]
 
 
 def choose_tables(results, columns=None):
@@ -2550,6 +2616,7 @@ def compare_two(name_a, name_b, a, b, items):
     for bench in a:
         if bench in b:
             compare_bench(bench, a[bench], b[bench], items)
+    compare_eleven(a, b)
     alone = []
     for bench in all_keys([a, b]):
         names = set(a.get(bench, {})) ^ set(b.get(bench, {}))
@@ -2560,9 +2627,7 @@ def compare_two(name_a, name_b, a, b, items):
 def compare_bench(bench, a, b, items):
     """a, b: {subset or mean: results} of one benchmark."""
     for name, draws in paired_draws(bench, a, b).items():
-        low, high = np.nanquantile(draws[1:], (0.025, 0.975))
-        line = (f"{bench + ' ' + name:32s}{a[name]['n']:6d} {100 * a[name]['accuracy']:6.1f} "
-                f"{100 * b[name]['accuracy']:6.1f}  {draws[0]:+6.1f}  {low:+6.1f} .. {high:+6.1f}")
+        line = difference_line(f"{bench} {name}", a[name], b[name], draws)
         if "correct" not in a[name]:
             print(f"{line}     mean")
             continue
@@ -2576,6 +2641,21 @@ def compare_bench(bench, a, b, items):
                     print(f"    {word}: {a[name]['items'][number]}")
 
 
+def compare_eleven(a, b):
+    """The mean of the eleven sets, where both files hold all: it has no items, but they have."""
+    mean_a, mean_b = find_result(a, the_eleven()), find_result(b, the_eleven())
+    if mean_a and mean_b:
+        draws = paired_mean_draws(the_eleven(), a, b)
+        print(f"{difference_line(f'{ELEVEN} mean', mean_a, mean_b, draws)}     mean")
+
+
+def difference_line(name, a, b, draws):
+    """a, b: two models' results; draws (1 + samples,) of B - A, see paired_draws."""
+    low, high = np.nanquantile(draws[1:], (0.025, 0.975))
+    return (f"{name:32s}{a['n']:6d} {100 * a['accuracy']:6.1f} {100 * b['accuracy']:6.1f}  "
+            f"{draws[0]:+6.1f}  {low:+6.1f} .. {high:+6.1f}")
+
+
 def paired_draws(bench, a, b, seed=0):
     """{subset or mean: results} of two models -> {subset or mean: (1 + samples,)}, B - A in
     percent: of all items first, then of images drawn alike for both models and all subsets.
@@ -2586,13 +2666,29 @@ def paired_draws(bench, a, b, seed=0):
     change = {}         # {subset: 1 where only B is right, -1 where only A is}
     for name in shared:
         if "correct" in a[name] and "correct" in b[name]:
-            if any(a[name].get(key) != b[name].get(key) for key in ("n", "data", "image")):
+            if what_was_scored(a[name]) != what_was_scored(b[name]):
                 raise ValueError(f"{bench} {name}: A ({a[name]['n']} items) and B "
                                  f"({b[name]['n']}) differ in items, data or protocol version: "
                                  "score both again, with the same files of this benchmark")
             change[name] = np.subtract(b[name]["correct"], a[name]["correct"])
     draws = resample(shared, change, seed=seed)
     return {name: 100 * shares for name, shares in draws.items()}
+
+
+def paired_mean_draws(parts, a, b):
+    """B - A as by paired_draws, of the mean of parts: [(bench, subset or mean), ...]. Images are
+    drawn anew for each benchmark, as mean_of_benches takes them to be independent.
+
+    a, b: {bench: {subset or mean: results}} of two models -> (1 + samples,). Raises ValueError
+    where the models were scored on other items, or items are not known.
+    """
+    draws = {}
+    for seed, bench in enumerate(dict(parts)):
+        draws[bench] = paired_draws(bench, a[bench], b[bench], seed)
+    unknown = [f"{bench} {subset}" for bench, subset in parts if subset not in draws[bench]]
+    if unknown:
+        raise ValueError(f"no items of {unknown[0]} in these files: expected files of --json")
+    return np.mean([draws[bench][subset] for bench, subset in parts], 0)
 
 
 @dataclass
@@ -2658,6 +2754,8 @@ def clear_best(results, parts):
     """The number of the model with the highest accuracy (mean of parts, as in find_result), if its
     lead over the second is beyond chance: the 95 % interval of the paired difference is above 0.
     Else None, as where they were scored on other items."""
+    if parts == [(ELEVEN, "mean")]:     # it has no items of its own
+        parts = the_eleven()
     accuracy = {}
     for number, file in enumerate(results):
         found = find_result(file, parts)
@@ -2666,17 +2764,11 @@ def clear_best(results, parts):
     if len(accuracy) < 2:
         return None
     best, second = sorted(accuracy, key=accuracy.get, reverse=True)[:2]
-    draws = []
-    for seed, (bench, subset) in enumerate(parts):
-        try:
-            paired = paired_draws(bench, results[second][bench], results[best][bench], seed)
-        except ValueError:
-            return None
-        if subset not in paired:
-            return None
-        draws.append(paired[subset])
-    clear = np.nanquantile(np.mean(draws, 0)[1:], 0.025) > 0
-    return best if clear else None
+    try:
+        lead = paired_mean_draws(parts, results[second], results[best])
+    except ValueError:
+        return None
+    return best if np.nanquantile(lead[1:], 0.025) > 0 else None
 
 
 def make_cell(result, is_best):
@@ -2775,7 +2867,7 @@ def new_figure(width, height):
 def read_log(path):
     """A log.jsonl of train.py -> {"loss": {step: value}, "scenes.swap_att": {step: percent}, ...},
     and the arguments of the run. Of a step that occurs twice, after a resume, the later counts."""
-    curves, arguments = {}, {}
+    curves, arguments, skipped = {}, {}, 0
     for line in Path(path).read_text("utf-8", "replace").splitlines():
         try:
             row = json.loads(line)
@@ -2788,11 +2880,13 @@ def read_log(path):
                 for name, result in subsets.items():
                     values[f"{bench}.{name}"] = 100 * result["accuracy"]
         except (ValueError, AttributeError, TypeError, KeyError):
-            print(f"{path}: a line skipped that is not of train.py")
+            skipped += 1
             continue
         for key, value in values.items():
             if "step" in row and type(value) in (int, float) and math.isfinite(value):
                 curves.setdefault(key, {})[step] = value
+    if skipped:
+        print(f"{path}: lines skipped that are not of train.py: {skipped}")
     return curves, arguments
 
 
@@ -2971,7 +3065,10 @@ def similarity_maps(model, image, phrases):
 def seen_box(model, size):
     """What a model sees of an image of this size, as imshow's extent: left, right, bottom, top."""
     width, height = size
-    if model.config.resize == "shortest":       # the square in the middle
+    if not hasattr(model, "config"):
+        raise ValueError("pointing: the model has no config.resize: expected 'shortest' where it "
+                         "sees the square in the middle of an image, else 'squash'")
+    if model.config.resize == "shortest":
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
         return left, left + side, top + side, top
@@ -3112,6 +3209,10 @@ class OpenCLIP(torch.nn.Module):
             first_line = str(error).strip().split("\n")[0]
             raise ValueError(f"open_clip:{name} cannot be read: {first_line[:300]}") from None
 
+    @property
+    def logit_scale(self):      # --attack asks for it
+        return self.model.logit_scale
+
 
 def load_source(source, name=None):
     """A model from --init: open_clip's by the prefix open_clip:, else ours."""
@@ -3120,8 +3221,14 @@ def load_source(source, name=None):
     return CLIP.from_pretrained(source, name)
 
 
+def load_interpolated(path, source, name, weight):
+    """The checkpoint at path, moved towards --init, see interpolate_weights."""
+    return interpolate_weights(CLIP.load(path), CLIP.from_pretrained(source, name), weight)
+
+
 def models_of(checkpoint, init, name, weight):
-    """Yield (what it is called, model) for each that --checkpoint, --init, --model mean."""
+    """What --checkpoint, --init, --model and --interpolate mean: [(what it is called, function that
+    loads it), ...]."""
     checkpoints = checkpoint.split(",") if checkpoint else []
     sources = init.split(",") if init else []
     if name and not init:
@@ -3129,17 +3236,15 @@ def models_of(checkpoint, init, name, weight):
     if weight is not None:
         if len(checkpoints) != 1 or len(sources) != 1:
             raise ValueError("--interpolate takes one --checkpoint and one --init (or --model)")
-        model = CLIP.load(checkpoints[0])
-        model = interpolate_weights(model, CLIP.from_pretrained(sources[0], name), weight)
-        yield checkpoints[0], model
-        return
+        path, source = checkpoints[0], sources[0]
+        return [(path, functools.partial(load_interpolated, path, source, name, weight))]
     if not checkpoints and not sources:
         raise ValueError("give what to evaluate: --checkpoint FILE, or --init SOURCE (or --model "
                          "NAME for its default weights); several are joined by commas")
-    for path in checkpoints:
-        yield path, CLIP.load(path)
-    for source in sources:
-        yield source or name, load_source(source, name)
+    models = [(path, functools.partial(CLIP.load, path)) for path in checkpoints]
+    models += [(source or name, functools.partial(load_source, source, name))
+               for source in sources]
+    return models
 
 
 def fingerprint(model):
@@ -3158,12 +3263,16 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
     """Score one or several models on benchmarks, print tables, and write --json."""
     benches = (bench or default_bench(settings["data"])).split(",")
     check_command(benches, json_path, checkpoint, settings["data"])
+    models = models_of(checkpoint, init, model, interpolate)
+    given = {"init": init, "model": model, "tokenizer": tokenizer, "interpolate": interpolate}
+    given |= {"bench": bench, "torch": torch.__version__, "processes": WORLD, **settings}
     options = prepare(settings)
     started = time.time()
     files = []          # what --json holds of each model
-    for label, network in models_of(checkpoint, init, model, interpolate):
-        if files:       # not the first
+    for number, (label, load) in enumerate(models, 1):
+        if number > 1:
             print0(f"\n{label}:")
+        network = load()
         if tokenizer:
             set_tokenizer(network, tokenizer)
         network.to(options.device).eval()
@@ -3176,8 +3285,10 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
             "checkpoint": label, "sha256": fingerprint(network), "protocol": PROTOCOL,
             "pooled": options.pooled, "interpolate": interpolate,
             "data_sha256": data_digests(tasks), "missing": missing, "results": results})
+        if json_path and RANK == 0:     # before the next model, which may fail
+            write_json(numbered(json_path, number, len(models)), {**files[-1], "settings": given})
     print0(f"\n{time.time() - started:.1f} s")
-    for line in missing:
+    for line in all_keys([file["missing"] for file in files]):
         print0(f"not there: {line}")
     if len(files) > 1:
         labels = [model_name(file) for file in files]
@@ -3185,10 +3296,6 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
         tables = [file["results"] for file in files]
         for title, columns in choose_tables(tables):
             print0("\n" + format_table(title, columns, labels, tables))
-    if json_path and RANK == 0:
-        given = {"init": init, "model": model, "tokenizer": tokenizer, "interpolate": interpolate}
-        given |= {"bench": bench, "torch": torch.__version__, "processes": WORLD, **settings}
-        write_json(json_path, files, given)
 
 
 def check_command(benches, json_path, checkpoint, data):
@@ -3228,13 +3335,15 @@ def prepare(settings):
     return options
 
 
-def write_json(path, files, settings):
-    """A file for each model; of several the number of the model is put before the ending."""
+def numbered(path, number, count):
+    """The path itself, or of one of several models that with its number before the ending."""
     stem, ending = os.path.splitext(path)
-    for number, content in enumerate(files, 1):
-        name = path if len(files) == 1 else f"{stem}.{number}{ending}"
-        Path(name).write_text(json.dumps({**content, "settings": settings}))
-        print0(f"wrote {name}")
+    return path if count == 1 else f"{stem}.{number}{ending}"
+
+
+def write_json(path, content):
+    Path(path).write_text(json.dumps(content))
+    print(f"wrote {path}")
 
 
 def verify(registry, bench, tolerance, **settings):
@@ -3242,37 +3351,53 @@ def verify(registry, bench, tolerance, **settings):
     options = prepare(settings)
     only = bench.split(",") if bench else list(BENCHES)
     check_names(only)
-    close, count = 0, 0
+    are_close = []          # of each published figure, whether ours is
     for name, entry in read_registry(registry).items():
         figures = {key: value for key, value in entry["figures"].items() if key in only}
         if not figures:     # another model's
             continue
         try:
-            tasks, _ = read(figures, options, skip=True)
-            if not tasks:
-                print0(f"\n{name}: none of the files of {', '.join(figures)} are there")
-                continue
-            model = load_verified(name, entry, options.data_dir)
+            results = score_verified(name, entry, figures, options)
         except (ValueError, OSError) as error:
             print0(f"\n{name}: not verified, {plain_words(error)}")
             continue
-        results = score(model.to(options.device).eval(), tasks, options)
         print0(f"\n{name:32s}    ours  published  difference")
-        for key, subsets in figures.items():
-            for subset, published in subsets.items():
-                found = find_result(results, [(key, subset)])
-                if not found:
-                    print0(f"{key + ' ' + subset:32s}  not scored: its files are not there, or it "
-                           "is no subset")
-                    continue
-                ours = 100 * found["accuracy"]
-                is_close = abs(ours - published) <= tolerance + 1e-9
-                close += is_close
-                count += 1
-                verdict = "" if is_close else f"  more than {tolerance:g}"
-                print0(f"{key + ' ' + subset:32s}  {ours:6.1f}  {published:9.1f}  "
-                      f"{ours - published:+10.1f}{verdict}")
-    print0(f"\n{close} of {count} figures are within {tolerance:g} points")
+        are_close += print_figures(figures, results, tolerance)
+    print0(f"\n{sum(are_close)} of {len(are_close)} figures are within {tolerance:g} points")
+
+
+def score_verified(name, entry, benches, options):
+    """The results of a model of the registry on those benchmarks whose files are there. Raises
+    ValueError or OSError where there are none, or the model cannot be had."""
+    tasks, _ = read(benches, options, skip=True)
+    if not tasks:       # said before the weights are downloaded
+        raise Missing(f"none of the files of {', '.join(benches)} are there")
+    model = load_verified(name, entry, options.data_dir).to(options.device).eval()
+    size, patches = image_size(model), gives_patch_tokens(model)
+    tasks, missing = read(benches, options, size, patches, skip=True)
+    if not tasks:
+        raise Missing(missing[0])
+    return score(model, tasks, options)
+
+
+def print_figures(figures, results, tolerance):
+    """A line for each published figure, {bench: {subset: percent}}, with ours -> of each that we
+    have, whether the two are close."""
+    are_close = []
+    for bench, subsets in figures.items():
+        for subset, published in subsets.items():
+            found = find_result(results, [(bench, subset)])
+            label = f"{bench + ' ' + subset:32s}"
+            if not found:
+                print0(f"{label}  not scored: its files are not there, or it is no subset")
+                continue
+            ours = 100 * found["accuracy"]
+            difference = ours - published
+            is_close = abs(difference) <= tolerance + 1e-9
+            are_close.append(is_close)
+            verdict = "" if is_close else f"  more than {tolerance:g}"
+            print0(f"{label}  {ours:6.1f}  {published:9.1f}  {difference:+10.1f}{verdict}")
+    return are_close
 
 
 def read_registry(path):
@@ -3294,6 +3419,9 @@ def read_registry(path):
         registry = json.loads(Path(path).read_text("utf-8"))
         for entry in registry.values():
             check_names(entry["figures"])
+            for key in ("init", "checkpoint", "model", "path", "url", "sha256"):
+                if not is_kind(entry.get(key) or "", str):
+                    raise ValueError(f"{key} is no text")
             for known in entry["figures"].values():
                 if not all(is_kind(figure, (int, float)) for figure in known.values()):
                     raise ValueError("a figure is no number")

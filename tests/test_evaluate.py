@@ -273,6 +273,64 @@ def test_wrong_files(nano, crepe, official, tmp_path):
         read(["winoground"], nano, args)
 
 
+def test_rows_that_a_protocol_cannot_mean(nano, official, tmp_path):
+    """Files of the right number of rows and the right keys."""
+    for folder in ("coco/val2017", "vg/VG_100K", "flickr8k/Flicker8k_Dataset"):
+        picture(f"{tmp_path}/{folder}/1.jpg", random.Random(0))
+    args = arguments(data_dir=str(tmp_path))
+    foil = {"image_file": "1.jpg", "caption": "a dog", "foil": "a cat", "mturk": {"caption": 1}}
+    doubted = "valse: no item of existence is left to score"
+    test = {"filename": "1.jpg", "split": "test", "sentences": [{"raw": "a dog"}]}
+    for bench, part, rows, says in (
+            ("valse", "existence", {"0": foil}, doubted),
+            ("valse", "existence", {"0": {**foil, "mturk": {}}}, doubted),
+            ("vl_checklist", "attribute_vg_color", [["VG_100K/1.jpg", {"POS": ["a dog"], "NEG": []}]],
+             "vl_checklist attribute_vg_color: a row has no texts under POS and NEG"),
+            ("flickr8k", "flickr8k", [{**test, "split": "train"}], "flickr8k: no item of flickr8k is left to score"),
+            ("flickr8k", "flickr8k", [{**test, "sentences": [{"tokens": []}]}], r"has no text \(raw\)$")):
+        official.table[bench]["files"] = {part: official.table[bench]["files"].get(part) or {"path": f"{part}.json"}}
+        official(tmp_path, bench, part, rows)
+        with pytest.raises(ValueError, match=says):
+            read([bench], nano, args)
+    official.table["mmvp"]["files"]["mmvp"]["n"] = None
+    os.makedirs(tmp_path / "mmvp")
+    for rows in ("1,Texts,a dog", "1,Texts,a dog\n2,Texts,", "1,Texts\n2,Texts"):
+        (tmp_path / "mmvp" / "Questions.csv").write_text("Question ID,Type,Statement\n" + rows)
+        with pytest.raises(ValueError, match="^mmvp: expected pairs of rows of three values: ID, type, statement$"):
+            read(["mmvp"], nano, args)
+    (tmp_path / "mmvp" / "Questions.csv").write_text('Question ID,Type,Statement\n1,Texts,"' + "no end " * 20_000)
+    with pytest.raises(ValueError, match="Questions.csv is not the official file of unknown rows .field larger than"):
+        read(["mmvp"], nano, args)
+    os.makedirs(tmp_path / "negbench")
+    for answer in ("4", "-1", "1.5", ""):
+        content = f"image_path,caption_0,caption_1,caption_2,caption_3,correct_answer,correct_answer_template\n1.jpg,a,b,c,d,{answer},hybrid"
+        (tmp_path / "negbench" / "COCO_val_mcq_llama3.1_rephrased.csv").write_text(content)
+        with pytest.raises(ValueError, match=f"^negbench: correct_answer '{answer}': expected 0 to 3$"):
+            read(["negbench"], nano, {**args, "allow_missing": True})
+
+
+def test_images_that_cannot_be_read_are_counted(nano, official, tmp_path, capsys):
+    """Of one subset a half, of the other all: the first is scored, the second is an error."""
+    picture(f"{tmp_path}/coco/val2017/1.jpg", random.Random(0))
+    (tmp_path / "coco" / "val2017" / "torn.jpg").write_bytes(b"torn")
+    row = {"filename": "1.jpg", "caption": "a dog", "negative_caption": "a cat"}
+    official.table["sugarcrepe"]["files"] = {name: dict(official.table["sugarcrepe"]["files"][name])
+                                             for name in ("swap_obj", "swap_att")}
+    args = arguments(data_dir=str(tmp_path), allow_missing=True, quiet=True)
+    official(tmp_path, "sugarcrepe", "swap_obj", [row, {**row, "filename": "torn.jpg"}])
+    official(tmp_path, "sugarcrepe", "swap_att", [row])
+    found = run(nano, ["sugarcrepe"], **args)["sugarcrepe"]
+    assert {name: r["n"] for name, r in found.items()} == {"swap_obj": 1, "swap_att": 1, "swap": 2}
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("skipped 1 of 2 images, which cannot be read; the first: ") and out[0].endswith("torn.jpg")
+    assert out[1:] == ["swap_obj: 1 of 2 items skipped, without their image"]
+    with pytest.raises(ValueError, match="cannot read .*torn.jpg .*: check --image-root, or --allow-missing"):
+        run(nano, ["sugarcrepe"], **{**args, "allow_missing": False})
+    official(tmp_path, "sugarcrepe", "swap_att", [{**row, "filename": "torn.jpg"}])
+    with pytest.raises(ValueError, match="^swap_att: none of its items has an image that can be read$"):
+        run(nano, ["sugarcrepe"], **args)
+
+
 # ------------------------------------------------------------------------------------------------- other benches
 
 def test_aro(nano, official, tmp_path):
@@ -389,7 +447,7 @@ def test_winoground_colorswap_cola(nano, official, tmp_path):
     assert results["cola"]["multi_objects"]["ties"] >= 2
 
 
-def test_whatsup(nano, official, tmp_path):
+def test_whatsup(nano, official, tmp_path, capsys):
     rng, plain = random.Random(4), Plain(nano)
     expected, last = {}, {"A": ("on", "under"), "B": ("in-front_of", "behind")}
     for subset, folder in ("A", "controlled_images"), ("B", "controlled_clevr"):
@@ -431,6 +489,13 @@ def test_whatsup(nano, official, tmp_path):
         assert 0 < sum(fours) < 4 and sum(halves) > 2 * sum(fours)
     means = [np.mean(expected[s]) for s in TABLE["whatsup"]["files"]]
     assert results["macro_6"]["accuracy"] == pytest.approx(np.mean(means))
+    path = tmp_path / official.table["whatsup"]["files"]["B"]["path"]
+    path.write_text(json.dumps(json.loads(path.read_text())[1:]))      # the first set lacks an image, and its first pair
+    capsys.readouterr()
+    part = run(nano, ["whatsup"], **arguments(data_dir=str(tmp_path), allow_missing=True, quiet=True))["whatsup"]
+    assert (part["B"]["n"], part["B_pair"]["n"], part["B_set"]["n"]) == (15, 7, 3) and part["A_set"]["n"] == 4
+    assert capsys.readouterr().out.splitlines() == ["B_pair: 1 of 8 skipped, which lack some of their 2 images",
+                                                    "B_set: 1 of 4 skipped, which lack some of their 4 images"]
 
 
 def scores_of(plain, images, texts):
@@ -741,6 +806,31 @@ def test_attacked_images_are_scored_beside_the_others(nano, tmp_path):
         evaluate.run(nano, ["retrieval"], attack=1, quiet=True, data=captioned(tmp_path), image_root=str(tmp_path))
 
 
+def test_an_attack_on_unknown_pixels_is_told_before_anything_is_encoded(nano):
+    """Without Normalize at the end of the transform nobody knows what a pixel is."""
+    class Steps:
+        def __init__(self, *steps):
+            self.transforms = steps
+
+        def __call__(self, image):
+            return nano.transform(image)
+
+    def encode(inputs):
+        raise AssertionError("encoded")
+
+    model = types.SimpleNamespace(encode_image=encode, encode_text=encode, tokenize=nano.tokenize)
+    normalize = nano.transform.transforms[-1]
+    for transform, name in ((lambda image: nano.transform(image), "function"), (Steps(), "Steps"),
+                            (Steps(normalize, torch.nn.Identity()), "Identity")):
+        model.transform = transform
+        with pytest.raises(ValueError, match=f"--attack: the model's transform ends with {name}: expected .*Normalize.*; "
+                                             "give .*, or leave --attack out$"):
+            evaluate.run(model, ["scenes"], attack=1, quiet=True)
+    model.transform = Steps(normalize)
+    with pytest.raises(AssertionError, match="encoded"):
+        evaluate.run(model, ["scenes"], attack=1, quiet=True)
+
+
 def captioned(folder):
     (folder / "pairs.csv").write_text("image,caption\n" + "".join(f"data/{i}/{i}.png,picture {i}\n" for i in range(3)))
     return str(folder / "pairs.csv")
@@ -797,7 +887,7 @@ def test_retrieval(nano, official, tmp_path):
         assert results[f"flickr30k_t2i_r{k}"]["chance"] == pytest.approx(k / 15)
 
 
-def test_retrieval_on_a_table(nano, tmp_path):
+def test_retrieval_on_a_table(nano, tmp_path, capsys):
     rng, plain = random.Random(6), Plain(nano)
     for i in range(8):
         picture(f"{tmp_path}/{i}.png", rng)
@@ -808,7 +898,9 @@ def test_retrieval_on_a_table(nano, tmp_path):
     with pytest.raises(ValueError, match="cannot read .*none.png.*--allow-missing"):
         run(nano, ["retrieval"], **args)
     args["allow_missing"] = True
+    capsys.readouterr()
     results = run(nano, ["retrieval"], **args)["retrieval"]
+    assert f"{args['data']}: 1 rows or files skipped, the first is 2.png (row " in capsys.readouterr().out
     names, texts = [f"{i}.png" for i in range(8)], list(dict.fromkeys(c for _, c in rows if c.strip()))
     scores = [[plain.cos(f"{tmp_path}/{n}", t) for t in texts + ["x y"]] for n in names]     # x y is a candidate
     for k in (1, 5, 10):
@@ -917,7 +1009,9 @@ def test_zero_shot(nano, official, tmp_path, monkeypatch):
     official.table["imagenet"]["n"] = 50000
     with pytest.raises(ValueError, match=f"7 classes, {len(files)} images instead of 7, 50000"):
         read(["imagenet"], nano, args)
-    (tmp_path / "names.txt").write_text("one\ntwo")
+    for path, name in ((None, "no --classes"), ("none.txt", "none.txt")):
+        with pytest.raises(ValueError, match=f"^folder: {name}: give --classes FILE, with a name for each of the 7 folders"):
+            read(["folder"], nano, {**args, "classes": path})
     for text, says in (("one\ntwo", "names.txt: 2 lines, .* expected a name for each of the 7 folders"),
                        ("a\n\nb\nc\nd\ne\nf", "names.txt: 7 lines, of which 1 are empty")):
         (tmp_path / "names.txt").write_text(text)
@@ -1135,7 +1229,9 @@ def test_all_runs_what_is_there_and_lists_the_rest(table):
     (["--bench", "choices"], "choices: --data is missing, for example --data mine.csv --image-root images"),
     (["--bench", "retrieval"], "retrieval: --data is missing, for example --data pairs.csv --image-root images, "
      "or the official files; retrieval: no "), (["--bench", "retrieval"], "download retrieval (and 1 more)"),
-    (["--bench", "winoground"], "examples.jsonl"),
+    (["--bench", "winoground"], "examples.jsonl"), (["--batch-size", "0"], "argument --batch-size: 0: expected 1 or more"),
+    (["--interpolate", "0.5"], "--interpolate takes one --checkpoint and one --init (or --model)"),
+    (["--checkpoint", ""], "give what to evaluate: --checkpoint FILE, or --init SOURCE"),
     (["--bench", "retrieval", "--data", "none.csv"], "no file none.csv"),
     (["--data", "none.csv"], "no file none.csv"), (["--checkpoint", "gone.pt"], "no checkpoint at gone.pt"),
     (["--device", "cuda"], "--device cuda: torch finds no GPU")])
@@ -1398,6 +1494,15 @@ def test_a_part_without_a_record_and_a_page_instead_of_a_file(serve, tmp_path):
     (tmp_path / "x.part").write_bytes(b"what is this")
     fetch(server.url, str(path), None, tmp_path)
     assert path.read_bytes() == b"content" and server.asked == [0]
+    path.unlink()
+    (tmp_path / "x.part").write_bytes(b"cont")
+    (tmp_path / "x.part.json").write_text('{"size": 7')         # cut off
+    fetch(server.url, str(path), None, tmp_path)
+    assert path.read_bytes() == b"content" and server.asked == [0, 0]
+    for text in ("", "3"):
+        (tmp_path / "sha256.json").write_text(text)
+        with pytest.raises(ValueError, match="sha256.json: expected {file: sha256} .*: delete it$"):
+            fetch(server.url, str(path), None, tmp_path)
     server = serve(b"<html>too many downloads</html>", kind="text/html; charset=utf-8")
     with pytest.raises(ValueError, match="a web page came instead"):
         fetch(server.url, str(tmp_path / "y"), None, tmp_path)

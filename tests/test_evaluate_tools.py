@@ -7,8 +7,10 @@ import os
 import random
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,6 +64,13 @@ def test_paired_equals_plain_computation(n, right_a, right_b):
     if n == 3000:       # the bootstrap of a mean of many items is the normal interval
         half = 196 * math.sqrt(sum((y - x - difference / 100) ** 2 for x, y in zip(a, b))) / n
         assert low == pytest.approx(difference - half, rel=0.03) and high == pytest.approx(difference + half, rel=0.03)
+
+
+def test_mcnemar_of_many_items_takes_no_time():
+    """As many as two models on ImageNet differ in: nearly the normal distribution."""
+    started = time.process_time()
+    assert mcnemar(20_000, 20_300) == pytest.approx(math.erfc(299 / math.sqrt(2 * 40_300)), rel=1e-4)
+    assert time.process_time() - started < 5
 
 
 def test_bootstrap_draws_whole_groups_and_is_a_function_of_its_seed():
@@ -266,9 +275,41 @@ def test_one_table_over_benchmarks(several, capsys):
     command(["compare", *several])
     out = capsys.readouterr().out
     assert out.index("headline") < out.index("sugarcrepe  ") and out.count("percent with 95 % intervals") == 3
+    assert "not of the same items" not in out
     for columns in ("relation", "swap_attribute"):
         with pytest.raises(ValueError, match=f"no figure of these files is named {columns}: expected .* headline, attri"):
             command(["compare", *several, "--columns", columns])
+
+
+def test_a_table_of_other_items_says_so(several, tmp_path, capsys):
+    """Of other images, or of another number of items; a model without the benchmark does not count."""
+    file = json.loads(open(several[1]).read())
+    images = file["results"]["sugarcrepe"]["swap_att"]["image"]
+    images[0] = images[1]
+    file["results"]["scenes"]["np_binding"]["n"] = 79
+    changed = results(tmp_path / "changed.json", file["results"])
+    command(["compare", several[0], changed, several[2], "--columns", "swap_att,swap_obj,np_binding"])
+    unlike = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not of the same items")]
+    says = "not of the same items, data or protocol version in all files: "
+    assert unlike == [f"{says}sugarcrepe swap_att", f"{says}scenes np_binding"]
+    command(["compare", several[0], changed, "--columns", "np_binding"])
+    assert "not of the same items" not in capsys.readouterr().out
+    command(["compare", several[0], changed, "--columns", "swap_att", "--format", "csv"])       # to paste: only the table
+    assert "not of the same items" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [{"data_sha256": {"sugarcrepe": "other"}}, {"protocol": 2}])
+def test_a_table_of_other_data_says_so(several, tmp_path, capsys, more):
+    """As many items of as many images, with other texts, or by another protocol."""
+    file = json.loads(open(several[1]).read())
+    command(["compare", several[0], results(tmp_path / "other.json", file["results"], **more), "--columns", "swap_obj"])
+    assert "version in all files: sugarcrepe swap_obj\n" in capsys.readouterr().out
+
+
+def test_items_are_of_two_files(three):
+    for more in (three[2:], ["--columns", "swap"], ["--format", "csv"], ["--reference"]):
+        with pytest.raises(ValueError, match="^--items are those of two files: give two, and neither --format"):
+            command(["compare", *three[:2], *more, "--items"])
 
 
 def test_the_mean_of_benchmarks_is_of_independent_ones():
@@ -292,6 +333,66 @@ def test_run_gives_the_mean_of_the_eleven_sets(monkeypatch):
     found = evaluate.run(nano(0).eval(), ["scenes", "scenes_pointing"], quiet=True)
     both = [found["scenes_pointing"]["quadrant"]["accuracy"], found["scenes"]["swap_att"]["accuracy"]]
     assert found[evaluate.ELEVEN]["mean"]["accuracy"] == pytest.approx(sum(both) / 2)
+
+
+@pytest.fixture
+def eleven(tmp_path):
+    """Files of two models on the eleven sets of 60 images and more; the second is ahead."""
+    files = []
+    for number in range(2):
+        rng, found = np.random.default_rng(number), {}
+        for more, (bench, (name,)) in enumerate(evaluate.GROUPS[evaluate.ELEVEN].items()):
+            images = [f"{i}.jpg" for i in range(60 + more)]
+            margins = torch.from_numpy(rng.random(len(images)) - 0.5 + 0.1 * number)
+            outcome = Outcome("top1", margins, 0.1, images, images, [i % 7 for i in range(len(images))])
+            found[bench] = evaluate.summarize([outcome], {})
+        parts = [(bench, name) for bench, (name,) in evaluate.GROUPS[evaluate.ELEVEN].items()]
+        found[evaluate.ELEVEN] = {"mean": evaluate.find_result(found, parts)}
+        files.append(results(tmp_path / f"{number}.json", found, checkpoint=f"out/m{number}/last.pt"))
+    return files
+
+
+def test_compare_shows_the_mean_of_the_eleven_sets(eleven, capsys):
+    """Its difference and interval, against items of each set drawn anew, the same of both models."""
+    command(["compare", *eleven])
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("classification_11 mean")]
+    a, b = (json.loads(open(path).read())["results"] for path in eleven)
+    rng, draws, differences = np.random.default_rng(9), [], []
+    for bench, (name,) in evaluate.GROUPS[evaluate.ELEVEN].items():
+        weights = np.array(a[bench][name].get("weights", np.ones(a[bench]["top1"]["n"])))
+        change = np.subtract(b[bench]["top1"]["correct"], a[bench]["top1"]["correct"])
+        drawn = rng.integers(len(change), size=(4000, len(change)))
+        draws.append((change * weights)[drawn].sum(1) / weights[drawn].sum(1))
+        differences.append(b[bench][name]["accuracy"] - a[bench][name]["accuracy"])
+    low, high = 100 * np.quantile(np.mean(draws, 0), (0.025, 0.975))
+    row = line.split()
+    means = [100 * file[evaluate.ELEVEN]["mean"]["accuracy"] for file in (a, b)]
+    assert row[2:6] == [str(11 * 60 + 55), *(f"{mean:.1f}" for mean in means), f"{100 * np.mean(differences):+.1f}"]
+    assert float(row[6]) == pytest.approx(low, abs=0.4) and float(row[8]) == pytest.approx(high, abs=0.4)
+    assert row[9:] == ["mean"] and out.endswith("in one file only: none\n") and low > 0
+    command(["compare", *eleven, "--columns", "headline", "--format", "markdown"])
+    assert f"| **{means[1]:.1f}** [" in capsys.readouterr().out.splitlines()[3]
+
+    file = json.loads(open(eleven[1]).read())
+    del file["results"]["pets"], file["results"][evaluate.ELEVEN]
+    results(Path(eleven[1]), file["results"])
+    command(["compare", *eleven])
+    out = capsys.readouterr().out
+    assert "\nclassification_11" not in out and "pets top1_macro, classification_11 mean" in out
+
+
+def test_the_lead_in_several_subsets_of_one_benchmark_draws_its_images_once():
+    """Their mean is as uncertain as each of them where they agree on every image."""
+    images = [f"{i}.jpg" for i in range(100)]
+    files = []
+    for right in ([1] * 50 + [0] * 50, [1] * 56 + [0] * 44):
+        outcomes = [Outcome(name, torch.tensor(right) - 0.5, 0.5, images, images) for name in "xyz"]
+        files.append(dict.fromkeys("bc", {name: {**r, "data": ""} for name, r in evaluate.summarize(outcomes, {}).items()}))
+    one, three = (evaluate.paired_mean_draws([("b", name) for name in names], *files) for names in ("x", "xyz"))
+    assert np.allclose(one, three) and one[0] == pytest.approx(6)
+    both = evaluate.paired_mean_draws([("b", "x"), ("c", "x")], *files)      # of two benchmarks they are others
+    assert both[0] == pytest.approx(6) and both.std() == pytest.approx(one.std() / math.sqrt(2), rel=0.1)
 
 
 def test_groups_name_what_benchmarks_have():
@@ -357,9 +458,9 @@ def test_plot_counts_torn_lines_and_takes_the_later_of_two(tmp_path, capsys, fig
             {"step": 3, "loss": 9.0}, {"step": 3, "loss": 2.0}]
     curves = {"step": {1: 1, 2: 2, 3: 3}, "loss": {1: 5.0, 3: 2.0}}
     assert evaluate.read_log(log_file(tmp_path / "read", rows)) == (curves, {})
-    assert capsys.readouterr().out.count("a line skipped") == 2
+    assert capsys.readouterr().out == f"{tmp_path}/read/log.jsonl: lines skipped that are not of train.py: 2\n"
     command(["plot", log_file(tmp_path / "torn", rows), "--output", str(tmp_path / "c.png")])
-    assert capsys.readouterr().out.count("a line skipped") == 2 and len(figures[0].axes) == 1
+    assert "lines skipped that are not of train.py: 2\n" in capsys.readouterr().out and len(figures[0].axes) == 1
     run, other = run_log(tmp_path / "run", lambda i: 0.5), tmp_path / "other" / "log.jsonl"
     log_file(tmp_path / "other", [{"step": 4, "eval": {"retrieval": {"i2t_r1": {"accuracy": 0.5}}}}])
     command(["plot", run, str(other), "--output", str(tmp_path / "c.png")])     # curves that only one of them has
@@ -499,6 +600,9 @@ def test_show_of_an_image_file_with_a_caption_or_concepts(checkpoints, tmp_path,
     for extra in ([], ["--caption", " "]):
         with pytest.raises(ValueError, match="give --concepts, or a --caption"):
             command([*show, *extra])
+    (tmp_path / "torn.jpg").write_bytes((tmp_path / "i.jpg").read_bytes()[:300])
+    with pytest.raises(ValueError, match=f"^--image {tmp_path / 'torn.jpg'}: "):
+        command([*show, "--image", str(tmp_path / "torn.jpg"), "--concepts", "a red couch"])
     with pytest.raises(ValueError, match="no checkpoint at none.pt"):
         command(["show", "--checkpoint", "none.pt"])
     with pytest.raises(FileNotFoundError, match="none.jpg"):
@@ -815,12 +919,44 @@ def test_open_clip_models_pick_as_open_clip_does(family, tmp_path, capsys):
     assert found["chance"] == pytest.approx(np.mean([1 / (1 + len(row["negative"])) for row in rows]))
 
 
+def test_open_clip_models_are_attacked_by_their_own_scale():
+    """It is no second weight, which the sha256 of the weights would tell."""
+    model = evaluate.OpenCLIP.__new__(evaluate.OpenCLIP)
+    torch.nn.Module.__init__(model)
+    model.model = nano(0)
+    assert hasattr(model, "logit_scale") and model.logit_scale is model.model.logit_scale
+    assert not any(name == "logit_scale" for name in model.state_dict())
+    del model.model.logit_scale
+    assert not hasattr(model, "logit_scale")
+
+
 def test_open_clip_mistakes():
     for name, says in (("ViT-B-99/x", "NAME one of"), ("ViT-B-32", "for this NAME, one of openai"),
                        ("ViT-B-32/nonsense", "open_clip:ViT-B-32/nonsense cannot be read")):
         with pytest.raises(ValueError, match=says) as wrong:
             command(["--init", f"open_clip:{name}"])
         assert "\n" not in str(wrong.value)
+
+
+def test_a_model_that_fails_takes_no_other_with_it(checkpoints, tmp_path, capsys):
+    with pytest.raises(ValueError, match="ViT-B-99"):
+        command(["--checkpoint", checkpoints[1], "--init", "open_clip:ViT-B-99/x", "--bench", "scenes_pointing", "--json",
+                 str(tmp_path / "r.json")])
+    assert os.listdir(tmp_path) == ["r.1.json"] and f"wrote {tmp_path / 'r.1.json'}\n" in capsys.readouterr().out
+    names, (found,) = evaluate.read_all_results([str(tmp_path / "r.1.json")])
+    assert names == ["run1"] and found["scenes_pointing"]["quadrant"]["n"] == 2000
+
+
+def test_what_any_of_several_models_lacks_is_told_once(checkpoints, capsys, monkeypatch):
+    """--bench all, of which the first model has no patch tokens to point with."""
+    blind = nano(1).eval()
+    encode = blind.encode_image
+    blind.encode_image = lambda pixels: encode(pixels)
+    monkeypatch.setattr(evaluate, "BENCHES", dict.fromkeys(["scenes_pointing", "mmvp", "folder", "scenes"]))
+    monkeypatch.setattr(evaluate, "models_of", lambda *flags: [("a", lambda: blind), ("b", lambda: CLIP.load(checkpoints[1]))])
+    command(["--bench", "all", "--data-dir", "nowhere"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not there: ")]
+    assert [line.split(": ")[1] for line in lines] == ["scenes_pointing", "mmvp", "folder"]
 
 
 @pytest.fixture
@@ -851,8 +987,9 @@ def test_choices_on_ones_own_table(own):
 
 @pytest.mark.parametrize("text, says", [
     ("image,caption\n1.png,a dog", "own.csv: row 1 needs image, caption and negative, and has image, caption"),
-    ("image,caption,negative\n1.png,a dog,", "row 1 needs image, caption and negative"),
+    ("image,caption,negative\n1.png,a dog,", "row 1 needs image, caption and negative, and has image, caption$"),
     ("image,caption,negative\n9.png,a dog,a cat", "cannot read .*9.png"), ("", "no rows"),
+    ("image,caption,negative\n1.png,a dog,a cat,more", "own.csv: none of its rows can be read"),
     ("image,caption,negative,subset\n1.png,a dog,a cat,macro", "row 1: the subset macro would be taken for the mean")])
 def test_mistakes_in_ones_own_table(own, text, says):
     (own / "own.csv").write_text(text)
@@ -860,6 +997,16 @@ def test_mistakes_in_ones_own_table(own, text, says):
         evaluate.run(nano(0).eval(), ["choices"], data=str(own / "own.csv"), image_root=str(own))
     with pytest.raises(ValueError, match="choices: --data is missing, for example --data mine.csv"):
         evaluate.run(nano(0).eval(), ["choices"])
+
+
+def test_own_rows_that_cannot_be_read_are_told(own, capsys):
+    (own / "own.csv").write_text("image,caption,negative\n1.png,a dog,a cat\n1.png,a dog,a cat,more\n")
+    found = evaluate.run(nano(0).eval(), ["choices"], data=str(own / "own.csv"), image_root=str(own), quiet=True)
+    assert found["choices"]["choices"]["n"] == 1 and "row 2: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="row 1 needs image, text and negative, and has image, caption, negative$"):
+        evaluate.run(nano(0).eval(), ["choices"], data=str(own / "own.csv"), caption_key="text")
+    with pytest.raises(ValueError, match="no file .*: --data takes a .csv, .tsv or .jsonl file"):
+        evaluate.run(nano(0).eval(), ["choices"], data=str(own / "gone.csv"))
 
 
 def test_own_rows_of_other_kinds_than_text(own):
@@ -1062,6 +1209,11 @@ def test_pointing_mistakes(tmp_path):
     plain.encode_image = lambda pixels: None
     with pytest.raises(ValueError, match="scenes_pointing: this model's encode_image gives no patch tokens"):
         evaluate.run(plain, ["scenes_pointing"])
+    with pytest.raises(ValueError, match="pointing: the model has no config.resize: expected 'shortest'"):
+        evaluate.run(Plain(nano(0)), ["scenes_pointing"])
+    (tmp_path / "five.json").write_text('{"1.png": [["a", 1, 2, 3, 4, 5]]}')
+    with pytest.raises(ValueError, match="five.json: expected COCO's instances, or .*a box is ..a., 1, 2, 3, 4, 5"):
+        evaluate.read_boxes(tmp_path / "five.json")
     for text in ("3", "[]", '{"1.png": [["a", 1, 2, 3]]}', '{"1.png": [["a", 1, 2, 3, null]]}', '{"annotations": [{}]}', "{"):
         (tmp_path / "b.json").write_text(text)
         with pytest.raises(ValueError, match="b.json: expected COCO's instances, or|coco"):
@@ -1115,10 +1267,65 @@ def test_verify_tells_a_wrong_figure(checkpoints, tmp_path, capsys):
     assert lines[0][2:4] == [ours, f"{right:.1f}"] and len(lines[0]) == 5
     assert lines[1][2:4] == [ours, f"{right + 1:.1f}"] and lines[1][5:] == ["more", "than", "0.3"]
     assert "absent: not verified, " in out and "by hand: not verified, no " in out and "see y" in out
-    assert "no files: none of the files of sugarcrepe are there" in out and "1 of 2 figures are within 0.3 points" in out
-    (tmp_path / "bad.json").write_text('{"x": {"figures": {"scenes": {"a": "b"}}}}')
-    with pytest.raises(ValueError, match="bad.json: expected {NAME: .*a figure is no number"):
+    assert "no files: not verified, none of the files of sugarcrepe are there" in out
+    assert out.endswith("\n1 of 2 figures are within 0.3 points\n")
+
+
+def test_verify_says_what_it_lacks(tmp_path, capsys):
+    registry = {"no files": {"path": "x.pt", "figures": {"sugarcrepe": {"add": 1}, "winoground": {"text": 1}}}}
+    (tmp_path / "registry.json").write_text(json.dumps(registry))
+    command(["verify", "--registry", str(tmp_path / "registry.json"), "--data-dir", str(tmp_path)])
+    assert capsys.readouterr().out.strip().splitlines() == [
+        "no files: not verified, none of the files of sugarcrepe, winoground are there", "",
+        "0 of 0 figures are within 0.3 points"]
+    registry = {"of mine": {"path": "x.pt", "figures": {"scenes_pointing": {"quadrant": 1}, "sugarcrepe": {"add": 1}}},
+                "of others": {"path": "y.pt", "figures": {"sugarcrepe": {"add": 1}}}}
+    (tmp_path / "registry.json").write_text(json.dumps(registry))
+    command(["verify", "--registry", str(tmp_path / "registry.json"), "--data-dir", str(tmp_path), "--bench",
+             "scenes_pointing", "--tolerance", "2"])
+    assert capsys.readouterr().out.strip().splitlines() == [
+        f"of mine: not verified, no {tmp_path / 'x.pt'}: put the weights there", "", "0 of 0 figures are within 2 points"]
+
+
+@pytest.mark.parametrize("entry, says", [
+    ({"figures": {"scenes": {"a": "b"}}}, "a figure is no number"), ({"figures": {"scnes": {"a": 1}}}, "no bench 'scnes'"),
+    ({}, r"\('figures'\)"), ({"figures": {"scenes": 3}}, "object has no"), (3, "not subscriptable"),
+    *[({key: 5, "figures": {"scenes": {"a": 1}}}, f"{key} is no text") for key in ("init", "checkpoint", "path", "url")]])
+def test_verify_of_a_registry_that_is_none(tmp_path, entry, says):
+    (tmp_path / "bad.json").write_text(json.dumps({"x": entry}))
+    with pytest.raises(ValueError, match="bad.json: expected {NAME: .*" + says):
         command(["verify", "--registry", str(tmp_path / "bad.json")])
+    with pytest.raises(ValueError, match="no bench 'scnes': expected some of scenes, "):
+        command(["verify", "--bench", "scnes"])
+
+
+def test_verify_scores_what_evaluate_scores(tmp_path, capsys, monkeypatch):
+    """Scenes are drawn at the size of the model; one without patch tokens, and one whose images cannot be read, do not
+    keep the others from being verified."""
+    model = nano(0, image_size=64, patch_size=16).eval()
+    torch.save(model.checkpoint(), tmp_path / "last.pt")
+    found = evaluate.run(model, ["scenes_pointing"], quiet=True)["scenes_pointing"]["quadrant"]
+    figures = {"scenes_pointing": {"quadrant": 100 * found["accuracy"], "gone": 3.0}}
+    registry = {"blind": {"init": "blind", "figures": figures},
+                "torn": {"init": "torn", "figures": figures},
+                "good": {"checkpoint": str(tmp_path / "last.pt"), "figures": figures}}
+    (tmp_path / "registry.json").write_text(json.dumps(registry))
+    blind, torn = nano(1), nano(2)
+    blind.encode_image = lambda pixels: None
+
+    def unreadable(image):
+        if image.size != (64, 64):      # which asks for the size of the model
+            raise OSError("torn")
+        return torn.known(image)
+
+    torn.known, torn.transform = torn.transform, unreadable
+    monkeypatch.setattr(evaluate, "load_source", lambda source, name: {"blind": blind, "torn": torn}[source])
+    command(["verify", "--registry", str(tmp_path / "registry.json"), "--tolerance", "0", "--workers", "0"])
+    out = capsys.readouterr().out
+    assert "blind: not verified, scenes_pointing: this model's encode_image gives no patch tokens" in out
+    assert "torn: not verified, cannot read small val 1 0 (torn)" in out
+    assert "\nscenes_pointing gone              not scored: its files are not there, or it is no subset\n" in out
+    assert out.endswith("\n1 of 1 figures are within 0 points\n")
 
 
 def test_the_registry_has_published_figures():
