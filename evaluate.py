@@ -2148,7 +2148,8 @@ def choices(source):
         negatives = []
         for column, value in row.items():
             if column and column.startswith("negative"):
-                negatives += parse_list(value, separator=None)
+                with expecting(f"{options.data}: row {number}: expected texts as {column}"):
+                    negatives += parse_list(value, separator=None)
         if not (image and caption and negatives):
             filled = [str(column) for column, value in row.items() if value]
             raise ValueError(f"{options.data}: row {number} needs {image_key}, {caption_key} and "

@@ -988,6 +988,7 @@ def test_choices_on_ones_own_table(own):
 @pytest.mark.parametrize("text, says", [
     ("image,caption\n1.png,a dog", "own.csv: row 1 needs image, caption and negative, and has image, caption"),
     ("image,caption,negative\n1.png,a dog,", "row 1 needs image, caption and negative, and has image, caption$"),
+    ("image,caption,negative\n1.png,a dog,['a' 'b']", "own.csv: row 1: expected texts as negative .*is no list in json"),
     ("image,caption,negative\n9.png,a dog,a cat", "cannot read .*9.png"), ("", "no rows"),
     ("image,caption,negative\n1.png,a dog,a cat,more", "own.csv: none of its rows can be read"),
     ("image,caption,negative,subset\n1.png,a dog,a cat,macro", "row 1: the subset macro would be taken for the mean")])
