@@ -1663,7 +1663,7 @@ class Collate:
     images (B, 3, S, S) as the transform gives them (train_transform: uint8, see normalize_images),
     tokens (B, L), keys and captions (lists of str)
     bad                  [(key, error)] of the rows that could not be read
-    fallback             how many captions are their own concept, for want of a noun phrase
+    fallback             how many captions are their own concept, for want of another noun phrase
     concept_tokens       (U, L'), each different string once
     concept_ids          (U,) int64, a hash of the lower-case string; -1 for padding
     pairs                (P, 2) int64, (image, concept)
@@ -2044,7 +2044,7 @@ def noise_of(seeds, shape):
 
 def concepts_of(rows):
     """Return the concepts of each row (lists of str), its own or those found in its caption, and
-    the number of captions that stand for themselves, because no noun phrase was found."""
+    the number of captions that stand for themselves, because no other noun phrase was found."""
     fallback = 0
     concepts = []
     found = iter(extract_batch([row["caption"] for row in rows if not row.get("concepts")]))
@@ -2098,12 +2098,17 @@ class Epochs(Sampler):
         self.sources = sources or [(length, length)]
         self.length = sum(shown for _, shown in self.sources)       # of an epoch
         if batch_size > self.length:
-            raise ValueError(f"--batch-size {batch_size} is more than the {self.length} rows of "
-                             f"data: give at most {self.length}")
+            raise ValueError(f"--batch-size {batch_size} is more than the {self.length} rows of an "
+                             f"epoch: give at most {self.length}")
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.steps_per_epoch = -(-self.length // batch_size)
+        fewest = self.length // self.steps_per_epoch
+        if fewest < world_size:
+            raise ValueError(f"--batch-size {batch_size}: the {self.length} rows of an epoch make "
+                             f"batches of {fewest}, fewer than the {world_size} processes: give a "
+                             "larger one, or start fewer processes")
         self.start = start_step
         self.stop = self.steps_per_epoch if stop_step is None else stop_step
 

@@ -1849,7 +1849,7 @@ def test_weights_show_rows_as_often_as_they_say(sizes, batch, weights, seed):
     # The turns of a row are 0, 1, 2, ...: each showing of it has a seed of its own.
     assert len(set(items)) == len(items) and all(turn < seen[row] for turn, row in items)
     steps = list(stream)
-    if min(batch, length) >= 3:
+    if length // stream.steps_per_epoch >= 3:
         for world in (2, 3):
             ranks = [list(Epochs(sum(sizes), min(batch, length), seed, rank, world, 0, stream.stop, sources))
                      for rank in range(world)]
@@ -1925,8 +1925,23 @@ def test_weights_in_training(folder):
 
 
 def test_batch_larger_than_the_data():
-    with pytest.raises(ValueError, match="--batch-size 9 is more than the 8 rows"):
+    with pytest.raises(ValueError, match="--batch-size 9 is more than the 8 rows of an epoch"):
         Epochs(8, 9)
+    with pytest.raises(ValueError, match="--batch-size 8 is more than the 4 rows of an epoch: give at most 4"):
+        Epochs(40, 8, sources=weigh_sources([40], "0.1"))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_each_process_has_a_row_of_each_batch(world):
+    """Or one line says what to do: 3 rows in batches of 2 are batches of 2 and 1, of which two processes would share one."""
+    for length in range(1, 20):
+        for batch in range(1, length + 1):
+            smallest = min(map(len, Epochs(length, batch)))
+            if smallest < world:
+                with pytest.raises(ValueError, match=f"--batch-size {batch}: .* batches of {smallest}, fewer than the {world} pro"):
+                    Epochs(length, batch, world_size=world)
+            else:
+                assert all(items for rank in range(world) for items in Epochs(length, batch, 0, rank, world))
 
 
 def test_tokenizer_of_a_small_corpus():
