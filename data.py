@@ -1987,7 +1987,8 @@ def as_sentence(text):
 
 def exchange_between(first, second, rng):
     """Two joined texts in which a word of the first and one of the second, of the same kind and
-    neither in both, have changed places; "" if there are none."""
+    neither in both, have changed places; "" if there are none, or if now the second text stands
+    before the first, which is as true."""
     text = join_texts(first, second)
     border = len(as_sentence(first))
     spans = swappable(text)
@@ -2005,7 +2006,10 @@ def exchange_between(first, second, rng):
     if not choices:
         return ""
     own_left, own_right = rng.choice(choices)
-    return exchange(text, rng.choice(own_left), rng.choice(own_right))
+    exchanged = exchange(text, rng.choice(own_left), rng.choice(own_right))
+    if exchanged.lower() == join_texts(second, first).lower():
+        return ""
+    return exchanged
 
 
 def words_not_in(text, spans, others):
