@@ -1705,9 +1705,9 @@ def normalize_pixels(pixels, config):
     return v2.functional.normalize(pixels, config.mean, config.std)
 
 
-# What negatives captions get, and K: two words exchanged, so of each kind (noun, adjective, verb,
-# phrase), negated, or two words exchanged, a word substituted, and pairs of words shuffled.
-NEGATIVES = {"swap": 1, "typed": 4, "negate": 1, "mixed": 3}
+# What negatives captions get, and K, how many: two words exchanged, swap_each_kind, negated,
+# make_each_sort, or join_pair's.
+NEGATIVES = {"swap": 1, "typed": 4, "negate": 1, "mixed": 3, "pairs": 4}
 
 
 @dataclass
@@ -1718,7 +1718,7 @@ class Collate:
     images (B, 3, S, S) as the transform gives them (train_transform: uint8, see normalize_images),
     tokens (B, L), keys and captions (lists of str)
     bad                  [(key, error)] of the rows that could not be read
-    fallback             how many captions are their own concept, for want of a noun phrase
+    fallback             how many captions are their own concept, for want of another noun phrase
     concept_tokens       (U, L'), each different string once
     concept_ids          (U,) int64, a hash of the lower-case string; -1 for padding
     pairs                (P, 2) int64, (image, concept)
@@ -1744,8 +1744,8 @@ class Collate:
     with_concepts: bool = True
     pad_concepts: int = 1
     spans: bool = False
-    # A key of NEGATIVES, whose K texts are added, the row's own first; or "pairs", see join_pair,
-    # and the side of the image that a row and its partner become.
+    # A key of NEGATIVES, whose K texts are added, the row's own first; and for "pairs" the side of
+    # the image that a row and its partner become.
     negatives: str | None = None
     pair_size: int | None = None
     # Captions and negatives get the same L, and a word_mask.
@@ -1763,8 +1763,7 @@ class Collate:
 
     def __call__(self, rows):
         rows, errors = with_neighbours(rows)
-        paired = bool(rows) and "partner" in rows[0]        # all rows of a batch, or none
-        if paired:
+        if rows and "partner" in rows[0]:       # all rows of a batch have one, or none has
             rows = [join_pair(row, self.pair_size) for row in rows]
         batch = {
             "bad": errors,
@@ -1772,17 +1771,23 @@ class Collate:
             "captions": [row["caption"] for row in rows],
             "fallback": 0,
         }
-        if not rows:
-            return batch
+        if rows:
+            self.add_images(batch, rows)
+            self.add_texts(batch, rows)
+        return batch
+
+    def add_images(self, batch, rows):
         images = [self.pixels_of(row) for row in rows]
         batch["images"] = torch.stack(images)                                   # (B, 3, S, S)
-        batch["tokens"] = self.tokenize(batch["captions"], trim=True)           # (B, L)
         if self.noise:
             seeds = [row["seed"] for row in rows]
             batch["noise"] = noise_of(seeds, images[0].shape)                   # (B, 3, S, S)
         if self.negative_images:
             self.add_negative_images(batch, rows)
-        if self.negatives and (self.negatives != "pairs" or paired):
+
+    def add_texts(self, batch, rows):
+        batch["tokens"] = self.tokenize(batch["captions"], trim=True)           # (B, L)
+        if self.has_negatives(rows):
             self.add_negatives(batch, rows)
         if self.paraphrases:
             self.add_paraphrases(batch, rows)
@@ -1790,13 +1795,10 @@ class Collate:
             self.add_units(batch, rows)
         if self.sentences:
             self.add_sentences(batch, rows)
-        if self.with_concepts:
-            concepts, batch["fallback"] = concepts_of(rows)
-            if self.spans:
-                self.add_spans(batch, concepts)
-            else:
-                self.add_concepts(batch, concepts)
-        return batch
+        if self.with_concepts and self.spans:
+            self.add_spans(batch, rows)
+        elif self.with_concepts:
+            self.add_concepts(batch, rows)
 
     def pixels_of(self, row):
         if "pixels" in row:     # of a pair, which is ready
@@ -1820,81 +1822,78 @@ class Collate:
         batch["negative_images"] = torch.stack(images)                          # (B, 3, S, S)
         batch["negative_image_mask"] = torch.tensor(["negative_image" in row for row in rows])
 
+    def has_negatives(self, rows):
+        if self.negatives == "pairs":
+            return "pixels" in rows[0]      # a batch of single images has none
+        return self.negatives is not None
+
     def add_negatives(self, batch, rows):
         texts = []                                                              # B * K
         for row in rows:
             texts += self.negatives_of(row)
-        mask = torch.tensor([text != "" for text in texts])
-        batch["negative_mask"] = mask.view(len(rows), -1)                       # (B, K)
+        K = NEGATIVES[self.negatives]
+        mask = torch.tensor([text != "" for text in texts])                     # (B * K,)
+        batch["negative_mask"] = mask.view(-1, K)                               # (B, K)
         if self.words:
             self.add_words(batch, texts)
         else:
             tokens = self.tokenize(texts, trim=True)                            # (B * K, L')
-            batch["negative_tokens"] = tokens.unflatten(0, batch["negative_mask"].shape)
+            batch["negative_tokens"] = tokens.unflatten(0, (-1, K))             # (B, K, L')
 
     def add_words(self, batch, negatives):
         """Tokenize captions and negatives together, so that they have the same L."""
-        K = batch["negative_mask"].shape[1]
+        K = NEGATIVES[self.negatives]
         texts = []                                                              # B * (1 + K)
         for i, caption in enumerate(batch["captions"]):
             texts += [caption, *negatives[i * K:(i + 1) * K]]
-        tokens = self.tokenize(texts, trim=True)
-        mask = self.tokenize.word_mask(texts, tokens.shape[1])
+        tokens = self.tokenize(texts, trim=True)                                # (B * (1 + K), L)
+        mask = self.tokenize.word_mask(texts, tokens.shape[1])                  # (B * (1 + K), L)
         tokens = tokens.unflatten(0, (-1, 1 + K))                               # (B, 1 + K, L)
-        batch["tokens"] = tokens[:, 0].contiguous()
-        batch["negative_tokens"] = tokens[:, 1:].contiguous()
-        batch["word_mask"] = mask.view(tokens.shape)
+        batch["tokens"] = tokens[:, 0].contiguous()                             # (B, L)
+        batch["negative_tokens"] = tokens[:, 1:].contiguous()                   # (B, K, L)
+        batch["word_mask"] = mask.unflatten(0, (-1, 1 + K))                     # (B, 1 + K, L)
 
     def negatives_of(self, row):
-        """K false captions, "" for none, from the row or from its caption by its seed."""
-        rng = random.Random(row["seed"])
+        """K false captions, "" for none: the row's own, or made from its caption by its seed."""
         caption = row["caption"]
         own = row.get("negatives", [])
+        rng = random.Random(row["seed"])
         if self.negatives == "pairs":
-            return own
-        if self.negatives == "negate":
-            return [negate(caption, rng)]
-        if self.negatives == "swap":
-            choices = [text for text in own if text][:1]
-            choices = choices or swap_negatives(caption, rng) or [""]
-            return [rng.choice(choices)]
-        texts = [*own]
-        if not own and self.negatives == "typed":
-            for kind in ("noun", "adjective", "verb", "phrase"):
-                swapped = swap_negatives(caption, rng, (kind,))
-                texts.append("".join(swapped))      # one, or none
-        elif not own:
-            for make in (swap_negatives, substitute_negatives, shuffle_bigrams):
-                texts.append(rng.choice(make(caption, rng) or [""]))
+            texts = own         # of join_pair
+        elif self.negatives == "negate":
+            texts = [negate(caption, rng)]
+        elif self.negatives == "swap":
+            texts = [text for text in own if text] or [swap_any_kind(caption, rng)]
+        elif self.negatives == "typed":
+            texts = own or swap_each_kind(caption, rng)
+        else:
+            texts = own or make_each_sort(caption, rng)
         K = NEGATIVES[self.negatives]
         return (texts + [""] * K)[:K]
-
-    def add_units(self, batch, rows):
-        texts = []                                                              # B * units * 2
-        for row in rows:
-            rng = random.Random(row["seed"])
-            pairs = row.get("units") or unit_pairs(row["caption"], rng, self.units,
-                                                   row.get("concepts"))
-            pairs = rng.sample(pairs, min(self.units, len(pairs)))
-            for pair in pairs + [("", "")] * (self.units - len(pairs)):
-                texts += pair
-        tokens = self.tokenize(texts, trim=True)                                # (..., L')
-        batch["unit_tokens"] = tokens.view(len(rows), self.units, 2, -1)
-        mask = torch.tensor([text != "" for text in texts[::2]])
-        batch["unit_mask"] = mask.view(len(rows), self.units)
 
     def add_paraphrases(self, batch, rows):
         texts = [row.get("paraphrase", "") for row in rows]
         batch["paraphrase_tokens"] = self.tokenize(texts, trim=True)            # (B, L')
         batch["paraphrase_mask"] = torch.tensor([text != "" for text in texts])
 
-    def add_concepts(self, batch, concepts):
-        """Each different string once; see losses.concept_columns for what becomes of them."""
-        strings, ids, pairs = index_phrases(concepts)
-        padding = -len(strings) % self.pad_concepts
-        batch["concept_tokens"] = self.tokenize(strings + [""] * padding, trim=True)    # (U, L')
-        batch["concept_ids"] = torch.cat([ids, torch.full((padding,), -1)])             # (U,)
-        batch["pairs"] = pairs                                                          # (P, 2)
+    def add_units(self, batch, rows):
+        texts = []                                                              # B * units * 2
+        for row in rows:
+            for unit, foil in self.units_of(row):
+                texts += [unit, foil]
+        tokens = self.tokenize(texts, trim=True)                                # (..., L')
+        batch["unit_tokens"] = tokens.unflatten(0, (-1, self.units, 2))
+        mask = torch.tensor([text != "" for text in texts[::2]])                # (B * units,)
+        batch["unit_mask"] = mask.view(-1, self.units)                          # (B, units)
+
+    def units_of(self, row):
+        """So many (part of the caption, false version of it), ("", "") for none."""
+        rng = random.Random(row["seed"])
+        pairs = row.get("units")
+        if not pairs:
+            pairs = unit_pairs(row["caption"], rng, self.units, row.get("concepts"))
+        drawn = rng.sample(pairs, min(self.units, len(pairs)))
+        return drawn + [("", "")] * (self.units - len(drawn))
 
     def add_sentences(self, batch, rows):
         held = [split_sentences(row["caption"]) for row in rows]
@@ -1903,31 +1902,62 @@ class Collate:
             if len(sentences) > 1:
                 rng = random.Random(row["seed"])
                 drawn += rng.sample(sentences, min(self.sentences, len(sentences)))
-        # Those drawn stand as a row before the others, which numbers them first; its pairs then go.
-        strings, ids, pairs = index_phrases([drawn, *held])
-        number = len(set(drawn))
-        batch["sentence_tokens"] = self.tokenize(strings[:number], trim=True)           # (U', L')
+        drawn = list(dict.fromkeys(drawn))      # each once
+        # Those drawn stand before all, as if of one more caption, so that they are numbered first.
+        _, ids, pairs = index_phrases([drawn, *held])
+        caption, sentence = pairs[len(drawn):].unbind(dim=1)                            # (P,), (P,)
+        batch["sentence_tokens"] = self.tokenize(drawn, trim=True)                      # (U', L')
         batch["sentence_ids"] = ids                                                     # (U,)
-        batch["sentence_pairs"] = pairs[number:] - torch.tensor([1, 0])                 # (P, 2)
+        batch["sentence_pairs"] = torch.stack([caption - 1, sentence], dim=1)           # (P, 2)
 
-    def add_spans(self, batch, concepts):
+    def add_concepts(self, batch, rows):
+        """Each different string once; see losses.concept_columns for what becomes of them."""
+        concepts, batch["fallback"] = concepts_of(rows)
+        strings, ids, pairs = index_phrases(concepts)
+        padding = -len(strings) % self.pad_concepts
+        batch["concept_tokens"] = self.tokenize(strings + [""] * padding, trim=True)    # (U, L')
+        batch["concept_ids"] = torch.cat([ids, torch.full((padding,), -1)])             # (U,)
+        batch["pairs"] = pairs                                                          # (P, 2)
+
+    def add_spans(self, batch, rows):
         """Concepts as places in their caption's tokens, each row padded to M concepts."""
+        concepts, batch["fallback"] = concepts_of(rows)
         concepts = [list(dict.fromkeys(phrases)) for phrases in concepts]
-        width = max(1, *map(len, concepts))                                             # M
-        spans = torch.zeros(len(concepts), width, 2, dtype=torch.int64)
-        ids = torch.full((len(concepts), width), -1)
+        M = max(len(phrases) for phrases in concepts)
+        spans = torch.zeros(len(rows), M, 2, dtype=torch.int64)
+        ids = torch.full((len(rows), M), -1)
         pairs = []
         for i, phrases in enumerate(concepts):
-            if not phrases:
-                continue
             places = self.tokenize.spans(batch["captions"][i], phrases)
             spans[i, :len(phrases)] = torch.tensor(places)
             for j, phrase in enumerate(phrases):
                 ids[i, j] = string_id(phrase)
-                pairs.append((i, i * width + j))
+                pairs.append((i, i * M + j))
         batch["spans"] = spans                                                          # (B, M, 2)
         batch["concept_ids"] = ids.flatten()                                            # (B * M,)
-        batch["pairs"] = torch.tensor(pairs).view(-1, 2)                                # (P, 2)
+        batch["pairs"] = torch.tensor(pairs)                                            # (P, 2)
+
+
+def swap_any_kind(caption, rng):
+    """The caption with two words or phrases exchanged, "" if none can be."""
+    return rng.choice(swap_negatives(caption, rng) or [""])
+
+
+def swap_each_kind(caption, rng):
+    """The caption with two nouns exchanged, two adjectives, two verbs, two phrases; "" for none."""
+    texts = []
+    for kind in ("noun", "adjective", "verb", "phrase"):
+        swapped = swap_negatives(caption, rng, (kind,))     # one, or none
+        texts.append("".join(swapped))
+    return texts
+
+
+def make_each_sort(caption, rng):
+    """A caption with an exchange, one with a substitute, and one in another order; "" for none."""
+    texts = []
+    for make in (swap_negatives, substitute_negatives, shuffle_bigrams):
+        texts.append(rng.choice(make(caption, rng) or [""]))
+    return texts
 
 
 def with_neighbours(rows):
@@ -1955,16 +1985,16 @@ def join_pair(row, size):
     rng = random.Random(row["seed"])
     first, rest = split_caption(row)
     second, partner_rest = split_caption(partner)
-    captions = [join_texts(second, first)]
+    negatives = [join_texts(second, first)]
     for texts in zip(draw_two(rest, rng), draw_two(partner_rest, rng)):
-        captions.append(join_texts(*rng.sample(texts, 2)))
-    captions.append(exchange_between(*rng.sample([first, second], 2), rng))
+        negatives.append(join_texts(*rng.sample(texts, 2)))
+    negatives.append(exchange_between(*rng.sample([first, second], 2), rng))
     pair = {
         "key": f"{row['key']} with {partner['key']}",
         "seed": row["seed"],
         "pixels": join_images(row["image"], partner["image"], size, rng),
         "caption": join_texts(first, second),
-        "negatives": captions,
+        "negatives": negatives,
     }
     if row.get("concepts") and partner.get("concepts"):
         pair["concepts"] = row["concepts"] + partner["concepts"]
@@ -2012,7 +2042,8 @@ def as_sentence(text):
 
 def exchange_between(first, second, rng):
     """Two joined texts in which a word of the first and one of the second, of the same kind and
-    neither in both, have changed places; "" if there are none."""
+    neither in both, have changed places; "" if there are none, or if now the second text stands
+    before the first, which is as true."""
     text = join_texts(first, second)
     border = len(as_sentence(first))
     spans = swappable(text)
@@ -2030,7 +2061,10 @@ def exchange_between(first, second, rng):
     if not choices:
         return ""
     own_left, own_right = rng.choice(choices)
-    return exchange(text, rng.choice(own_left), rng.choice(own_right))
+    exchanged = exchange(text, rng.choice(own_left), rng.choice(own_right))
+    if exchanged.lower() == join_texts(second, first).lower():
+        return ""
+    return exchanged
 
 
 def words_not_in(text, spans, others):
@@ -2069,18 +2103,19 @@ def noise_of(seeds, shape):
 
 def concepts_of(rows):
     """Return the concepts of each row (lists of str), its own or those found in its caption, and
-    the number of captions that stand for themselves, because no noun phrase was found."""
+    the number of captions that stand for themselves, because no other noun phrase was found."""
     fallback = 0
     concepts = []
     found = iter(extract_batch([row["caption"] for row in rows if not row.get("concepts")]))
     for row in rows:
-        phrases = row.get("concepts")
-        if not phrases:
-            whole = [row["caption"].strip()]
-            phrases = next(found) or whole
-            if phrases == whole:
-                fallback += 1
+        if row.get("concepts"):
+            concepts.append(row["concepts"])
+            continue
+        whole = [row["caption"].strip()]
+        phrases = next(found) or whole      # of a blank caption none are found
         concepts.append(phrases)
+        if phrases == whole:
+            fallback += 1
     return concepts, fallback
 
 
@@ -2122,12 +2157,17 @@ class Epochs(Sampler):
         self.sources = sources or [(length, length)]
         self.length = sum(shown for _, shown in self.sources)       # of an epoch
         if batch_size > self.length:
-            raise ValueError(f"--batch-size {batch_size} is more than the {self.length} rows of "
-                             f"data: give at most {self.length}")
+            raise ValueError(f"--batch-size {batch_size} is more than the {self.length} rows of an "
+                             f"epoch: give at most {self.length}")
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.steps_per_epoch = -(-self.length // batch_size)
+        fewest = self.length // self.steps_per_epoch
+        if fewest < world_size:
+            raise ValueError(f"--batch-size {batch_size}: the {self.length} rows of an epoch make "
+                             f"batches of {fewest}, fewer than the {world_size} processes: give a "
+                             "larger one, or start fewer processes")
         self.start = start_step
         self.stop = self.steps_per_epoch if stop_step is None else stop_step
 
