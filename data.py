@@ -1581,7 +1581,7 @@ def parse_pairs(value):
                        '[["a red dog", "a black dog"], ...]')
     try:
         pairs = json.loads(value) if isinstance(value, str) else value
-        pairs = [(unit.strip(), foil.strip()) for unit, foil in pairs]
+        pairs = [(to_text(unit.strip()), to_text(foil.strip())) for unit, foil in pairs]
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise wrong from None
     if not all(unit and foil for unit, foil in pairs):
@@ -2121,9 +2121,10 @@ def concepts_of(rows):
 
 # ---- order of an epoch -----------------------------------------------------
 
-# A checkpoint is resumed only by code that puts the rows into the same order: "permute" below is
-# the second; the first shuffled an array of all rows.
-ORDER = 2
+# A checkpoint is resumed only by code that puts the rows into the same order, and draws the same of
+# them: "permute" below is the second; the first shuffled an array of all rows. With the third, what
+# Seeded draws of a row is independent of what Collate does.
+ORDER = 3
 FEISTEL_ROUNDS = 6
 # The largest weight of a source.
 MAX_WEIGHT = 1_000_000
@@ -2320,7 +2321,8 @@ class Seeded(Dataset):
     def draw(self, turn, index, neighbours=False):
         """A row, and the generator of what else is random in it. What it brings brings nothing."""
         seed = zlib.crc32(f"{self.seed} {turn} {index}".encode())
-        rng = random.Random(seed)
+        # Not of the seed itself: what Collate draws of it would depend on what is drawn here.
+        rng = random.Random(f"row {seed}")
         row = {**self.dataset[index], "seed": seed}
         if "captions" in row:
             row["caption"] = rng.choice(row["captions"])

@@ -1019,10 +1019,11 @@ loader = DataLoader(
 replay_loader = None
 if replay is not None:      # files are cropped and read as those of --data are, scenes are not
     replay_transform = train_transform(model.config) if args.replay else model.transform
+    replay_sampler = guard(Epochs, len(replay), min(args.batch_size, len(replay)), args.seed, rank,
+                           world_size, first_step, args.steps)
     replay_loader = DataLoader(
         Seeded(replay, args.seed, neighbours=False),
-        batch_sampler=Epochs(len(replay), min(args.batch_size, len(replay)), args.seed, rank,
-                             world_size, first_step, args.steps),
+        batch_sampler=replay_sampler,
         collate_fn=Collate(replay_transform, model.tokenize, with_concepts=False),
         **loading)
 

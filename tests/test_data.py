@@ -31,7 +31,7 @@ import data as data_module
 from concepts import negate, swap_negatives
 from data import (COLOURS, SHAPES, WORLDS, CaptionFile, Collate, Epochs, EveryOther, Scenes, Seeded, default_workers,
                   exchange_between, join_pair, load_fast, load_image, normalize_images, normalize_pixels, permute, string_id,
-                  split_sentences, train_tokenizer, train_transform, unnormalize_images, weigh_sources)
+                  split_caption, split_sentences, train_tokenizer, train_transform, unnormalize_images, weigh_sources)
 from losses import plan_batch
 from model import MODELS, Tokenizer, image_transform
 
@@ -1492,6 +1492,7 @@ def test_units_and_foils(folder):
     assert read[0]["units"] == [("a dog", "a cat"), ("dog", "cat"), ("the dog", "the cat")] and "units" not in read[1]
     for row in read[3:]:
         assert "expected a json list of pairs of texts" in row["error"]
+    assert data_module.parse_pairs('[["\\ud800 dog", "a \\udfff"]]') == [("? dog", "a ?")]      # which no tokenizer takes
     config = nano()
     tokenizer = Tokenizer(config)
     batch = Collate(image_transform(config), tokenizer, units=2)(read)
@@ -1634,6 +1635,22 @@ def test_a_pair_without_words_to_exchange_has_no_negative():
         assert exchange_between(first, second, random.Random(0)) == ""
     found = {exchange_between("a red ring", "an old tree.", random.Random(seed)) for seed in range(20)}
     assert found == {"an old ring. a red tree.", "a red tree. an old ring."}
+
+
+def test_what_is_drawn_of_a_caption_does_not_depend_on_which_caption_it_is():
+    """Of several: each comes with each of its sentences, and each negation, in 80 epochs."""
+    captions = ["A dog is here. A cat is there. A bird is here.", "A man is big. A boy is old. A hat is red."]
+    data = [{"key": "", "image": Image.new("RGB", (32, 32)), "captions": captions}]
+    collate = Collate(None, None, negatives="negate")
+    negated, drawn = set(), set()
+    for epoch in range(80):
+        row = Seeded(data, 0)[epoch, 0]
+        negated |= set(collate.negatives_of(row))
+        first, rest = split_caption({**row, "captions": []})
+        drawn.add((first, random.Random(row["seed"]).choice(rest)))
+    assert negated == {caption.replace(sentence, sentence.replace(" is ", " is not "))
+                       for caption in captions for sentence in split_sentences(caption)}
+    assert len(drawn) == 4
 
 
 def test_every_other_batch_asks_for_partners_of_the_same_shape(folder):
