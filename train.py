@@ -35,6 +35,11 @@ from datetime import timedelta
 
 # In this order: arguments, processes and how they end, data, the checkpoint to go on from, model,
 # optimizer and loader; one training step, evaluation, checkpoints, the log; and last the loop.
+#
+# To change something: a loss is a function and a row of METHODS in losses.py, and a term that any
+# method may add a row of TERMS; what they read comes by INPUTS, OWN_OUTPUTS and OWN_ROWS below,
+# into losses.Features. Another optimizer: "optimizer", and its size in check_folder. Another
+# logger: log.
 
 # ---- arguments -------------------------------------------------------------
 # They are parsed before torch and timm are imported, which takes seconds: --help and a flag that
@@ -336,25 +341,25 @@ method = METHODS[args.method]
 for name, value in {"freeze": "none", **preset, **method.defaults}.items():
     if getattr(args, name) is None:
         setattr(args, name, value)
-weights = {"contrastive": 1.0, **dict.fromkeys(TERMS, 0.0), **method.weights}
+term_weights = {"contrastive": 1.0, **dict.fromkeys(TERMS, 0.0), **method.weights}
 allowed_terms = {*method.weights, *EXTRA_TERMS}
 for term in TERMS:
     name = f"{term}_weight"
     if getattr(args, name) is None:
-        setattr(args, name, weights[term])
-    weights[term] = getattr(args, name)
-    if not 0 <= weights[term] < math.inf:
-        parser.error(f"{flag_of(name)} {weights[term]:g}: expected a number of at least 0")
-    if weights[term] and term not in allowed_terms:
-        parser.error(f"{flag_of(name)} {weights[term]:g}: --method {args.method} has no such term. "
-                     f"It takes {', '.join(sorted(allowed_terms))}")
+        setattr(args, name, term_weights[term])
+    term_weights[term] = getattr(args, name)
+    if not 0 <= term_weights[term] < math.inf:
+        parser.error(f"{flag_of(name)} {term_weights[term]:g}: expected a number of at least 0")
+    if term_weights[term] and term not in allowed_terms:
+        parser.error(f"{flag_of(name)} {term_weights[term]:g}: --method {args.method} has no such "
+                     f"term. It takes {', '.join(sorted(allowed_terms))}")
 args.negatives = method.negatives       # for the log
 
-with_concepts = weights["npc"] > 0 or weights["xac"] > 0
-with_paraphrases = weights["paraphrase"] > 0
-with_words = method.words and weights["lhn"] > 0
-with_patches = weights["xac"] > 0 or weights["caption_xac"] > 0 or with_words
-with_teacher = method.teacher or weights["distill"] > 0
+with_concepts = term_weights["npc"] > 0 or term_weights["xac"] > 0
+with_paraphrases = term_weights["paraphrase"] > 0
+with_words = method.words and term_weights["lhn"] > 0
+with_patches = term_weights["xac"] > 0 or term_weights["caption_xac"] > 0 or with_words
+with_teacher = method.teacher or term_weights["distill"] > 0
 with_pairs = method.negatives == "pairs"        # in every other batch
 if with_teacher and args.ema is None:
     args.ema = 1.0      # an average that never moves: the initial weights
@@ -403,7 +408,7 @@ for name, value in vars(args).items():
     if isinstance(value, float) and math.isnan(value):
         parser.error(f"{flag_of(name)} nan: expected a number")
 
-if args.caption_xac_sentences > 0 and not weights["caption_xac"]:
+if args.caption_xac_sentences > 0 and not term_weights["caption_xac"]:
     parser.error(f"--caption-xac-sentences {args.caption_xac_sentences}: sentences are for the "
                  "term that --caption-xac-weight adds: give it a weight above 0")
 if args.replay and not method.replay:
@@ -420,7 +425,18 @@ for name in ("world", "relations"):
 if args.bench == "none" and args.val_data:
     parser.error("--bench none evaluates nothing, and --val-data is for evaluation: give one of "
                  "them")
-if method.replay and not (weights["cd"] > 0 or weights["ita"] > 0):
+benches = []
+if args.bench is None and not args.data:
+    benches = ["scenes" if args.world == "small" else f"scenes_{args.world}"]
+elif args.bench and args.bench != "none":
+    benches = args.bench.split(",")
+if args.val_data and "retrieval" not in benches:
+    benches.append("retrieval")
+unknown = [name for name in benches if name not in evaluate.BENCHES]
+if unknown:
+    parser.error(f"--bench {','.join(unknown)}: expected some of {', '.join(evaluate.BENCHES)}, "
+                 "joined by commas")
+if method.replay and not (term_weights["cd"] > 0 or term_weights["ita"] > 0):
     parser.error(f"--method {args.method} without --cd-weight and --ita-weight learns nothing from "
                  "--replay: give one of them a weight above 0")
 
@@ -519,7 +535,7 @@ def stop(message, status=1):
 
 
 def stop_all(message, status=1):
-    """The same, where all processes know it; one of them says it."""
+    """The same, where all processes call it at once: process 0 says it."""
     if rank == 0:
         stop(message, status)
     time.sleep(3)
@@ -540,7 +556,8 @@ WORKER_DIED = ("a process that reads data was killed, most often for want of mem
 
 @contextlib.contextmanager
 def errors_in_a_line():
-    """The same around a step or an evaluation; before the end the last whole step is saved."""
+    """Around a step or an evaluation: what a user can understand of an error becomes one line, once
+    the last whole step is saved."""
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
@@ -585,7 +602,7 @@ def end():
 
 
 # ---- signals ---------------------------------------------------------------
-first_step = 0          # of this run: that of the checkpoint it goes on from
+start_step = 0          # of this run: that of the checkpoint it goes on from
 done = 0                # the last whole step
 interrupted = []        # signals that came
 noticed = threading.Event()     # set when the loop has reached the end of a step, and saves
@@ -594,11 +611,11 @@ DEADLINE = 30           # seconds
 
 def interrupt(number, frame):
     # print() could meet itself here
-    if done == first_step:
+    if done == start_step:
         os.write(2, b"\ntrain.py: ended before its first step: there is nothing to save\n")
     elif rank == 0 and not interrupted:
         os.write(2, b"\nsaving after this step; again to quit now\n")
-    if interrupted or done == first_step:
+    if interrupted or done == start_step:
         os._exit(128 + number)
     interrupted.append(number)
 
@@ -654,8 +671,8 @@ if args.data:
     first_captions = json.dumps([row["captions"] for row in first_rows])
     content = [len(dataset), hashlib.sha256(first_captions.encode()).hexdigest()[:16]]
 else:
-    scenes = args.steps * args.batch_size if args.steps else 100_000
-    dataset = Scenes(scenes, "train", args.seed, relations=args.relations,
+    scene_count = args.steps * args.batch_size if args.steps else 100_000
+    dataset = Scenes(scene_count, "train", args.seed, relations=args.relations,
                      negative_images=method.negative_images, world=args.world)
 if with_paraphrases and args.data:
     with_several = sum(len(set(row["captions"])) > 1 for row in first_rows)
@@ -766,7 +783,8 @@ def check_choice(path, found):
         "choose another --out-dir, or discard what is newer (--overwrite)")
 
 
-# A run that goes on with other arguments would be neither the old run nor a new one.
+# A run that goes on with other arguments would be neither the old run nor a new one. So a new flag
+# needs no entry here, unless it may differ.
 MAY_CHANGE = {      # these may differ,
     "lr", "warmup", "steps", "epochs", "grad_clip", "max_skips", "max_bad", "eval_every",
     "save_every", "log_every", "keep", "bench", "val_data", "data_dir", "tensorboard",
@@ -840,7 +858,7 @@ OWN = {"device", "workers", "out_dir", "data_dir", "image_root", "val_image_root
 def check_agreement():
     """Each node has its own command line and disk: stops where one differs from process 0."""
     mine = {flag_of(name): value for name, value in vars(args).items() if name not in OWN}
-    mine["data of so many rows:"] = len(dataset)
+    mine["the number of rows"] = len(dataset)
     mine["captions with digest"] = content and content[1]
     mine["--resume"] = digest(args.resume)
     theirs = [None] * world_size
@@ -859,18 +877,18 @@ args.resume = from_process_0(choose_checkpoint)
 if world_size > 1:
     check_agreement()
 if args.resume:
-    saved_name, first_step, saved_args = read_header(args.resume)
-    done = first_step
+    saved_name, start_step, saved_args = read_header(args.resume)
+    done = start_step
     if args.model and args.model != saved_name:
         stop_all(f"--resume {args.resume} holds a {saved_name}, but --model is {args.model}: give "
                  "that model")
     changed = compare_arguments(saved_args)
-    if args.steps < first_step:
-        stop_all(f"--steps {args.steps}: {args.resume} is at step {first_step:,} already")
-    print0(f"resuming {args.resume} at step {first_step:,} of {args.steps:,}")
+    if args.steps < start_step:
+        stop_all(f"--steps {args.steps}: {args.resume} is at step {start_step:,} already")
+    print0(f"resuming {args.resume} at step {start_step:,} of {args.steps:,}")
     for difference in changed:
         print0(f"with {difference}")
-sampler.start = first_step
+sampler.start = start_step
 sampler.stop = args.steps
 
 # ---- model -----------------------------------------------------------------
@@ -951,20 +969,26 @@ optimizer = torch.optim.AdamW(
 
 
 def learning_rate(step):
-    """Linear warm-up, then a cosine down to 0."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    """Of step 1, 2, ...: a linear warm-up, then a cosine down to 0."""
+    if step <= args.warmup:
+        return args.lr * step / args.warmup
+    progress = (step - 1 - args.warmup) / max(1, args.steps - args.warmup)
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ---- the rest of the checkpoint --------------------------------------------
+def resumes_here():
+    """Whether the checkpoint to go on from is one of --out-dir, so that what is older there is of
+    the same run."""
+    return bool(args.resume) and os.path.samefile(os.path.dirname(args.resume) or ".", args.out_dir)
+
+
 def best_before():
     """The mean in best.pt, which an evaluation after the last checkpoint may have raised."""
-    if args.overwrite or not os.path.exists(best_path) or damage(best_path) is not None:
+    if not os.path.exists(best_path) or damage(best_path) is not None or not resumes_here():
         return 0.0
     found = torch.load(best_path, mmap=True, weights_only=True)
-    return found.get("mean", 0.0) if found["step"] <= first_step else 0.0
+    return found.get("mean", 0.0) if found["step"] <= start_step else 0.0
 
 
 best = 0.0      # the best mean of all figures so far
@@ -972,7 +996,7 @@ thresholds = torch.zeros(4, device=args.device)     # of ce_clip, from the last 
 next_thresholds = thresholds                        # and from the one that is under way
 if args.resume:
     saved = torch.load(args.resume, map_location=args.device, weights_only=True)
-    model.load_state_dict(saved["model"])       # once more, in this run's dtype
+    model.load_state_dict(saved["model"])       # once more: CLIP.load has rounded float64
     guard(optimizer.load_state_dict, saved["optimizer"])
     if teacher is not None:
         teacher.load_state_dict(saved["teacher"])
@@ -1002,7 +1026,7 @@ collate = Collate(
     words=with_words,
     negative_images=method.negative_images,
     paraphrases=with_paraphrases,
-    units=method.units if weights["units"] else 0,
+    units=method.units if term_weights["units"] else 0,
     sentences=args.caption_xac_sentences,
     noise=args.attack_steps is not None)
 loading = {
@@ -1020,7 +1044,7 @@ replay_loader = None
 if replay is not None:      # files are cropped and read as those of --data are, scenes are not
     replay_transform = train_transform(model.config) if args.replay else model.transform
     replay_sampler = guard(Epochs, len(replay), min(args.batch_size, len(replay)), args.seed, rank,
-                           world_size, first_step, args.steps)
+                           world_size, start_step, args.steps)
     replay_loader = DataLoader(
         Seeded(replay, args.seed, neighbours=False),
         batch_sampler=replay_sampler,
@@ -1071,7 +1095,7 @@ def batches():
     # The loader's own handler would raise an error as soon as a worker dies, also in the midst of a
     # step. Without it the death is noticed here, when the next batch is due.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for step in range(first_step + 1, args.steps + 1):
+    for step in range(start_step + 1, args.steps + 1):
         rows, inputs, plan = next_batch(iterator, step)
         if replay_iterator is not None:
             rows["replay"] = next_batch(replay_iterator, step)
@@ -1167,10 +1191,10 @@ def loss_terms(out, rows, plan, taught):
     terms = method.loss(features)
     next_thresholds = terms.pop("thresholds", thresholds)
     if not features.replayed:       # a batch of replay has the method's own terms alone
-        added = {name: weight for name, weight in weights.items() if name not in terms}
+        added = {name: weight for name, weight in term_weights.items() if name not in terms}
         terms = {**terms, **extra_terms(features, added)}
-    terms = {name: term for name, term in terms.items() if weights[name]}
-    terms["loss"] = sum(weights[name] * term for name, term in terms.items())
+    terms = {name: term for name, term in terms.items() if term_weights[name]}
+    terms["loss"] = sum(term_weights[name] * term for name, term in terms.items())
     for name in SCALARS:    # each gets a gradient, of 0 if need be, which DDP and --accum ask for
         if out[name] is not None:
             terms["loss"] = terms["loss"] + 0 * out[name]
@@ -1231,9 +1255,9 @@ def add_similarities(features, out):
         similarity = token_similarity(out["patch_tokens"], words.flatten(1, 2))
         features.word_similarity = similarity.view(words.shape[:3])             # (b, 1 + K, L)
     queries = {}
-    if weights["xac"]:
+    if term_weights["xac"]:
         queries["concept_similarity"] = features.concept_features               # (N, D)
-    if weights["caption_xac"]:
+    if term_weights["caption_xac"]:
         queries["caption_similarity"] = features.text_features                  # (B, D)
     if features.sentence_features is not None:
         texts = torch.cat([features.text_features, features.sentence_features])
@@ -1292,7 +1316,7 @@ def teach(parts, rows):
     """The teacher's features of a batch that comes in parts, if a loss asks for them."""
     if not with_teacher:
         return None
-    if method.replay and "replayed" not in rows and not weights["distill"]:
+    if method.replay and "replayed" not in rows and not term_weights["distill"]:
         return None     # it is asked about the batch of replay alone
     outs = [forward(teacher, pick(part, ("images", "tokens", "negative_tokens"))) for part in parts]
     names = pick(outs[0], ("image_features", "text_features", "negative_features"))
@@ -1329,12 +1353,12 @@ def train_step_in_parts(rows, inputs, plan):
     terms = loss_terms(leaves, rows, plan, taught)
     backward(terms["loss"])
 
-    *others, last = zip(parts, gradients_of_parts(leaves, sizes))
+    *others, (last_part, last_gradients) = zip(parts, gradients_of_parts(leaves, sizes))
     # processes exchange gradients once, after the last part
     with network.no_sync() if world_size > 1 else contextlib.nullcontext():
         for part, gradients in others:
             send_back(part, gradients)
-    send_back(*last)
+    send_back(last_part, last_gradients)
     return terms
 
 
@@ -1382,8 +1406,9 @@ train_step_on_batch = train_step if args.accum == 1 else train_step_in_parts
 def train_step_with_replay(rows, inputs, plan):
     """GIFT's step: first the batch of replay, whose gradient tells which weights it needs.
 
-    DistributedDataParallel averages what has gathered in the gradients after each backward. What
-    the first left is equal on all processes, and stays as it is in the second average.
+    DistributedDataParallel averages what has gathered in the gradients after each backward. The
+    gradient of the first is the mean then, equal on all processes, which the second average leaves
+    as it is.
     """
     replayed = train_step_on_batch(*rows["replay"])
     towers = [(p, anchor) for p, anchor in zip(model.parameters(), teacher.parameters())
@@ -1392,37 +1417,24 @@ def train_step_with_replay(rows, inputs, plan):
     terms = train_step_on_batch(rows, inputs, plan)
     loss = terms["loss"] + replayed["loss"]
     terms = {**terms, **replayed}
-    if weights["awc"]:
+    if term_weights["awc"]:
         parameters, anchors = zip(*towers)
         penalty = awc_loss(parameters, anchors, needs)
         for p, gradient in zip(parameters, torch.autograd.grad(penalty, parameters)):
-            p.grad.add_(gradient, alpha=weights["awc"])
+            p.grad.add_(gradient, alpha=term_weights["awc"])
         terms["awc"] = penalty.detach() / world_size    # terms are shares
-        loss = loss + weights["awc"] * terms["awc"]
+        loss = loss + term_weights["awc"] * terms["awc"]
     return {**terms, "loss": loss}
 
 
 step_function = train_step_with_replay if method.replay else train_step_on_batch
 
 # ---- evaluation ------------------------------------------------------------
-benches = []
-if args.bench is None and not args.data:
-    benches = ["scenes" if args.world == "small" else f"scenes_{args.world}"]
-elif args.bench and args.bench != "none":
-    benches = args.bench.split(",")
-if args.val_data and "retrieval" not in benches:
-    benches.append("retrieval")
-unknown = [name for name in benches if name not in evaluate.BENCHES]
-if unknown:
-    stop(f"--bench {','.join(unknown)}: expected some of {', '.join(evaluate.BENCHES)}, joined by "
-         "commas", 2)
-
-
 def is_evaluated(step):
     """Whether an evaluation follows this step."""
-    if step == args.steps:
-        return True
-    return bool(benches) and args.eval_every > 0 and step % args.eval_every == 0
+    if not benches:
+        return False
+    return step == args.steps or (args.eval_every > 0 and step % args.eval_every == 0)
 
 
 def evaluation_options():
@@ -1444,9 +1456,6 @@ def score(clip):
 def evaluation(step):
     """One line for each benchmark; best.pt, if the mean of all figures is the best so far."""
     global best
-    if not benches:
-        return {}
-    wait_for_others(PATIENT)
     results = score(model)
     model.train()
     mean = mean_figure(results)
@@ -1455,13 +1464,12 @@ def evaluation(step):
             results[f"ema {bench}"] = subsets
     if mean > best and rank == 0:
         best_model = {**model.checkpoint(), "step": step, "mean": mean, "args": vars(args)}
-        write(best_model, "best.pt")
+        write_checkpoint(best_model, "best.pt")
     best = max(best, mean)
     for bench, subsets in results.items():
         shown = "  ".join(f"{name} {100 * r['accuracy']:.1f}" for name, r in subsets.items())
         print0(f"step {step}: {bench} {shown}")
     log({"step": step, "eval": results_for_log(results)})
-    wait_for_others(args.timeout)
     return results
 
 
@@ -1489,7 +1497,7 @@ def remove(path):
         os.remove(path)
 
 
-def write(checkpoint, name):
+def write_checkpoint(checkpoint, name):
     """What has this name is a whole checkpoint, always.
 
     It is written under another name, through to the disk, and then renamed. A kill may leave that
@@ -1521,7 +1529,7 @@ def save(step):
         "args": vars(args)}
     if teacher is not None:
         checkpoint["teacher"] = teacher.state_dict()
-    write(checkpoint, "last.pt")
+    write_checkpoint(checkpoint, "last.pt")
     if args.keep > 1:
         keep_copy(os.path.join(args.out_dir, f"step_{step:08d}.pt"))
         for old in kept_checkpoints()[:-args.keep]:
@@ -1530,7 +1538,7 @@ def save(step):
 
 def save_what_is_done():
     """Before an end that nobody wanted: saves the last whole step, and says so."""
-    if rank == 0 and done > first_step:
+    if rank == 0 and done > start_step:
         save(done)
         return f"Saved step {done:,}: go on with --resume auto"
     return f"Last checkpoint: {last_good()}"
@@ -1559,12 +1567,12 @@ torn_line = ""      # a line break, after a line of the log that was not written
 
 def log(row):
     """A line of log.jsonl, and for TensorBoard its numbers."""
-    if rank != 0:
+    if rank != 0 or args.dry_run:
         return
     add_line(json.dumps(row) + "\n")
     if board is None or "step" not in row:
         return
-    numbers = {name: x for name, x in row.items() if isinstance(x, float)}
+    numbers = {name: x for name, x in row.items() if isinstance(x, (int, float)) and name != "step"}
     for bench, subsets in row.get("eval", {}).items():
         for name, r in subsets.items():
             numbers[f"{bench}/{name}"] = r["accuracy"]
@@ -1608,7 +1616,8 @@ operations = operations_for_each_number(model)
 
 
 def operations_in(inputs):
-    """Of one step of this process."""
+    """Of one batch of this process; those of a teacher and of an attack are not counted."""
+    # By the last word of an input's name: negative_images count as images.
     return sum(x.numel() * operations[name.split("_")[-1]] for name, x in inputs.items())
 
 
@@ -1629,7 +1638,7 @@ def log_row(step, values, grad_norm, window):
     """Losses of the whole batch at this step, and speed since the last row."""
     row = {"step": step, **values}
     row["grad_norm"] = grad_norm
-    row["lr"] = learning_rate(step - 1)
+    row["lr"] = learning_rate(step)
     scalars = [model.logit_scale.detach().exp()]
     if model.logit_bias is not None:
         scalars.append(model.logit_bias.detach())
@@ -1659,7 +1668,7 @@ def check_folder():
                          "folder of yours") from None
     size = 0
     for p in model.parameters():
-        moments = 2 if p.requires_grad else 0
+        moments = 2 if p.requires_grad else 0       # AdamW's
         averaged = 1 if teacher is not None else 0
         size += p.numel() * p.element_size() * (1 + moments + averaged)
     free = shutil.disk_usage(args.out_dir).free
@@ -1696,23 +1705,18 @@ def prepare_folder():
     return open_log()
 
 
-def resumes_here():
-    """Whether the checkpoint to go on from is one of --out-dir, so that what is older there is of
-    the same run."""
-    return bool(args.resume) and os.path.samefile(os.path.dirname(args.resume) or ".", args.out_dir)
-
-
 def discard_former_run():
     """What --overwrite allows to lose: all that is younger than the checkpoint to go on from, and
     all of another run."""
+    is_same_run = resumes_here()
     for path in (*checkpoints(), best_path, ema_path):
-        if resumes_here() and os.path.exists(path):
-            if os.path.samefile(path, args.resume) or step_in(path) <= first_step:
+        if is_same_run and os.path.exists(path):
+            if os.path.samefile(path, args.resume) or step_of_checkpoint(path) <= start_step:
                 continue
         remove(path)
 
 
-def step_in(path):
+def step_of_checkpoint(path):
     """The step of a checkpoint; a damaged one is younger than any."""
     if damage(path) is not None:
         return math.inf
@@ -1736,12 +1740,12 @@ def open_log():
     if resumes_here() and os.path.exists(log_path):
         with open(log_path, encoding="utf-8", errors="replace") as f:
             for line in f:
-                step = step_of(line)
+                step = step_of_line(line)
                 if step is None:
                     unreadable += 1
-                elif step <= first_step:
+                elif step <= start_step:
                     kept.append(line)
-                    evaluated = evaluated or (step == first_step and '"eval"' in line)
+                    evaluated = evaluated or (step == start_step and '"eval"' in line)
     if unreadable:      # such as the last one, torn by a kill
         print0(f"{log_path}: {unreadable} lines cannot be read and are left out")
     with open(log_path + ".tmp", "w") as f:
@@ -1752,7 +1756,7 @@ def open_log():
     return evaluated
 
 
-def step_of(line):
+def step_of_line(line):
     """The step of a line of the log, 0 for the first lines, None for one that is not whole."""
     try:
         step = json.loads(line).get("step", 0)
@@ -1763,7 +1767,7 @@ def step_of(line):
 
 def open_board():
     from torch.utils.tensorboard import SummaryWriter   # a package of its own
-    return SummaryWriter(args.out_dir, purge_step=first_step + 1, flush_secs=5)
+    return SummaryWriter(args.out_dir, purge_step=start_step + 1, flush_secs=5)
 
 
 was_evaluated = False
@@ -1774,7 +1778,7 @@ if not args.dry_run:
 
 # ---- what is going to happen -----------------------------------------------
 millions = sum(p.numel() for p in model.parameters()) / 1e6
-shown_weights = ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight)
+shown_weights = ", ".join(f"{name} {weight:g}" for name, weight in term_weights.items() if weight)
 print0(f"{model.config.name}, {millions:.1f} M parameters; {args.method}: {shown_weights}, "
        f"{'softmax' if model.logit_bias is None else 'sigmoid'}; {len(dataset):,} rows, "
        f"{args.steps:,} steps of {args.batch_size}, {world_size} x {args.device} in {args.dtype}"
@@ -1803,15 +1807,16 @@ for name, what in getattr(dataset, "remarks", []) + getattr(replay, "remarks", [
     print0(f"{name}: {what}")
 
 
+@errors_in_a_line()
 def dry_run():
     """Two steps of which nothing is kept; says what was read and how long all would take."""
     stream = batches()
     rows, inputs, plan = next(stream)
-    check_rows(rows, first_step + 1)
-    step_function(rows, inputs, plan)   # which compiles, so that the second is timed
-    began = time.time()
-    loss = summed(step_function(rows, inputs, plan)["loss"].detach()).item()
-    seconds = time.time() - began
+    check_rows(rows, start_step + 1)
+    for _ in range(2):      # the first compiles, the second is timed
+        began = time.time()
+        loss = summed(step_function(rows, inputs, plan)["loss"].detach()).item()
+        seconds = time.time() - began
     images = args.steps * sampler.length // sampler.steps_per_epoch
     read, unread = len(rows["keys"]), len(rows["bad"])
     if "replay" in rows:
@@ -1820,11 +1825,11 @@ def dry_run():
     print0(f"dry run: {read} rows read, {unread} bad; loss {loss:.3f}; "
            f"{images:,} images, {images / sampler.length:.2f} epochs; {seconds:.2f} s a step, "
            f"{args.steps * seconds / 3600:.2f} hours and the time to read data; peak memory "
-           f"{peak_mib():.0f} MiB. Nothing was trained")
+           f"{peak_mib():.0f} MiB without AdamW's moments. Nothing was trained")
 
 
-if args.dry_run and first_step >= args.steps:
-    stop_all(f"--dry-run: {args.resume} is at step {first_step:,} of {args.steps:,}: nothing is "
+if args.dry_run and start_step >= args.steps:
+    stop_all(f"--dry-run: {args.resume} is at step {start_step:,} of {args.steps:,}: nothing is "
              "left to train", 0)
 if args.dry_run:
     dry_run()
@@ -1867,12 +1872,12 @@ def ask_all(terms, grad_norm):
     of any process is not finite, and whether any process is to end.
     """
     loss = terms["loss"].detach()
-    is_bad = ~(loss.isfinite() & grad_norm.isfinite())
+    not_finite = ~(loss.isfinite() & grad_norm.isfinite())
     to_end = torch.full_like(loss, len(interrupted))
-    shares = torch.stack([*terms.values(), is_bad.to(loss.dtype), to_end]).detach()
+    shares = torch.stack([*terms.values(), not_finite.to(loss.dtype), to_end]).detach()
     numbers = torch.cat([summed(shares), grad_norm.view(1)])
-    *values, any_bad, any_interrupted, norm = numbers.tolist()
-    return dict(zip(terms, values)), norm, any_bad, any_interrupted
+    *values, any_not_finite, any_interrupted, norm = numbers.tolist()
+    return dict(zip(terms, values)), norm, any_not_finite, any_interrupted
 
 
 def report(step, values, grad_norm, window):
@@ -1897,24 +1902,24 @@ def after_step():
 
 
 results = {}    # of the last evaluation
-if args.resume and is_evaluated(first_step) and not was_evaluated:
-    results = evaluation(first_step)    # what a kill between the two prevented
+if args.resume and is_evaluated(start_step) and not was_evaluated:
+    results = evaluation(start_step)    # what a kill between the two prevented
 latest = {}     # terms of the loss
 window = Window()
 was_interrupted = False
 on_terminal = sys.stderr.isatty()       # elsewhere a line for each row of the log, and no bar
-bar = tqdm(total=args.steps, initial=first_step, unit="step", dynamic_ncols=True,
+bar = tqdm(total=args.steps, initial=start_step, unit="step", dynamic_ncols=True,
            disable=rank != 0 or not on_terminal)
 stream = batches()
 started = before = time.time()
 upcoming = next(stream, None)
-for step in range(first_step + 1, args.steps + 1):
+for step in range(start_step + 1, args.steps + 1):
     rows, inputs, plan = upcoming
     check_rows(rows, step)
     if "replay" in rows:
         check_rows(rows["replay"][0], step)
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = learning_rate(step - 1)
+    for param_group in optimizer.param_groups:
+        param_group["lr"] = learning_rate(step)
     if (step - 1) % sampler.steps_per_epoch == 0:
         thresholds = torch.zeros_like(thresholds)
 
@@ -1922,14 +1927,14 @@ for step in range(first_step + 1, args.steps + 1):
         terms = step_function(rows, inputs, plan)
         norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
         asked = time.time()
-        upcoming = next(stream, None)   # while a GPU is still at work
+        upcoming = next(stream, None)   # the next batch, read while a GPU is at work on this one
         window.waiting += time.time() - asked
-        values, grad_norm, any_bad, any_interrupted = ask_all(terms, norm)
-    if any_bad:
+        values, grad_norm, any_not_finite, any_interrupted = ask_all(terms, norm)
+    if any_not_finite:
         leave_out(step, rows, values["loss"], grad_norm)
     else:
         left_out = 0
-        thresholds = next_thresholds
+        thresholds = next_thresholds    # only now: a step that is left out must not move them
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     after_step()
@@ -1938,15 +1943,19 @@ for step in range(first_step + 1, args.steps + 1):
     latest |= values        # with clic, steps of two sorts take turns
     window.images += len(rows["keys"])
     window.operations += operations_in(inputs)
+    if "replay" in rows:
+        replay_rows, replay_inputs, _ = rows["replay"]
+        window.images += len(replay_rows["keys"])
+        window.operations += operations_in(replay_inputs)
     window.seconds += time.time() - before
     if step % args.log_every == 0 or step == args.steps:
         report(step, latest, grad_norm, window)
         window = Window()
-    if args.compile and step <= first_step + 2:
+    if args.compile and step <= start_step + 2:
         window = Window()       # of compilation, not of training
     bar.update()
 
-    if step == first_step + 1:      # which compiles
+    if step == start_step + 1:      # which compiles
         wait_for_others(args.timeout)
     if any_interrupted:
         noticed.set()
@@ -1955,10 +1964,12 @@ for step in range(first_step + 1, args.steps + 1):
         bar.close()
         print0(f"interrupted: saved step {step} to {last_path}; continue with --resume {last_path}")
         break
-    if step % args.save_every == 0 or is_evaluated(step):
+    if step == args.steps or step % args.save_every == 0 or is_evaluated(step):
         save(step)      # before the evaluation, which may fail
     if is_evaluated(step):
+        wait_for_others(PATIENT)
         results = evaluation(step)
+        wait_for_others(args.timeout)
     before = time.time()
 bar.close()
 
@@ -2017,20 +2028,24 @@ def next_commands():
 
 if not was_interrupted:
     if rank == 0 and averages:
-        write({**teacher.checkpoint(), "step": args.steps, "args": vars(args)}, "ema.pt")
+        write_checkpoint({**teacher.checkpoint(), "step": args.steps, "args": vars(args)}, "ema.pt")
     if rank == 0:
         for bench, subsets in results.items():
             evaluate.print_table(bench, subsets)
     bad, fallback = summed(torch.tensor([bad, fallback], device=args.device)).tolist()
     minutes = (time.time() - started) / 60
-    print0(f"\n{args.steps - first_step:,} steps in {minutes:.1f} minutes; wrote {last_path} and "
-           "log.jsonl")
+    if start_step == args.steps:
+        print0(f"{args.resume} is at step {start_step:,} already: nothing was left to train")
+    else:
+        print0(f"\n{args.steps - start_step:,} steps in {minutes:.1f} minutes; wrote {last_path} "
+               "and log.jsonl")
     bad += getattr(dataset, "lost_rows", 0) + getattr(replay, "lost_rows", 0)
     if bad:
         print0(f"{bad} rows were skipped")
     if fallback:
         print0(f"{fallback} captions, without another noun phrase in them, were their own concept")
-    print0(next_commands())
+    if os.path.exists(last_path):
+        print0(next_commands())
 if board is not None:
     board.close()
 end()

@@ -598,6 +598,16 @@ def test_a_model_may_be_named_where_weights_named_it(tmp_path):
     assert curve(tmp_path / "b", "step") == [1, 2, 3]
 
 
+def test_the_best_of_the_same_run_stays_the_best_where_overwrite_is_given(tmp_path):
+    """--overwrite keeps a best.pt of the step that is gone on from; a worse model must not take its place."""
+    args = ["train.py", *SMALL, *SCENES, "--out-dir", tmp_path]
+    run(*args, "--steps", 2)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    torch.save({**best, "mean": 2.0}, tmp_path / "best.pt")
+    run(*args, "--steps", 3, "--resume", "auto", "--overwrite")
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["mean"] == 2
+
+
 def test_going_back_discards_what_followed(tmp_path):
     args = ["train.py", *SMALL, "--save-every", 2, "--keep", 5, "--out-dir", tmp_path]
     run(*args, "--steps", 8)
@@ -621,6 +631,7 @@ def test_resuming_with_other_arguments(tmp_path):
                  "with --steps 3 instead of 2", "with --eval-every 3 instead of 0"):
         assert text in done.stdout
     done = run("train.py", *SMALL, *resume)     # there is nothing left to do
+    assert "last.pt is at step 3 already: nothing was left to train" in done.stdout and "minutes; wrote" not in done.stdout
     assert curve(tmp_path, "step") == [1, 2, 3]
 
 
@@ -1320,7 +1331,7 @@ def test_dry_run_refuses_what_the_run_would(tmp_path):
     (tmp_path / "pairs.csv").write_text(text)
     done = run("train.py", *args, "--dry-run", "--max-bad", 1, "--out-dir", tmp_path)
     assert "4 of the first 16 captions are cut at the model's 16 tokens" in done.stdout
-    assert (tmp_path / "last.pt").read_bytes() == b"another run"
+    assert (tmp_path / "last.pt").read_bytes() == b"another run" and not (tmp_path / "log.jsonl").exists()
 
 
 def test_pairs_with_workers_and_a_bad_row(tmp_path):
