@@ -1079,7 +1079,7 @@ def read_rows(path, caption_key, report):
         elif ending == ".jsonl":
             rows = read_jsonl(file)
         else:
-            rows = read_table(file, DELIMITERS[ending])
+            rows = read_table(file, DELIMITERS[ending], path)
         for number, (row, problem) in enumerate(rows, 1):
             report.bytes = bytes_before + file.buffer.tell()
             place = f"{path}, row {number:,}"
@@ -1131,17 +1131,28 @@ def read_jsonl(file):
             yield None, "no JSON object on the line"
 
 
-def read_table(file, delimiter):
+def read_table(file, delimiter, path="the table"):
     columns = None
     for fields, problem in read_records(file, delimiter):
         if not fields:  # a blank line
             continue
         if columns is None:
             columns = fields
+            check_columns(columns, path)
         elif len(fields) > len(columns):
             yield None, "more fields than columns"
         else:
             yield dict(zip(columns, fields)), problem
+
+
+def check_columns(columns, path):
+    """ValueError for two columns of one name. Of those without a name there may be several."""
+    counts = Counter(name for name in columns if name.strip())
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"{path}: several columns are called {', '.join(map(repr, twice))}, of "
+                         "which only one would be read: give each a name of its own in the first "
+                         "line")
 
 
 def read_records(file, delimiter):

@@ -737,6 +737,20 @@ def test_nothing_is_lost_silently(tmp_path, name):
         assert "skipped 1" not in p.stdout and "kept" not in p.stdout
 
 
+@pytest.mark.parametrize("name, sign", [("a.csv", ","), ("a.tsv", "\t")])
+def test_two_columns_of_one_name_are_refused(tmp_path, name, sign):
+    """The last would win, and which text is the caption would not be said. Columns without names are no matter."""
+    rows = [["image", "caption", "caption", "x", "image"], ["1.jpg", "a dog", "a cat", "", "2.jpg"]]
+    (tmp_path / name).write_text("".join(sign.join(row) + "\n" for row in rows))
+    p = run("extract", tmp_path / name, "--output", tmp_path / "o")
+    assert p.returncode and p.stderr.count("\n") == 1 and not (tmp_path / "o").exists()
+    assert f"{name}: several columns are called 'image', 'caption'" in p.stderr
+    rows = [["", "caption", "", " ", " "], ["0", "a dog", "", "", ""]]
+    (tmp_path / name).write_text("".join(sign.join(row) + "\n" for row in rows))
+    assert run("extract", tmp_path / name, "--output", tmp_path / "o").returncode == 0
+    assert [row["concepts"] for row in rows_of(tmp_path / "o")] == [["a dog"]]
+
+
 def test_many_unclosed_quotes_take_no_longer(tmp_path):
     lines = ["image,caption"] + [f'{i}.jpg,"a dog' if i % 3 else f"{i}.jpg,a cat" for i in range(20_000)]
     with open(tmp_path / "a.csv", "w") as f:
