@@ -232,7 +232,9 @@ class ConceptExtractor:
     def refine(self, word, tag):
         """The symbol of the word's class in the lexicon, or else, as for class "", of its tag."""
         lower = word.lower()
-        if lower in self.class_of:
+        if word == "'" and tag != "POS":
+            name = ":"  # a quotation mark, which the tagger may take for a noun
+        elif lower in self.class_of:
             name = self.class_of[lower]
         elif word[0] in "<&" or not any(letter.isalnum() for letter in word):
             name = ":"  # markup, emoji and other signs
@@ -550,7 +552,8 @@ def swappable(caption):
     spans = [(start, end, "phrase") for start, end in phrases]
     for word in extractor.words(caption):
         inner_noun = word.tag in NOUN_TAGS and word.end not in ends  # "fire" of a fire hydrant
-        if not inner_noun and word.text not in extractor.auxiliary:
+        contracted = re.match("n?['’]", word.text)  # "'s" of "she's", "n't" of "isn't"
+        if not (inner_noun or contracted or word.text in extractor.auxiliary):
             spans.append((word.start, word.end, word.tag))
     return spans
 
@@ -570,29 +573,38 @@ def exchange(caption, first, second):
     one, two = caption[a:b], caption[c:d]
     if a == 0 and one == one.capitalize():  # the capital stays in front
         one, two = one.lower(), two[0].upper() + two[1:]
-    return mend_articles(caption[:a] + two + caption[b:c] + one + caption[d:])
+    text = join(join(caption[:a], two) + caption[b:c], one)
+    return text + caption[d:]
 
 
-ARTICLE = re.compile(r"(?i)\b(a)n?(?=\s+(?!uni|use|eu|one)([aeiou]|hour)?)")
+LAST_ARTICLE = re.compile(r"(?i)\ba(n?)\s+\Z")
+AFTER_AN = re.compile(r"(?i)(?!uni|use|eu|one)[aeiou]|hour")
 
 
-def mend_articles(text):
-    """Make each "a" before a vowel "an", and the other way round."""
-    return ARTICLE.sub(lambda match: match[1] + ("n" if match[2] else ""), text)
+def join(before, words):
+    """Two texts as one. An "a" or "an" at the end of the first becomes what the second needs.
+
+    Others stay as they are: a caption may say "a orange", and its negative should not differ there.
+    """
+    article = LAST_ARTICLE.search(before)
+    needs_n = bool(AFTER_AN.match(words))
+    if article and needs_n != bool(article[1]):
+        before = before[:article.start(1)] + "n" * needs_n + before[article.end(1):]
+    return before + words
 
 
 def shuffle_bigrams(caption, rng):
     """One of FSC-CLIP's negatives: the caption's words in pairs, and these in another order.
 
     rng: a random.Random. Returns a list of one text, or of none where ten orders gave none that
-    differs.
+    differs in more than its capitals.
     """
     words = caption.split()
     pairs = [words[i:i + 2] for i in range(0, len(words), 2)]
     for _ in range(10):
         rng.shuffle(pairs)
         text = " ".join(chain.from_iterable(pairs))
-        if text != " ".join(words):
+        if text.lower() != " ".join(words).lower():
             return [text]
     return []
 
@@ -601,10 +613,13 @@ def shuffle_bigrams(caption, rng):
 # What negate tries in turn: the tags of the word (any, if empty), the word, what takes its place.
 NEGATIONS = [
     ((), r"\bnot\b ?", ""),
+    ((), r"\b(is|are|was|were|has|have|had|do|does|did) ?n['’]t\b", r"\1"),
+    ((), r"\bca ?n['’]t\b|\bcannot\b", "can"),
     ((), r"\bno\b", "some"),
     ((), r"\b(?:is|are|was|were)\b", r"\g<0> not"),
     ((), r"\bwithout\b", "with"),
     ((), r"\bwith\b", r"\g<0>out"),
+    (("VBN", "VBD", "RB"), r"(?:(?<=\bhas )|(?<=\bhave ))\w+", r"not \g<0>"),  # has jumped
     (("VBZ",), r"\bhas\b", "does not have"),
     (("VBZ",), r"\b([a-z]+)ies\b", r"does not \1y"),
     (("VBZ",), r"\b([a-z]+?)(?:(?<=sh|ch|ss)es|(?<=o)es|s)\b", r"does not \1"),
@@ -629,8 +644,10 @@ def negate(caption, rng=None):
         if matches:
             match = rng.choice(matches) if rng else matches[0]
             new = match.expand(negation)
-            if match[0][0].isupper():
-                new = new.capitalize()
+            if match[0].isupper() and len(match[0]) > 1:
+                new = new.upper()
+            elif match[0][0].isupper():
+                new = new[:1].upper() + new[1:]
             return caption[:match.start()] + new + caption[match.end():]
     return f"no {caption}"
 
@@ -698,11 +715,7 @@ def replace_words(caption, start, end, new):
         new = new.upper()
     elif old[0].isupper() and (in_title or not caption[:start].strip()):  # but not for a Frisbee
         new = new[0].upper() + new[1:]
-    article = re.search(r"(?i)\ban?\s+\Z", caption[:start])
-    if article:
-        start = article.start()
-        new = mend_articles(article[0] + new)
-    return caption[:start] + new + caption[end:]
+    return join(caption[:start], new) + caption[end:]
 
 
 class Place(NamedTuple):

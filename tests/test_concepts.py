@@ -333,6 +333,7 @@ def test_swaps():
     assert concepts.swap_negatives("a dog", rng) == concepts.swap_negatives("", rng) == []
     assert concepts.shuffle_bigrams("a dog and a cat", random.Random(1)) == ["and a cat a dog"]
     assert concepts.shuffle_bigrams("a dog a dog", rng) == concepts.shuffle_bigrams("", rng) == []
+    assert concepts.shuffle_bigrams("A cat next to a cat", random.Random(1)) == ["next to a cat A cat"]
     assert concepts.swap_negatives("a dog and a dog", rng) == []
     with pytest.raises(ValueError, match="adverb"):
         concepts.swap_negatives("a dog", rng, ("adverb",))
@@ -352,6 +353,35 @@ def test_swaps_and_negations_differ_from_the_caption():
         assert concepts.negate(caption) == concepts.negate(caption)
 
 
+def test_shuffled_pairs_differ_in_more_than_capitals():
+    """Tokenizers lower the case: "a cat next to A cat" would be the caption again, as its own negative."""
+    for caption in ("A cat next to a cat", "A dog a dog", "A man behind the a man"):
+        for seed in range(30):
+            for text in concepts.shuffle_bigrams(caption, random.Random(seed)):
+                assert text.lower() != caption.lower()
+
+
+def test_contractions_and_quotes_stay_where_they_are():
+    """'s and n't change places with no other word, and a closing quote is no noun."""
+    for caption in ("She's wearing a hat and holds a bag", "It’s a cat that runs", "They're running, we run",
+                    "There's a man who's eating as a dog watches", "A sign reading ‘stop’ near a car",
+                    "'A dog' and a 'cat'"):
+        for seed in range(10):
+            for text in concepts.swap_negatives(caption, random.Random(seed)):
+                assert sorted(re.findall(r"\w+['’]\w+", text)) == sorted(re.findall(r"\w+['’]\w+", caption)), text
+                assert len(text) == len(caption) and text.count(" ") == len(caption.split()) - 1, text
+    assert concepts.extract("A sign reading ‘stop’ near a car") == ["A sign", "stop", "a car"]
+    assert concepts.extract("'A dog' and a 'cat'") == ["A dog", "cat"]
+    assert concepts.extract("The two boys’ bikes lean on a wall.") == ["The two boys’ bikes", "a wall"]
+
+
+def test_only_the_articles_before_exchanged_words_change():
+    """What the caption says elsewhere stays, right or wrong: it would tell the negative from the caption."""
+    assert concepts.swap_negatives("an 18 wheeler near a red dog and a old cat", random.Random(0), ("adjective",)) == [
+        "an 18 wheeler near an old dog and a red cat"]
+    assert concepts.exchange("a orange ring, an old hat", (9, 13), (22, 25)) == "a orange hat, an old ring"
+
+
 def test_negate():
     assert concepts.negate("A dog is on a sofa.") == "A dog is not on a sofa."
     assert concepts.negate("A dog is not on a sofa.") == "A dog is on a sofa."
@@ -361,6 +391,15 @@ def test_negate():
     assert concepts.negate("a dog on a sofa") == "no dog on a sofa"
     assert concepts.negate("A dog has a hat") == "A dog does not have a hat"
     assert concepts.negate("No dog") == "Some dog"
+    # not "No dog isn't on the sofa", which says that every dog is
+    assert concepts.negate("A dog isn't on the sofa") == "A dog is on the sofa"
+    assert concepts.negate("The dogs can’t run") == "The dogs can run"
+    assert concepts.negate("A DOG DOESN'T RUN") == "A DOG DOES RUN"
+    assert concepts.negate("A DOG IS ON A SOFA") == "A DOG IS NOT ON A SOFA"
+    # not "does not have jumped"
+    assert concepts.negate("A dog has jumped over a fence") == "A dog has not jumped over a fence"
+    assert concepts.negate("A girl has just fallen") == "A girl has not just fallen"
+    assert concepts.negate("A dog has red ears") == "A dog does not have red ears"
 
 
 # ------------------------------------------------------------------------------------------- substitutes
