@@ -1214,6 +1214,10 @@ def find_pad(config, pad_token):
     for token in json.loads(config.tokenizer).get("added_tokens", []):
         if token["content"] == pad_token:
             return token["id"]
+    if isinstance(pad_token, str):  # it may be a token as others are
+        pad_id = Backend.from_str(config.tokenizer).token_to_id(pad_token)
+        if pad_id is not None:
+            return pad_id
     return 0 if config.vocab_size == 256000 else 1  # SigLIP 2 and SigLIP
 
 

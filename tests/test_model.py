@@ -976,6 +976,17 @@ def test_peer_in_and_out_again_is_bit_equal(tmp_path, clip_tokenizer, siglip_tok
 
 
 @torch.no_grad()
+def test_a_pad_may_be_a_token_as_others_are(tmp_path, siglip_tokenizer):
+    """A SigLIP attends to its pads, and another pad than in training would change all features without a word."""
+    model = perturb(CLIP(replace(MODELS["nano"], tokenizer=siglip_tokenizer, vocab_size=600, pad_id=5)))
+    for format in ("open_clip", "transformers"):
+        export(model, format, str(tmp_path / format))
+        found = CLIP.from_pretrained(tmp_path / format)
+        assert found.config.pad_id == 5
+        assert torch.equal(found.tokenize(["a cat", ""]), model.tokenize(["a cat", ""]))
+
+
+@torch.no_grad()
 def test_export_with_other_losses(tmp_path, siglip_tokenizer, clip_tokenizer):
     """A SigLIP trained with the softmax loss, a CLIP trained with the sigmoid loss."""
     softmax = nano(siglip_tokenizer, logit_bias=None)
