@@ -943,7 +943,7 @@ def unit_pairs(caption, rng, count=2, phrases=None):
     for phrase in phrases or extract(caption):
         # With the article, which changes with the word: "an apple", "a banana".
         match = re.search(rf"(?<!\w)(?:(?i:an?)\s+)?{re.escape(phrase)}(?!\w)", caption)
-        if match:
+        if match and phrase.strip():
             places.append(match.span())
     places.sort()
     units = [(start, end, None) for start, end in places]

@@ -320,6 +320,10 @@ def test_units_of_phrases_without_their_articles():
         for unit, foil in pairs:
             assert re.fullmatch(r"(?:An? )\w.*", foil) if unit.startswith("An") else foil.startswith(("a ", "an ")), foil
         assert concepts.unit_pairs("He is an old man", random.Random(seed), 9, ["old man"]) == [("an old man", "a young man")]
+        # blank ones are none
+        caption, phrases = "A red cat, a blue mat", ["A red cat", "a blue mat"]
+        assert concepts.unit_pairs(caption, random.Random(seed), 9, ["", *phrases, " "]) == \
+            concepts.unit_pairs(caption, random.Random(seed), 9, phrases)
 
 
 def test_swaps():
