@@ -661,8 +661,10 @@ class Tokenizer:
         cleaned = clean_text(text, self.config.text_clean)
         spans = []
         for phrase in phrases:
-            pattern = re.escape(clean_text(phrase, self.config.text_clean))
-            match = re.search(rf"(?<!\w){pattern}(?!\w)", cleaned)
+            pattern = r"(?<!\w)" + re.escape(clean_text(phrase, self.config.text_clean))
+            match = re.search(rf"{pattern}(?!\w)", cleaned)
+            if not match:  # "a man" of "a man's back", of which canonicalize makes "mans"
+                match = re.search(rf"{pattern}s(?!\w)", cleaned)
             start, end = match.span() if match else (0, 0)
             inside = [i for i in words if offsets[i][0] < end and offsets[i][1] > start]
             if not inside or offsets[inside[-1]][1] < end:

@@ -1416,6 +1416,16 @@ def test_token_positions_of_phrases(clip_tokenizer, siglip_tokenizer):
         assert tokenize.spans(text, []) == []
 
 
+def test_the_owner_of_a_thing_has_its_tokens(siglip_tokenizer):
+    """canonicalize makes "mans" of "man's": the phrase "a man" was not found, and got the whole caption."""
+    tokenize = M.Tokenizer(replace(MODELS["ViT-B-16-SigLIP"], tokenizer=siglip_tokenizer))
+    text = "Two dogs on a man's back near a dog's bed, two mans."
+    tokens = tokenize.encode([text])[0].tokens
+    for phrase, words in (("a man", "amans"), ("a dog", "adogs"), ("Two dogs", "twodogs"), ("dog", "dogs")):
+        [(first, end)] = tokenize.spans(text, [phrase])
+        assert "".join(tokens[first:end]).replace("\u2581", "") == words
+
+
 def test_phrases_behind_the_context_length(clip_tokenizer):
     tokenize = M.Tokenizer(replace(MODELS["ViT-B-32"], tokenizer=clip_tokenizer[0], context_length=6))
     text = "a red ring and a blue cross"        # start a red ring and end
