@@ -283,7 +283,8 @@ WORD = re.compile(r"""
   | w/(?=[ \t])                                   # with
   | \w[\w\u0300-\u036f]{0,49}(?:                 # a word, with its accents where these are
                                                   # signs of their own, and what joins its parts:
-        (?: [-&/](?=\w)                           #   t-shirt, black/white
+        (?: [-/](?=\w)                            #   t-shirt, black/white
+          | &(?=\w)(?!(?:amp|quot|apos|lt|gt|nbsp);)  # R&B, but dog|&quot;
           | \.(?=[a-z\d])                         #   3.5, x.org
           | (?<=\d)[,:](?=\d)                     #   1,000 and 10:30
           | '(?!(?i:s|m|d|ll|re|ve|t)\b)(?=\w)    #   o'clock, but man|'s
@@ -648,7 +649,9 @@ def negate(caption, rng=None):
                 new = new.upper()
             elif match[0][0].isupper():
                 new = new[:1].upper() + new[1:]
-            return caption[:match.start()] + new + caption[match.end():]
+            text = caption[:match.start()] + new + caption[match.end():]
+            if text.strip():  # "not" alone would leave nothing
+                return text
     return f"no {caption}"
 
 

@@ -269,6 +269,13 @@ def test_accents_that_are_signs_of_their_own():
     assert concepts.extract(caption) == ["A woman", "a café", "a jalapeño pizza"]
 
 
+def test_markup_at_the_end_of_a_word_is_none_of_it():
+    """An entity is a word of its own, also where no space stands before it; R&B is one word."""
+    assert concepts.extract("&quot;A dog&quot; and a cat") == ["A dog", "a cat"]
+    assert concepts.extract("A dog&nbsp;and a cat, a bowl&amp;spoon") == ["A dog", "a cat", "a bowl", "spoon"]
+    assert concepts.extract("an R&B singer in an AT&T store") == ["an R&B singer", "an AT&T store"]
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.sampled_from(["a", "A", "b", "B", "ß", "ẞ", "İ", "", " "]), max_size=6), max_size=6))
 def test_index_phrases_of_anything(lists):
@@ -395,6 +402,7 @@ def test_negate():
     assert concepts.negate("a dog on a sofa") == "no dog on a sofa"
     assert concepts.negate("A dog has a hat") == "A dog does not have a hat"
     assert concepts.negate("No dog") == "Some dog"
+    assert concepts.negate("Not") == "no Not"
     # not "No dog isn't on the sofa", which says that every dog is
     assert concepts.negate("A dog isn't on the sofa") == "A dog is on the sofa"
     assert concepts.negate("The dogs can’t run") == "The dogs can run"
