@@ -232,7 +232,9 @@ class ConceptExtractor:
     def refine(self, word, tag):
         """The symbol of the word's class in the lexicon, or else, as for class "", of its tag."""
         lower = word.lower()
-        if lower in self.class_of:
+        if word == "'" and tag != "POS":
+            name = ":"  # a quotation mark, which the tagger may take for a noun
+        elif lower in self.class_of:
             name = self.class_of[lower]
         elif word[0] in "<&" or not any(letter.isalnum() for letter in word):
             name = ":"  # markup, emoji and other signs
@@ -281,7 +283,8 @@ WORD = re.compile(r"""
   | w/(?=[ \t])                                   # with
   | \w[\w\u0300-\u036f]{0,49}(?:                 # a word, with its accents where these are
                                                   # signs of their own, and what joins its parts:
-        (?: [-&/](?=\w)                           #   t-shirt, black/white
+        (?: [-/](?=\w)                            #   t-shirt, black/white
+          | &(?=\w)(?!(?:amp|quot|apos|lt|gt|nbsp);)  # R&B, but dog|&quot;
           | \.(?=[a-z\d])                         #   3.5, x.org
           | (?<=\d)[,:](?=\d)                     #   1,000 and 10:30
           | '(?!(?i:s|m|d|ll|re|ve|t)\b)(?=\w)    #   o'clock, but man|'s
@@ -550,7 +553,8 @@ def swappable(caption):
     spans = [(start, end, "phrase") for start, end in phrases]
     for word in extractor.words(caption):
         inner_noun = word.tag in NOUN_TAGS and word.end not in ends  # "fire" of a fire hydrant
-        if not inner_noun and word.text not in extractor.auxiliary:
+        contracted = re.match("n?['’]", word.text)  # "'s" of "she's", "n't" of "isn't"
+        if not (inner_noun or contracted or word.text in extractor.auxiliary):
             spans.append((word.start, word.end, word.tag))
     return spans
 
@@ -570,29 +574,38 @@ def exchange(caption, first, second):
     one, two = caption[a:b], caption[c:d]
     if a == 0 and one == one.capitalize():  # the capital stays in front
         one, two = one.lower(), two[0].upper() + two[1:]
-    return mend_articles(caption[:a] + two + caption[b:c] + one + caption[d:])
+    text = join(join(caption[:a], two) + caption[b:c], one)
+    return text + caption[d:]
 
 
-ARTICLE = re.compile(r"(?i)\b(a)n?(?=\s+(?!uni|use|eu|one)([aeiou]|hour)?)")
+LAST_ARTICLE = re.compile(r"(?i)\ba(n?)\s+\Z")
+AFTER_AN = re.compile(r"(?i)(?!uni|use|eu|one)[aeiou]|hour")
 
 
-def mend_articles(text):
-    """Make each "a" before a vowel "an", and the other way round."""
-    return ARTICLE.sub(lambda match: match[1] + ("n" if match[2] else ""), text)
+def join(before, words):
+    """Two texts as one. An "a" or "an" at the end of the first becomes what the second needs.
+
+    Others stay as they are: a caption may say "a orange", and its negative should not differ there.
+    """
+    article = LAST_ARTICLE.search(before)
+    needs_n = bool(AFTER_AN.match(words))
+    if article and needs_n != bool(article[1]):
+        before = before[:article.start(1)] + "n" * needs_n + before[article.end(1):]
+    return before + words
 
 
 def shuffle_bigrams(caption, rng):
     """One of FSC-CLIP's negatives: the caption's words in pairs, and these in another order.
 
     rng: a random.Random. Returns a list of one text, or of none where ten orders gave none that
-    differs.
+    differs in more than its capitals.
     """
     words = caption.split()
     pairs = [words[i:i + 2] for i in range(0, len(words), 2)]
     for _ in range(10):
         rng.shuffle(pairs)
         text = " ".join(chain.from_iterable(pairs))
-        if text != " ".join(words):
+        if text.lower() != " ".join(words).lower():
             return [text]
     return []
 
@@ -601,10 +614,13 @@ def shuffle_bigrams(caption, rng):
 # What negate tries in turn: the tags of the word (any, if empty), the word, what takes its place.
 NEGATIONS = [
     ((), r"\bnot\b ?", ""),
+    ((), r"\b(is|are|was|were|has|have|had|do|does|did) ?n['’]t\b", r"\1"),
+    ((), r"\bca ?n['’]t\b|\bcannot\b", "can"),
     ((), r"\bno\b", "some"),
     ((), r"\b(?:is|are|was|were)\b", r"\g<0> not"),
     ((), r"\bwithout\b", "with"),
     ((), r"\bwith\b", r"\g<0>out"),
+    (("VBN", "VBD", "RB"), r"(?:(?<=\bhas )|(?<=\bhave ))\w+", r"not \g<0>"),  # has jumped
     (("VBZ",), r"\bhas\b", "does not have"),
     (("VBZ",), r"\b([a-z]+)ies\b", r"does not \1y"),
     (("VBZ",), r"\b([a-z]+?)(?:(?<=sh|ch|ss)es|(?<=o)es|s)\b", r"does not \1"),
@@ -629,9 +645,13 @@ def negate(caption, rng=None):
         if matches:
             match = rng.choice(matches) if rng else matches[0]
             new = match.expand(negation)
-            if match[0][0].isupper():
-                new = new.capitalize()
-            return caption[:match.start()] + new + caption[match.end():]
+            if match[0].isupper() and len(match[0]) > 1:
+                new = new.upper()
+            elif match[0][0].isupper():
+                new = new[:1].upper() + new[1:]
+            text = caption[:match.start()] + new + caption[match.end():]
+            if text.strip():  # "not" alone would leave nothing
+                return text
     return f"no {caption}"
 
 
@@ -698,11 +718,7 @@ def replace_words(caption, start, end, new):
         new = new.upper()
     elif old[0].isupper() and (in_title or not caption[:start].strip()):  # but not for a Frisbee
         new = new[0].upper() + new[1:]
-    article = re.search(r"(?i)\ban?\s+\Z", caption[:start])
-    if article:
-        start = article.start()
-        new = mend_articles(article[0] + new)
-    return caption[:start] + new + caption[end:]
+    return join(caption[:start], new) + caption[end:]
 
 
 class Place(NamedTuple):
@@ -930,7 +946,7 @@ def unit_pairs(caption, rng, count=2, phrases=None):
     for phrase in phrases or extract(caption):
         # With the article, which changes with the word: "an apple", "a banana".
         match = re.search(rf"(?<!\w)(?:(?i:an?)\s+)?{re.escape(phrase)}(?!\w)", caption)
-        if match:
+        if match and phrase.strip():
             places.append(match.span())
     places.sort()
     units = [(start, end, None) for start, end in places]
@@ -1079,7 +1095,7 @@ def read_rows(path, caption_key, report):
         elif ending == ".jsonl":
             rows = read_jsonl(file)
         else:
-            rows = read_table(file, DELIMITERS[ending])
+            rows = read_table(file, DELIMITERS[ending], path)
         for number, (row, problem) in enumerate(rows, 1):
             report.bytes = bytes_before + file.buffer.tell()
             place = f"{path}, row {number:,}"
@@ -1131,17 +1147,28 @@ def read_jsonl(file):
             yield None, "no JSON object on the line"
 
 
-def read_table(file, delimiter):
+def read_table(file, delimiter, path="the table"):
     columns = None
     for fields, problem in read_records(file, delimiter):
         if not fields:  # a blank line
             continue
         if columns is None:
-            columns = fields
+            columns = [name.strip() for name in fields]  # "image, caption" has no column " caption"
+            check_columns(columns, path)
         elif len(fields) > len(columns):
             yield None, "more fields than columns"
         else:
             yield dict(zip(columns, fields)), problem
+
+
+def check_columns(columns, path):
+    """ValueError for two columns of one name. Of those without a name there may be several."""
+    counts = Counter(name for name in columns if name)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"{path}: several columns are called {', '.join(map(repr, twice))}, of "
+                         "which only one would be read: give each a name of its own in the first "
+                         "line")
 
 
 def read_records(file, delimiter):

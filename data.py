@@ -1234,7 +1234,10 @@ def read_rows(path):
     odd = {}        # see tally
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
         lines = watch_bytes(f, odd)
-        rows = read_json_lines(lines) if kind == ".jsonl" else read_table(lines, DELIMITERS[kind])
+        if kind == ".jsonl":
+            rows = read_json_lines(lines)
+        else:
+            rows = read_table(lines, DELIMITERS[kind], path)
         for number, (row, problem) in enumerate(rows, 1):
             if row and problem and runs_over(row, problem):
                 row = None

@@ -289,11 +289,16 @@ class _Product(torch.autograd.Function):
 
     A function of its own, because the backward runs when the caller's flags are in force again.
     """
+    generate_vmap_rule = True  # with setup_context, so that torch.func takes it
+
     @staticmethod
-    def forward(ctx, rows, columns):
-        ctx.save_for_backward(rows, columns)
+    def forward(rows, columns):
         with _full_precision(rows.device):
             return rows @ columns.T
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
@@ -729,19 +734,23 @@ def fsc_clip_loss(image_features, text_features, negative_features, mask, word_s
 
 
 def _focal_share(logits, valid, logit_bias, count):
-    """FSC-CLIP's focal loss of rows (b, 1 + K), the true one first, over those with a negative."""
-    is_candidate = F.pad(valid, (1, 0), value=True)
-    in_loss = is_candidate & valid.any(1, keepdim=True)
+    """FSC-CLIP's focal loss of rows (b, 1 + K), the caption first, over the rows with a negative.
+
+    valid (b, K) tells which negatives there are, count how many rows of all processes have one.
+    """
+    is_caption = torch.arange(logits.shape[1], device=logits.device) == 0  # (1 + K,)
+    is_candidate = F.pad(valid, (1, 0), value=True)  # (b, 1 + K)
+    counts = is_candidate & valid.any(1, keepdim=True)  # not where the caption stands alone
     if logit_bias is None:
         log_p = logits.masked_fill(~is_candidate, -torch.inf).log_softmax(dim=1)
-        losses = _focal(log_p.masked_fill(~in_loss, 0))
-        smoothed = 0.02 * losses / is_candidate.sum(1, keepdim=True)
-        return (0.98 * losses[:, 0].sum() + smoothed.sum()) / count.clamp_min(1)
-    z = logits.masked_fill(~in_loss, 0) + logit_bias
-    is_first = torch.arange(z.shape[1], device=z.device) == 0
-    z = torch.where(is_first, z, -z)
-    losses = 0.99 * _focal(F.logsigmoid(z)) + 0.01 * _focal(F.logsigmoid(-z))
-    return (losses * in_loss).sum() / count.clamp_min(1)
+        focal = _focal(log_p.masked_fill(~counts, 0))  # of a log p of 0 it is 0
+        smoothed = 0.02 * focal / is_candidate.sum(1, keepdim=True)
+        losses = 0.98 * (focal * is_caption) + smoothed
+    else:
+        z = logits.masked_fill(~counts, 0) + logit_bias
+        z = torch.where(is_caption, z, -z)  # of what each candidate is
+        losses = (0.99 * _focal(F.logsigmoid(z)) + 0.01 * _focal(F.logsigmoid(-z))) * counts
+    return losses.sum() / count.clamp_min(1)
 
 
 def _focal(log_p):
@@ -1247,21 +1256,23 @@ def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, de
     if concept_tokens is not None and not (dedupe and merge):
         raise ValueError("concept_tokens are given, but only equal concepts of one feature can be "
                          "shared: give dedupe=True and merge=True, or no concept_tokens")
-    sizes = _sizes(batch_size, concept_ids, pairs)
     encoded_ids = concept_ids
     if concept_tokens is not None:
         encoded_ids = concept_ids[:len(concept_tokens)]
-    own = (sizes, encoded_ids, concept_tokens, negative_mask, unit_mask)
-    everyone = _exchange(*[torch.zeros(0, 0) if x is None else x for x in own])
-    sizes_of_all, ids_of_all, tokens_of_all, masks, unit_masks = zip(*everyone)
+
+    sizes_of_all, ids_of_all, tokens_of_all, negative_masks, unit_masks = _show_all(
+        _sizes(batch_size, concept_ids, pairs), encoded_ids, concept_tokens, negative_mask,
+        unit_mask)
     rows, pair_counts, different_counts = torch.stack(sizes_of_all).T.tolist()
+
     plan = Plan(rows)
     if negative_mask is not None:
-        plan.negative_mask = torch.cat(masks).bool()
+        plan.negative_mask = torch.cat(negative_masks).bool()
     if unit_mask is not None:
         plan.unit_mask = torch.cat(unit_masks).bool()
     if concept_ids is None:
         return plan
+
     if concept_tokens is not None:
         tokens_of_all, ids_of_all = _divide(tokens_of_all, ids_of_all, pad_id)
         plan.tokens = _fill_up(tokens_of_all[_rank()], multiple, pad_id)
@@ -1269,6 +1280,12 @@ def plan_batch(batch_size, concept_ids=None, pairs=None, concept_tokens=None, de
         concept_ids, pairs, batch_size, pair_counts, ids_of_all, dedupe, merge)
     plan.pairs = sum(different_counts if dedupe else pair_counts)
     return plan
+
+
+def _show_all(*tensors):
+    """_exchange of tensors, or None: for each the list of all processes' own."""
+    given = [torch.zeros(0, 0) if x is None else x for x in tensors]
+    return zip(*_exchange(*given))
 
 
 def _sizes(batch_size, concept_ids, pairs):

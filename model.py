@@ -661,8 +661,10 @@ class Tokenizer:
         cleaned = clean_text(text, self.config.text_clean)
         spans = []
         for phrase in phrases:
-            pattern = re.escape(clean_text(phrase, self.config.text_clean))
-            match = re.search(rf"(?<!\w){pattern}(?!\w)", cleaned)
+            pattern = r"(?<!\w)" + re.escape(clean_text(phrase, self.config.text_clean))
+            match = re.search(rf"{pattern}(?!\w)", cleaned)
+            if not match:  # "a man" of "a man's back", of which canonicalize makes "mans"
+                match = re.search(rf"{pattern}s(?!\w)", cleaned)
             start, end = match.span() if match else (0, 0)
             inside = [i for i in words if offsets[i][0] < end and offsets[i][1] > start]
             if not inside or offsets[inside[-1]][1] < end:
@@ -1214,6 +1216,10 @@ def find_pad(config, pad_token):
     for token in json.loads(config.tokenizer).get("added_tokens", []):
         if token["content"] == pad_token:
             return token["id"]
+    if isinstance(pad_token, str):  # it may be a token as others are
+        pad_id = Backend.from_str(config.tokenizer).token_to_id(pad_token)
+        if pad_id is not None:
+            return pad_id
     return 0 if config.vocab_size == 256000 else 1  # SigLIP 2 and SigLIP
 
 

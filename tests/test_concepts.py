@@ -269,6 +269,13 @@ def test_accents_that_are_signs_of_their_own():
     assert concepts.extract(caption) == ["A woman", "a café", "a jalapeño pizza"]
 
 
+def test_markup_at_the_end_of_a_word_is_none_of_it():
+    """An entity is a word of its own, also where no space stands before it; R&B is one word."""
+    assert concepts.extract("&quot;A dog&quot; and a cat") == ["A dog", "a cat"]
+    assert concepts.extract("A dog&nbsp;and a cat, a bowl&amp;spoon") == ["A dog", "a cat", "a bowl", "spoon"]
+    assert concepts.extract("an R&B singer in an AT&T store") == ["an R&B singer", "an AT&T store"]
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.sampled_from(["a", "A", "b", "B", "ß", "ẞ", "İ", "", " "]), max_size=6), max_size=6))
 def test_index_phrases_of_anything(lists):
@@ -320,6 +327,10 @@ def test_units_of_phrases_without_their_articles():
         for unit, foil in pairs:
             assert re.fullmatch(r"(?:An? )\w.*", foil) if unit.startswith("An") else foil.startswith(("a ", "an ")), foil
         assert concepts.unit_pairs("He is an old man", random.Random(seed), 9, ["old man"]) == [("an old man", "a young man")]
+        # blank ones are none
+        caption, phrases = "A red cat, a blue mat", ["A red cat", "a blue mat"]
+        assert concepts.unit_pairs(caption, random.Random(seed), 9, ["", *phrases, " "]) == \
+            concepts.unit_pairs(caption, random.Random(seed), 9, phrases)
 
 
 def test_swaps():
@@ -333,6 +344,7 @@ def test_swaps():
     assert concepts.swap_negatives("a dog", rng) == concepts.swap_negatives("", rng) == []
     assert concepts.shuffle_bigrams("a dog and a cat", random.Random(1)) == ["and a cat a dog"]
     assert concepts.shuffle_bigrams("a dog a dog", rng) == concepts.shuffle_bigrams("", rng) == []
+    assert concepts.shuffle_bigrams("A cat next to a cat", random.Random(1)) == ["next to a cat A cat"]
     assert concepts.swap_negatives("a dog and a dog", rng) == []
     with pytest.raises(ValueError, match="adverb"):
         concepts.swap_negatives("a dog", rng, ("adverb",))
@@ -352,6 +364,35 @@ def test_swaps_and_negations_differ_from_the_caption():
         assert concepts.negate(caption) == concepts.negate(caption)
 
 
+def test_shuffled_pairs_differ_in_more_than_capitals():
+    """Tokenizers lower the case: "a cat next to A cat" would be the caption again, as its own negative."""
+    for caption in ("A cat next to a cat", "A dog a dog", "A man behind the a man"):
+        for seed in range(30):
+            for text in concepts.shuffle_bigrams(caption, random.Random(seed)):
+                assert text.lower() != caption.lower()
+
+
+def test_contractions_and_quotes_stay_where_they_are():
+    """'s and n't change places with no other word, and a closing quote is no noun."""
+    for caption in ("She's wearing a hat and holds a bag", "It’s a cat that runs", "They're running, we run",
+                    "There's a man who's eating as a dog watches", "A sign reading ‘stop’ near a car",
+                    "'A dog' and a 'cat'"):
+        for seed in range(10):
+            for text in concepts.swap_negatives(caption, random.Random(seed)):
+                assert sorted(re.findall(r"\w+['’]\w+", text)) == sorted(re.findall(r"\w+['’]\w+", caption)), text
+                assert len(text) == len(caption) and text.count(" ") == len(caption.split()) - 1, text
+    assert concepts.extract("A sign reading ‘stop’ near a car") == ["A sign", "stop", "a car"]
+    assert concepts.extract("'A dog' and a 'cat'") == ["A dog", "cat"]
+    assert concepts.extract("The two boys’ bikes lean on a wall.") == ["The two boys’ bikes", "a wall"]
+
+
+def test_only_the_articles_before_exchanged_words_change():
+    """What the caption says elsewhere stays, right or wrong: it would tell the negative from the caption."""
+    assert concepts.swap_negatives("an 18 wheeler near a red dog and a old cat", random.Random(0), ("adjective",)) == [
+        "an 18 wheeler near an old dog and a red cat"]
+    assert concepts.exchange("a orange ring, an old hat", (9, 13), (22, 25)) == "a orange hat, an old ring"
+
+
 def test_negate():
     assert concepts.negate("A dog is on a sofa.") == "A dog is not on a sofa."
     assert concepts.negate("A dog is not on a sofa.") == "A dog is on a sofa."
@@ -361,6 +402,16 @@ def test_negate():
     assert concepts.negate("a dog on a sofa") == "no dog on a sofa"
     assert concepts.negate("A dog has a hat") == "A dog does not have a hat"
     assert concepts.negate("No dog") == "Some dog"
+    assert concepts.negate("Not") == "no Not"
+    # not "No dog isn't on the sofa", which says that every dog is
+    assert concepts.negate("A dog isn't on the sofa") == "A dog is on the sofa"
+    assert concepts.negate("The dogs can’t run") == "The dogs can run"
+    assert concepts.negate("A DOG DOESN'T RUN") == "A DOG DOES RUN"
+    assert concepts.negate("A DOG IS ON A SOFA") == "A DOG IS NOT ON A SOFA"
+    # not "does not have jumped"
+    assert concepts.negate("A dog has jumped over a fence") == "A dog has not jumped over a fence"
+    assert concepts.negate("A girl has just fallen") == "A girl has not just fallen"
+    assert concepts.negate("A dog has red ears") == "A dog does not have red ears"
 
 
 # ------------------------------------------------------------------------------------------- substitutes
@@ -735,6 +786,20 @@ def test_nothing_is_lost_silently(tmp_path, name):
         assert re.search(f"{re.escape(message)}.*, first in .*{name}, row \\d", p.stdout), p.stdout
     else:
         assert "skipped 1" not in p.stdout and "kept" not in p.stdout
+
+
+@pytest.mark.parametrize("name, sign", [("a.csv", ","), ("a.tsv", "\t")])
+def test_two_columns_of_one_name_are_refused(tmp_path, name, sign):
+    """The last would win, and which text is the caption would not be said. Columns without names are no matter."""
+    rows = [["image", "caption", "caption", "x", "image"], ["1.jpg", "a dog", "a cat", "", "2.jpg"]]
+    (tmp_path / name).write_text("".join(sign.join(row) + "\n" for row in rows))
+    p = run("extract", tmp_path / name, "--output", tmp_path / "o")
+    assert p.returncode and p.stderr.count("\n") == 1 and not (tmp_path / "o").exists()
+    assert f"{name}: several columns are called 'image', 'caption'" in p.stderr
+    rows = [["", "caption", "", " ", " "], ["0", "a dog", "", "", ""]]
+    (tmp_path / name).write_text("".join(sign.join(row) + "\n" for row in rows))
+    assert run("extract", tmp_path / name, "--output", tmp_path / "o").returncode == 0
+    assert [row["concepts"] for row in rows_of(tmp_path / "o")] == [["a dog"]]
 
 
 def test_many_unclosed_quotes_take_no_longer(tmp_path):

@@ -1419,6 +1419,13 @@ def test_captions_of_an_image_whose_key_is_0(folder):
     assert data[0]["caption"] == "a cat"
 
 
+def test_names_of_columns_may_have_spaces_around_them_but_not_a_twin(folder):
+    data = CaptionFile(write(folder, "t.csv", "image, caption\na.png,a cat\n"), str(folder))
+    assert data.captions == ["a cat"]
+    with pytest.raises(ValueError, match="u.csv: several columns are called 'caption', of which only one"):
+        CaptionFile(write(folder, "u.csv", "image,caption, caption\na.png,a cat,a dog\n"), str(folder))
+
+
 def test_several_caption_columns_with_spaces_between(folder):
     path = write(folder, "t.csv", "image,short,long\na.png,a cat,a cat on a mat\n")
     assert CaptionFile(path, str(folder), caption_key="short, long").captions == ["a cat", "a cat on a mat"]

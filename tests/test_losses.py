@@ -562,6 +562,25 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("b", [-10.0, None])
+def test_torch_func_takes_the_losses(b):
+    """Gradients of many losses at once, and second ones, as influence functions want them."""
+    torch.manual_seed(3)
+    images = F.normalize(torch.randn(2, 4, 6, dtype=torch.float64), dim=-1)  # two batches
+    concepts = F.normalize(torch.randn(5, 6, dtype=torch.float64), dim=-1)
+    labels = torch.rand(4, 5) < 0.4
+
+    def loss(x):
+        return npc_loss(x, concepts, labels, 20.0, b)
+
+    found = torch.func.vmap(torch.func.grad(loss))(images)
+    for x, gradient in zip(images, found):
+        x = x.clone().requires_grad_()
+        torch.testing.assert_close(gradient, torch.autograd.grad(loss(x), x)[0])
+    hessian = torch.func.jacrev(torch.func.grad(loss))(images[0])
+    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(loss, images[0]))
+
+
+@pytest.mark.parametrize("b", [-10.0, None])
 def test_no_concept_at_all_is_zero_with_a_graph(b):
     I = unit(4, 8, seed=0).requires_grad_()
     tokens = unit(4, 3, 8, seed=1).requires_grad_()

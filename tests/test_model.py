@@ -976,6 +976,17 @@ def test_peer_in_and_out_again_is_bit_equal(tmp_path, clip_tokenizer, siglip_tok
 
 
 @torch.no_grad()
+def test_a_pad_may_be_a_token_as_others_are(tmp_path, siglip_tokenizer):
+    """A SigLIP attends to its pads, and another pad than in training would change all features without a word."""
+    model = perturb(CLIP(replace(MODELS["nano"], tokenizer=siglip_tokenizer, vocab_size=600, pad_id=5)))
+    for format in ("open_clip", "transformers"):
+        export(model, format, str(tmp_path / format))
+        found = CLIP.from_pretrained(tmp_path / format)
+        assert found.config.pad_id == 5
+        assert torch.equal(found.tokenize(["a cat", ""]), model.tokenize(["a cat", ""]))
+
+
+@torch.no_grad()
 def test_export_with_other_losses(tmp_path, siglip_tokenizer, clip_tokenizer):
     """A SigLIP trained with the softmax loss, a CLIP trained with the sigmoid loss."""
     softmax = nano(siglip_tokenizer, logit_bias=None)
@@ -1403,6 +1414,16 @@ def test_token_positions_of_phrases(clip_tokenizer, siglip_tokenizer):
             assert tokenize.spans(text, [phrase]) == [whole], phrase
         assert all(0 <= first < end for first, end in tokenize.spans("", ["a cat"]))
         assert tokenize.spans(text, []) == []
+
+
+def test_the_owner_of_a_thing_has_its_tokens(siglip_tokenizer):
+    """canonicalize makes "mans" of "man's": the phrase "a man" was not found, and got the whole caption."""
+    tokenize = M.Tokenizer(replace(MODELS["ViT-B-16-SigLIP"], tokenizer=siglip_tokenizer))
+    text = "Two dogs on a man's back near a dog's bed, two mans."
+    tokens = tokenize.encode([text])[0].tokens
+    for phrase, words in (("a man", "amans"), ("a dog", "adogs"), ("Two dogs", "twodogs"), ("dog", "dogs")):
+        [(first, end)] = tokenize.spans(text, [phrase])
+        assert "".join(tokens[first:end]).replace("\u2581", "") == words
 
 
 def test_phrases_behind_the_context_length(clip_tokenizer):
