@@ -155,6 +155,8 @@ class Scenes(Dataset):
                 return objects, rng.sample(range(4), world.objects), rng
 
     def __getitem__(self, index):
+        if not 0 <= index < self.length:
+            raise IndexError(f"scene {index} of {self.length}")
         shown, cells, rng = self.objects(index)
         image = self.render(shown, cells, rng)
         link = "and"
@@ -281,10 +283,13 @@ def draw_shape(draw, shape, x, y, r, fill):
 # ---- tables and tars: pairs on disk ----------------------------------------
 
 IMAGE_KEYS = ("image", "image_path", "filepath", "file_name", "filename", "path")
-# What else a row may have; with joined captions the first come from their table.
+# Optional columns. With --captions, BESIDE_CAPTIONS come from that table.
 BESIDE_CAPTIONS = ("concepts", "negatives", "units")
 BESIDE_IMAGES = ("negative_image", "neighbours")
+# Columns of the table that --captions names, see JoinedCaptions.
 JOIN_KEYS = ("url", "image_url", "key", "__key__", "Image Path", *IMAGE_KEYS)
+# Raise it when make_sample or a reader keeps something else of a row: older indices are made anew.
+ROWS_VERSION = 1
 # What the members of a tar are, by their ending; others are passed over.
 MEMBERS = {
     ".jpg": "image",
@@ -294,6 +299,7 @@ MEMBERS = {
     ".txt": "txt",
     ".json": "json",
 }
+MAX_PIXELS = 89_478_485     # above which pillow warns, where it does
 # All that pillow may open; an EPS named x.jpg, for one, would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # Train the tokenizer on the captions of so many rows at most, and on so many letters of a word.
@@ -358,10 +364,11 @@ class CaptionFile(Dataset):
             self.remarks += joined.remarks
             columns |= joined.columns
         paths = []
-        last_parts = [0]
+        part_bounds = [0]       # source i has the parts part_bounds[i]:part_bounds[i + 1]
         for source in sources.split("::"):
             paths += expand(source)
-            last_parts.append(len(paths))
+            part_bounds.append(len(paths))
+        image_key = image_key.strip() if image_key else None
         options = Options(image_key, caption_keys, joined, index_dir)
         self.parts = open_parts(paths, options)         # the rows of each file
         for part in self.parts:
@@ -372,14 +379,17 @@ class CaptionFile(Dataset):
             self.skipped = joined.unused(self.parts) + self.skipped
         # The first row of each file in the whole data set, and the number of all rows.
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
-        self.source_sizes = np.diff(self.starts[last_parts]).tolist()
+        self.source_sizes = np.diff(self.starts[part_bounds]).tolist()
         self.lost_rows = count_lost(self.parts)
-        self._check(sources, caption_keys, columns)
+        self._check(sources, options, columns)
 
-    def _check(self, sources, caption_keys, columns):
+    def _check(self, sources, options, columns):
         """Raise ValueError if a table, or all of it, or a column that was asked for, is empty."""
-        useless = [part.path for part in self.parts if not part.path.endswith(".tar") and not part]
-        missing = set(caption_keys) - columns
+        tables = [part for part in self.parts if not is_tar(part.path)]
+        useless = [part.path for part in tables if not part]
+        missing = set(options.caption_keys) - columns
+        if tables and options.image_key:
+            missing |= {options.image_key} - columns
         if useless or missing or len(self) == 0:
             names = sorted(to_text(name) for name in columns)
             absent = f", not {', '.join(sorted(missing))}" if missing else ""
@@ -391,9 +401,10 @@ class CaptionFile(Dataset):
 
     @property
     def captions(self):
-        """All captions of the first TOKENIZER_ROWS rows, to train a tokenizer on."""
+        """All captions of at most TOKENIZER_ROWS rows, evenly spaced, to train a tokenizer on."""
+        step = -(-len(self) // TOKENIZER_ROWS)
         texts = []
-        for index in range(min(len(self), TOKENIZER_ROWS)):
+        for index in range(0, len(self), step):
             texts += self.sample(index)["captions"]
         return texts
 
@@ -414,6 +425,8 @@ class CaptionFile(Dataset):
         return self.parts[which], index - int(self.starts[which])
 
     def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
         part, number = self._find(index)
         row = {"key": f"{part.path} (row {number + 1} of its index)"}
         try:
@@ -442,9 +455,12 @@ class CaptionFile(Dataset):
         if "negatives" in row:
             row["negatives"] = parse_list(row["negatives"], empty=True)
         if "units" in row:
-            row["units"] = parse_pairs(row["units"])
+            row["units"] = parse_units(row["units"])
         if "neighbours" in row:
-            places = part.places(parse_list(row["neighbours"]))
+            numbers = row["neighbours"]
+            if isinstance(numbers, (int, float)):
+                numbers = [numbers]
+            places = part.places(parse_list(numbers))
             row["neighbours"] = [first + place for place in places]
 
 
@@ -459,8 +475,7 @@ class Options:
     def identity(self, split):
         """What an index depends on beside its file; split: see file_and_split."""
         joined = self.joined.identity if self.joined else None
-        # The first text is changed with what is kept of a row: then no older index is read.
-        return ["rows with units", self.image_key, self.caption_keys, joined, split]
+        return ["rows", ROWS_VERSION, self.image_key, self.caption_keys, joined, split]
 
 
 def open_parts(paths, options):
@@ -543,14 +558,14 @@ class Part:
     def read(self, number):
         """Row number of those that are usable: see CaptionFile.sample."""
         row = self.index.read(number)
-        if self.path.endswith(".tar"):
+        if is_tar(self.path):
             row["key"] = f"{self.path} {row['key']}"
             row["image"] = [self.path, *row["image"]]
         return row
 
     def check_unchanged(self):
         """Raise OSError if a tar is not the one whose places are known any more."""
-        if self.path.endswith(".tar") and file_stamp(self.path) != self.stamp:
+        if is_tar(self.path) and file_stamp(self.path) != self.stamp:
             raise OSError("its tar has changed since training began")
 
     def places(self, texts):
@@ -642,7 +657,7 @@ class JoinedCaptions:
 
     def __init__(self, path, caption_keys, index_dir):
         self.path = path
-        identity = ["captions with units", caption_keys]
+        identity = ["captions", ROWS_VERSION, caption_keys]
         self.index, remarks = open_index(
             path, identity, index_dir,
             lambda writer: write_captions(path, caption_keys, writer))
@@ -659,7 +674,7 @@ class JoinedCaptions:
         hashes = self.index.column("hashes")
         order = self.index.column("order")
         for name in (row.get("key"), row.get("url"), image):
-            if name is None:
+            if name in (None, ""):      # a blank name is none
                 continue
             hashed = name_hash(name)
             place = int(np.searchsorted(hashes, hashed))
@@ -719,6 +734,10 @@ def write_captions(path, caption_keys, writer):
         names = ", ".join(map(to_text, notes.columns))
         raise ValueError(f"{path}: its columns or keys {names:.200} do not say of which image a "
                          f"caption is: expected one of {', '.join(JOIN_KEYS)}")
+    beside = [column for column in BESIDE_CAPTIONS if column in notes.columns]
+    if beside and len(set(hashes)) < len(hashes):
+        notes.add(Report(path, f"several rows are of one image: their {', '.join(beside)} are not "
+                               "used, as each belongs to one of its captions"))
     order = np.argsort(hashes, kind="stable")
     writer.numbers("hashes", np.array(hashes)[order])
     writer.numbers("order", order)
@@ -736,7 +755,7 @@ class Report:
 
 def count_lost(parts):
     """The number of rows that files have lost, see CaptionFile.lost_rows."""
-    whole = [len(part) for part in parts if part.path.endswith(".tar") and not part.torn]
+    whole = [len(part) for part in parts if is_tar(part.path) and not part.torn]
     total = 0
     for part in parts:
         lost = part.lost
@@ -769,9 +788,12 @@ def make_sample(path, number, row, options, writer):
     if not captions:
         return Report(name, "no caption", 1)
     sample = {"key": key, "image": image, "captions": captions}
-    for source, columns in ((sources[0], BESIDE_CAPTIONS), (row, BESIDE_IMAGES)):
+    of_captions = {}
+    if len(sources) == 1:       # else they would be of one caption, and train with all
+        of_captions = sources[0]
+    for source, columns in ((of_captions, BESIDE_CAPTIONS), (row, BESIDE_IMAGES)):
         for column in columns:
-            if source.get(column):
+            if source.get(column) not in (None, "", []):
                 sample[column] = source[column]
     return sample
 
@@ -782,7 +804,7 @@ def name_and_image(path, number, row, image_key):
     The image is a path, as the table has it, or [offset, size] in the tar, where the key is
     without the tar's name, so that an index stays true when its folder is moved.
     """
-    if path.endswith(".tar"):
+    if is_tar(path):
         return f"{path} {row['key']}", row["key"], row["image"]
     column = image_key or first_present(IMAGE_KEYS, row)
     image = row.get(column)
@@ -1016,7 +1038,7 @@ def open_index(path, identity, index_dir, write):
 def keeps_index(path):
     """Whether the index of a file is kept on disk. A small table is read into memory each time: it
     takes a moment, and no file is left behind."""
-    return path.endswith(".tar") or os.path.getsize(path) >= INDEX_FROM
+    return is_tar(path) or os.path.getsize(path) >= INDEX_FROM
 
 
 def has_index(path, identity, index_dir):
@@ -1158,9 +1180,15 @@ def expand(source):
     return paths
 
 
+def is_tar(path):
+    return path.lower().endswith(".tar")
+
+
+# Another format is a generator of dicts and Reports here, and its ending in keeps_index. (Tars hold
+# their images, which concerns name_and_image and Part, too.)
 def read_pairs(path, scattered=False):
     """The rows of a file, dicts, and Reports: see read_shard, read_annotations, read_rows."""
-    if path.endswith(".tar"):
+    if is_tar(path):
         return read_shard(path, scattered)
     if file_and_split(path)[0].endswith(".json"):
         return read_annotations(path)
@@ -1554,8 +1582,10 @@ def parse_list(value, separator="|", empty=False):
         value = value if listed is None else listed
     if isinstance(value, str):
         value = value.split(separator) if separator else [value]
-    if not isinstance(value, list):
+    if value != value:      # NaN, an empty cell of pandas
         return []
+    if not isinstance(value, list):
+        raise ValueError(f"{to_text(value):.40}: expected a text, or a list of texts")
     for item in value:
         if isinstance(item, (dict, list, tuple)):
             raise ValueError(f"{to_text(item):.40} in a list: expected a text")
@@ -1574,26 +1604,28 @@ def list_in_text(text):
         return None
     try:
         return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
 
 
-def parse_pairs(value):
-    """The column units: a list of pairs of texts, or json of one. ValueError for anything else."""
-    wrong = ValueError(f"units {str(value)[:60]!r}: expected a json list of pairs of texts, "
-                       '[["a red dog", "a black dog"], ...]')
-    try:
-        pairs = json.loads(value) if isinstance(value, str) else value
-        pairs = [(to_text(unit.strip()), to_text(foil.strip())) for unit, foil in pairs]
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise wrong from None
-    if not all(unit and foil for unit, foil in pairs):
-        raise wrong
-    return pairs
+def parse_units(value):
+    """A list of pairs of texts, or a text of one, see list_in_text. Else raises ValueError."""
+    units = list_in_text(value) if isinstance(value, str) else value
+    if not isinstance(units, list) or not all(is_pair(unit) for unit in units):
+        raise ValueError(f"units {to_text(value)[:60]!r}: expected a json list of pairs of texts, "
+                         '[["a red dog", "a black dog"], ...]')
+    return [(to_text(unit).strip(), to_text(foil).strip()) for unit, foil in units]
+
+
+def is_pair(value):
+    """Whether it is a list of two texts, neither of which is blank."""
+    is_two = isinstance(value, (list, tuple)) and len(value) == 2
+    return is_two and all(isinstance(text, str) and text.strip() for text in value)
 
 
 def load_image(file, max_pixels=None):
-    """Read an image, whole, as RGB: 16 bits become 8, what is transparent becomes white.
+    """Read an image, whole, as RGB: 16 bits become 8, what is transparent becomes white. It is as
+    it was stored, whatever orientation EXIF gives it.
 
     file        a path, an open file, or [tar, offset, size]
     max_pixels  larger images are refused before they are decoded, since a small file can hold one
@@ -1643,8 +1675,9 @@ def open_bytes(file):
 
 def open_image(file, max_pixels=None):
     """Open an image without decoding it, see load_image."""
-    limit = max_pixels or Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = max(limit, Image.MAX_IMAGE_PIXELS)     # pillow refuses twice as many
+    limit = max_pixels or Image.MAX_IMAGE_PIXELS or MAX_PIXELS
+    if Image.MAX_IMAGE_PIXELS is not None:      # pillow refuses twice as many
+        Image.MAX_IMAGE_PIXELS = max(limit, Image.MAX_IMAGE_PIXELS)
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
@@ -1660,7 +1693,8 @@ def open_image(file, max_pixels=None):
 
 def train_transform(config):
     """The paper's augmentation: a crop of at least 90 % of the area, resized to a square, and no
-    flip, because left and right are in the captions.
+    flip, because left and right are in the captions. The sides of a crop are 3:4 to 4:3. An image
+    much longer than that has no such crop of 90 %, and gives its middle, as torchvision does it.
 
     PIL image or uint8 (3, H, W) -> uint8 (3, S, S); its randomness is from torch's generator, and
     the same for both. Pixels stay bytes until they are where the model is: a quarter of the memory
@@ -1708,9 +1742,14 @@ def normalize_pixels(pixels, config):
     return v2.functional.normalize(pixels, config.mean, config.std)
 
 
-# What negatives captions get, and K, how many: two words exchanged, swap_each_kind, negated,
-# make_each_sort, or join_pair's.
-NEGATIVES = {"swap": 1, "typed": 4, "negate": 1, "mixed": 3, "pairs": 4}
+# What negatives captions get, and K, how many.
+NEGATIVES = {
+    "swap": 1,      # two words exchanged
+    "typed": 4,     # swap_each_kind
+    "negate": 1,
+    "mixed": 3,     # make_each_sort
+    "pairs": 4,     # join_pair's, of which three are true
+}
 
 
 @dataclass
@@ -1804,7 +1843,7 @@ class Collate:
             self.add_concepts(batch, rows)
 
     def pixels_of(self, row):
-        if "pixels" in row:     # of a pair, which is ready
+        if "pixels" in row:     # of a pair: join_images has cropped it
             return row["pixels"]
         return self.augment(row["image"], row["seed"])
 
@@ -1906,7 +1945,8 @@ class Collate:
                 rng = random.Random(row["seed"])
                 drawn += rng.sample(sentences, min(self.sentences, len(sentences)))
         drawn = list(dict.fromkeys(drawn))      # each once
-        # Those drawn stand before all, as if of one more caption, so that they are numbered first.
+        # Those drawn are list 0, before those of the captions, so that they are numbered first; so
+        # their own pairs come first, and captions count from 1.
         _, ids, pairs = index_phrases([drawn, *held])
         caption, sentence = pairs[len(drawn):].unbind(dim=1)                            # (P,), (P,)
         batch["sentence_tokens"] = self.tokenize(drawn, trim=True)                      # (U', L')
@@ -2124,9 +2164,8 @@ def concepts_of(rows):
 
 # ---- order of an epoch -----------------------------------------------------
 
-# A checkpoint is resumed only by code that puts the rows into the same order, and draws the same of
-# them: "permute" below is the second; the first shuffled an array of all rows. With the third, what
-# Seeded draws of a row is independent of what Collate does.
+# Raise it when the order of rows or anything drawn at random of them changes: a checkpoint is
+# resumed only by code of the same number.
 ORDER = 3
 FEISTEL_ROUNDS = 6
 # The largest weight of a source.
@@ -2146,8 +2185,8 @@ class Epochs(Sampler):
 
     With sources an epoch shows some rows more often than others. Each source goes through its own
     rows again and again, each time in another order, and an epoch takes the next so many of them:
-    over the epochs the rows of a source are shown equally often, up to once. A row that an epoch
-    shows twice may be twice in a batch.
+    over the epochs the rows of a source are shown equally often, to within one showing. A row that
+    an epoch shows twice may be twice in a batch.
 
     length      number of rows of the data
     batch_size  rows of a batch, of all processes together
@@ -2322,7 +2361,8 @@ class Seeded(Dataset):
         return row
 
     def draw(self, turn, index, neighbours=False):
-        """A row, and the generator of what else is random in it. What it brings brings nothing."""
+        """A row, and the generator of what else is random in it. A neighbour or partner, which is
+        drawn as well, has none of its own."""
         seed = zlib.crc32(f"{self.seed} {turn} {index}".encode())
         # Not of the seed itself: what Collate draws of it would depend on what is drawn here.
         rng = random.Random(f"row {seed}")

@@ -184,7 +184,8 @@ def test_rows_of_other_types_are_named_too(folder):
                  '{"image": "a.png", "caption": "a cat", "concepts": ["a cat"]}\n')
     data = CaptionFile(path, str(folder))
     assert ["error" in data[i] for i in range(len(data))] == [True, False]
-    assert data.skipped == [("a.png (row 2)", "no caption"), ("(no image) (row 3)", "no image")]
+    assert data.skipped == [("a.png (row 2)", "caption 7: expected a text, or a list of texts"),
+                            ("(no image) (row 3)", "no image")]
 
 
 def test_missing_column_by_name(folder):
@@ -1387,13 +1388,14 @@ def test_rows_of_one_key_are_several_captions_and_tables_join_too(folder):
 
 def test_captions_with_brackets(folder):
     cells = ['[a sign] on a wall', '["broken, a cat', '["one", "two"]', "a | b", "['a dog', \"a cat's\"]",
-             "[1] a dog", "[a, b]", "['a' 'b']", [{"raw": "a dog"}], [["a", "b"]]]
+             "[1] a dog", "[a, b]", "['a' 'b']", [{"raw": "a dog"}], [["a", "b"]], "[{['a']}]", {"en": "a dog"}]
     path = write(folder, "t.jsonl", "".join(json.dumps({"image": "a.png", "caption": c}) + "\n" for c in cells))
     data = CaptionFile(path, str(folder))
-    assert data.captions == [cells[0], "one", "two", "a | b", "a dog", "a cat's", "[1] a dog", "[a, b]"]
+    assert data.captions == [cells[0], "one", "two", "a | b", "a dog", "a cat's", "[1] a dog", "[a, b]", "[{['a']}]"]
     assert data.skipped == [(f"a.png (row {row})", f"caption {what}") for row, what in (
         (2, '["broken, a cat is no list in json'), (8, "['a' 'b'] is no list in json"),
-        (9, "{'raw': 'a dog'} in a list: expected a text"), (10, "['a', 'b'] in a list: expected a text"))]
+        (9, "{'raw': 'a dog'} in a list: expected a text"), (10, "['a', 'b'] in a list: expected a text"),
+        (12, "{'en': 'a dog'}: expected a text, or a list of texts"))]
     concepts = write(folder, "c.jsonl", "".join(json.dumps({"image": "a.png", "caption": "x", "concepts": c}) + "\n"
                                                 for c in ("['a dog', 'a cat']", "['a' 'b']", [["a"]])))
     rows = CaptionFile(concepts, str(folder))
@@ -1411,6 +1413,54 @@ def test_captions_that_fit_nothing(shards, tmp_path):
         CaptionFile(shards, captions=write(tmp_path, "c.csv", "url,short\nhttp://x/1,a cat\n"))
     with pytest.raises(ValueError, match="its columns or keys caption, id do not say of which image a caption is"):
         CaptionFile(shards, captions=write(tmp_path, "c.csv", "caption,id\na cat,1\n"))
+
+
+def test_what_belongs_to_one_caption_is_not_used_for_another(folder):
+    """Of several joined rows of one image each has concepts of its own; that they go unused is said."""
+    table = write(folder, "c.csv", "image,caption,concepts,negatives\na.png,a red dog,a red dog,a blue dog\n"
+                  "a.png,a green cat,a green cat,a pink cat\nb.jpg,a wall,a grey wall,a sea\n")
+    data = CaptionFile(write(folder, "t.csv", "image\na.png\nb.jpg\n"), str(folder), captions=table)
+    assert data[0]["captions"] == ["a red dog", "a green cat"] and not {"concepts", "negatives"} & set(data[0])
+    assert data[1]["concepts"] == ["a grey wall"] and data[1]["negatives"] == ["a sea"]
+    assert data.remarks == [(table, "several rows are of one image: their concepts, negatives are not used, as each "
+                             "belongs to one of its captions")]
+
+
+def test_a_blank_name_joins_nothing(folder):
+    table = write(folder, "c.csv", "url,caption\n,of none\nhttp://x,a cat\n")
+    data = CaptionFile(write(folder, "t.csv", "image,url\na.png,\nb.jpg,http://x\n"), str(folder), captions=table)
+    assert len(data) == 1 and data[0]["caption"] == "a cat" and data.skipped[-1] == ("a.png (row 1)", "no caption")
+
+
+def test_pillow_without_a_limit_reads_images(folder, monkeypatch):
+    """As scripts set it that read large images; ours is kept."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert load_image(str(folder / "a.png")).size == (40, 30)
+    with pytest.raises(ValueError, match="40 x 30 pixels are more than --max-pixels 1000"):
+        load_image(str(folder / "a.png"), 1000)
+
+
+def test_rows_and_scenes_end(folder):
+    data = CaptionFile(write(folder, "t.csv", "image,caption\na.png,a cat\nb.jpg,a dog\n"), str(folder))
+    assert [row["caption"] for row in data] == ["a cat", "a dog"] and len(list(Scenes(3))) == 3
+    for rows in (data, Scenes(2)):
+        for index in (-1, 2):
+            with pytest.raises(IndexError):
+                rows[index]
+
+
+def test_a_tokenizer_reads_captions_of_all_sources(folder, monkeypatch):
+    monkeypatch.setattr(data_module, "TOKENIZER_ROWS", 5)
+    first = write(folder, "a.csv", "image,caption\n" + "a.png,a cat\n" * 9)
+    second = write(folder, "b.csv", "image,caption\n" + "a.png,ein Hund\n" * 3)
+    assert CaptionFile(f"{first}::{second}", str(folder)).captions == ["a cat"] * 3 + ["ein Hund"]
+
+
+def test_a_column_of_images_that_is_not_there_is_named(folder):
+    path = write(folder, "t.csv", "image,caption\na.png,a cat\n")
+    with pytest.raises(ValueError, match="keys caption, image .*, not pic; name them with --image-key"):
+        CaptionFile(path, str(folder), image_key="pic")
+    assert CaptionFile(path, str(folder), image_key=" image ")[0]["caption"] == "a cat"
 
 
 def test_captions_of_an_image_whose_key_is_0(folder):
@@ -1499,7 +1549,11 @@ def test_units_and_foils(folder):
     assert read[0]["units"] == [("a dog", "a cat"), ("dog", "cat"), ("the dog", "the cat")] and "units" not in read[1]
     for row in read[3:]:
         assert "expected a json list of pairs of texts" in row["error"]
-    assert data_module.parse_pairs('[["\\ud800 dog", "a \\udfff"]]') == [("? dog", "a ?")]      # which no tokenizer takes
+    assert data_module.parse_units('[["\\ud800 dog", "a \\udfff"]]') == [("? dog", "a ?")]      # which no tokenizer takes
+    assert data_module.parse_units("[['a dog', \"a cat's\"]]") == [("a dog", "a cat's")]        # which pandas writes
+    for wrong in ('["ab", "cd"]', '[["a", "b", "c"]]', "[{['a']}]", "[[1, 2]]", "7", 7, {"a": "b"}):
+        with pytest.raises(ValueError, match="expected a json list of pairs of texts"):
+            data_module.parse_units(wrong)
     config = nano()
     tokenizer = Tokenizer(config)
     batch = Collate(image_transform(config), tokenizer, units=2)(read)
@@ -1544,6 +1598,9 @@ def test_negative_images_and_neighbours(folder):
     assert data[0]["negatives"] == ["a blue wall", "", "no wall"] and data[5]["neighbours"] == [4, 5]
     odd = CaptionFile(write(folder, "odd.csv", "image,caption,neighbours\na.png,a wall,1.0\nb.jpg,a sea,-1|9\nc.png,x,b.jpg\n"
                             "a.png,y,0.5\nb.jpg,z,1e300\n"), str(folder))      # pandas writes 1.0 where a row has none
+    numbers = CaptionFile(write(folder, "n.jsonl", '{"image": "a.png", "caption": "x", "neighbours": 1}\n'
+                                '{"image": "a.png", "caption": "y", "neighbours": 0}\n'), str(folder))
+    assert [row["neighbours"] for row in numbers] == [[1], [0]]
     assert odd[0]["neighbours"] == [1] and odd[1]["neighbours"] == []
     assert all("expected numbers of rows" in odd[row]["error"] for row in (2, 3, 4))
     seeded = Seeded(data, 0)
