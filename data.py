@@ -1582,7 +1582,7 @@ def parse_list(value, separator="|", empty=False):
         value = value if listed is None else listed
     if isinstance(value, str):
         value = value.split(separator) if separator else [value]
-    if value != value:      # NaN, an empty cell of pandas
+    if value is None or value != value:     # NaN, an empty cell of pandas
         return []
     if not isinstance(value, list):
         raise ValueError(f"{to_text(value):.40}: expected a text, or a list of texts")

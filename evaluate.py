@@ -25,8 +25,9 @@ margin: positive if the model is right, 0 for a tie. A tie is never correct, sin
 scores two captions alike has not told them apart. Intervals are bootstraps over images: the items
 of one image move together.
 
-To add a benchmark: its function beside sugarcrepe, its name in READERS, and what it is in
-assets/benchmarks.json. To check a figure: --json keeps all items, and sha256 of weights and data.
+To add a benchmark: its function beside sugarcrepe, its name in READERS, and in
+assets/benchmarks.json what it is and, for tables of several, its columns in "headline". To check a
+figure: --json keeps all items, and sha256 of weights and data.
 """
 import argparse
 import collections
@@ -955,7 +956,7 @@ def add_interval(result, draws, image_count):
 
 
 def run(model, benches, **options):
-    """Score a model, in eval mode, on benchmarks: names in BENCHES, or ["all"] that are there.
+    """Score a model as it is (call its eval() first) on benchmarks: names in BENCHES, or ["all"].
 
     model: any object with
         encode_image(pixels (n, 3, S, S)) -> (n, D) and encode_text(tokens (n, L)) -> (n, D);
@@ -1223,6 +1224,8 @@ class Source:
                 raise ValueError(f"{len(rows)} rows, not all with {named}")
             if self.options.allow_missing and n and 0 < len(rows) < n:
                 self.partial = f"partial: {len(rows):,} of the official {n:,} rows"
+            elif rows and len(rows) == n and not official:
+                raise ValueError("its sha256 is another")
             elif not rows or not official:
                 raise ValueError(f"{len(rows)} rows, all with {named}")
         return rows
@@ -2016,7 +2019,12 @@ def own_retrieval(options):
         name, why = data.skipped[0]
         print0(f"{options.data}: {len(data.skipped)} rows or files skipped, the first is {name}: "
                f"{why}")
+    for name, what in data.remarks:
+        print0(f"{name}: {what}")
     return pairs_to_ranking(pictures, texts, keys=texts)
+
+
+MOST_PAIRS = 10**10     # of an image and a text, each a byte of memory
 
 
 def open_member(name, *place):
@@ -2029,6 +2037,10 @@ def pairs_to_ranking(pictures, texts, prefix="", keys=None, ks=(1, 5, 10)):
     keys = keys or range(len(texts))
     rows = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
     columns = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    if len(rows) * len(columns) > MOST_PAIRS:
+        raise ValueError(f"retrieval among {len(rows):,} images and {len(columns):,} texts takes "
+                         f"too much memory: expected at most {MOST_PAIRS:,} pairs of them, give a "
+                         "part of these files")
     text_of = dict(zip(keys, texts))
     positive = torch.zeros(len(rows), len(columns), dtype=torch.bool)
     for picture, key in zip(pictures, keys):
@@ -2147,7 +2159,7 @@ def choices(source):
         image, caption = row.get(image_key), row.get(caption_key)
         negatives = []
         for column, value in row.items():
-            if column and column.startswith("negative"):
+            if column and re.fullmatch(r"negatives?(_\d+)?", column):   # but not negative_image
                 with expecting(f"{options.data}: row {number}: expected texts as {column}"):
                     negatives += parse_list(value, separator=None)
         if not (image and caption and negatives):
@@ -2227,11 +2239,14 @@ def classification(source, data, classes, templates, count=None):
     else:
         path = os.path.join(source.options.data_dir, source.spec["folder"])
         names = [f"{path} {i}" for i in range(len(data))]
-    wrong_count = count is not None and len(names) != count and not source.options.allow_missing
+    is_whole = count in (None, len(names))
     found = len(getattr(data, "classes", classes))      # not all of torchvision's have names
-    if found != len(classes) or wrong_count:
+    if found != len(classes) or not (is_whole or source.options.allow_missing):
         raise ValueError(f"{source.bench}: {found} classes, {len(names)} images instead of "
                          f"{len(classes)}, {count or len(names)}")
+    if not is_whole:
+        source.partial = (f"partial: {len(names):,} of the official {count:,} images, of "
+                          f"{found:,} classes")
 
     def load(name, i):
         return data[i][0]
@@ -2547,9 +2562,9 @@ def compare(files, items=False, form=None, columns=None, reference=False):
     for title, chosen in choose_tables(results, columns):
         print(format_table(title, chosen, names, results, form or "text", reference) + "\n")
         unlike = [" ".join(column) for column in chosen if not is_of_same_items(results, column)]
-        if unlike and form is None:
+        if unlike:      # a table for a paper goes into a file, without this
             print("not of the same items, data or protocol version in all files: "
-                  f"{', '.join(unlike)}\n")
+                  f"{', '.join(unlike)}\n", file=sys.stderr if form else sys.stdout)
 
 
 def is_of_same_items(results, column):
@@ -3451,14 +3466,15 @@ def default_bench(data):
 
 
 def data_digests(tasks):
-    """{bench: sha256 of the names of its image files and of all its texts}."""
+    """{bench: sha256 of the names of its image files, and of all its texts, boxes and labels}."""
     digests = {}
     for bench, parts in tasks.items():
         content = []
         for task in parts:
             pictures = itertools.chain(*task.images)
             names = [Path(picture.name).name for picture in pictures]
-            content.append((names, task.texts))
+            truth = [getattr(task, name, None) for name in ("boxes", "labels")]
+            content.append((names, task.texts, *[x for x in truth if x is not None]))
         digests[bench] = hashlib.sha256(repr(content).encode()).hexdigest()
     return digests
 
@@ -3481,8 +3497,8 @@ def main(argv):
         call(argv)
     except (ValueError, OSError) as error:      # anything else is a mistake of ours: keep its trace
         if RANK:
-            time.sleep(3)       # process 0 says it
-            sys.exit(1)
+            time.sleep(3)       # process 0 says it and ends all, unless this one errs alone
+            sys.exit(f"evaluate.py: process {RANK}: {plain_words(error)}")
         sys.exit(f"evaluate.py: {plain_words(error)}")
 
 

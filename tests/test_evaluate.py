@@ -264,6 +264,10 @@ def test_wrong_files(nano, crepe, official, tmp_path):
     official.table["winoground"]["files"]["winoground"]["n"] = 400
     with pytest.raises(ValueError, match="examples.jsonl is not the official file of 400 rows .3 rows"):
         read(["winoground"], nano, args)
+    official.table["winoground"]["files"]["winoground"] |= {"n": 3, "sha256": "0" * 64}
+    with pytest.raises(ValueError, match="examples.jsonl is not the official file of 3 rows .its sha256 is another"):
+        read(["winoground"], nano, args)
+    del official.table["winoground"]["files"]["winoground"]["sha256"]
     official(tmp_path, "winoground", "winoground", [good, {**good, "caption_2": "x"}, {"image_0": "a"}])
     with pytest.raises(ValueError, match="3 rows, not all with .*caption_1"):
         read(["winoground"], nano, args)
@@ -856,6 +860,9 @@ def test_imagenet_variants(nano, official, tmp_path, bench, folders):
         means.append(torch.stack([plain.text(t.replace("{}", text)) for t in known["templates"]]).mean(0))
     scores = [[(plain.image(path) @ m / m.norm()).item() for m in means] for path, _ in files]
     assert results["top1"]["correct"] == recall(scores, [{label} for _, label in files], 1)
+    spec["n"] = 50_000      # with a part of the images, and of the classes, it is another benchmark
+    results = run(nano, [bench], **arguments(data_dir=str(tmp_path), allow_missing=True))[bench]
+    assert results["top1"]["partial"] == f"partial: {len(files)} of the official 50,000 images, of {len(folders)} classes"
     os.rename(f"{tmp_path}/{spec['folder']}/{sorted(folders)[0]}", f"{tmp_path}/{spec['folder']}/n99999999")
     with pytest.raises(ValueError, match=f"{bench}: a folder is no class of ImageNet"):
         read([bench], nano, arguments(data_dir=str(tmp_path)))
@@ -865,6 +872,24 @@ def recall(scores, positives, k):
     """Share of nothing but the definition: (Q lists of scores, Q sets of positives) -> whether R@k, ties wrong."""
     return [int(any(sum(s[j] >= s[p] for j in range(len(s)) if j not in good) < k for p in good))
             for s, good in zip(scores, positives)]
+
+
+def test_retrieval_that_takes_too_much_memory(monkeypatch):
+    """A matrix says which text is of which image."""
+    monkeypatch.setattr(evaluate, "MOST_PAIRS", 5)
+    with pytest.raises(ValueError, match="retrieval among 3 images and 2 texts takes too much memory: .* at most 5 pairs"):
+        evaluate.pairs_to_ranking([("a",), ("b",), ("c",)], ["x", "y", "y"], keys=["x", "y", "y"])
+
+
+def test_data_digests_hold_what_is_true():
+    """The same images and texts with other boxes, or other labels, are other data."""
+    image, text = [(evaluate.Picture("a.png"),)], [("a dog",)]
+
+    def digest(task):
+        return evaluate.data_digests({"bench": [task]})["bench"]
+    boxes = [evaluate.Pointing("coco", image, text, [[(0, 0, width, 5)]]) for width in (5, 6)]
+    classes = [evaluate.Ranking(image, text, torch.ones(1, 1).bool(), {}, labels=[label]) for label in (0, 1)]
+    assert len({digest(task) for task in boxes + classes}) == 4
 
 
 def test_retrieval(nano, official, tmp_path):

@@ -295,7 +295,8 @@ def test_a_table_of_other_items_says_so(several, tmp_path, capsys):
     command(["compare", several[0], changed, "--columns", "np_binding"])
     assert "not of the same items" not in capsys.readouterr().out
     command(["compare", several[0], changed, "--columns", "swap_att", "--format", "csv"])       # to paste: only the table
-    assert "not of the same items" not in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "not of the same items" not in printed.out and "not of the same items" in printed.err
 
 
 @pytest.mark.parametrize("more", [{"data_sha256": {"sugarcrepe": "other"}}, {"protocol": 2}])
@@ -968,6 +969,21 @@ def own(tmp_path):
              "2.png,a blue cross,a red cross,a green cross,colour", "1.png,a cross,a ring,,shape"]
     (tmp_path / "own.csv").write_text("\n".join(lines))
     return tmp_path
+
+
+def test_an_error_of_one_process_alone_is_said(monkeypatch):
+    """Process 0, which says what goes wrong on all, does not know of it."""
+    monkeypatch.setattr(evaluate, "RANK", 1)
+    monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit, match="evaluate.py: process 1: --checkpoint none.pt: no checkpoint"):
+        evaluate.main(["--checkpoint", "none.pt"])
+
+
+def test_a_negative_image_is_no_caption(own):
+    """The column of training data is a path."""
+    (own / "own.csv").write_text("image,caption,negatives,negative_image\n1.png,a dog,a cat,2.png\n")
+    tasks, _ = evaluate.read(["choices"], evaluate.Options(data=str(own / "own.csv"), image_root=str(own)))
+    assert tasks["choices"][0].texts == [("a dog", "a cat")]
 
 
 def test_choices_on_ones_own_table(own):
