@@ -288,6 +288,7 @@ from pooling import concept_similarity                                          
 
 PROTOCOL = 5        # raised whenever a change here or in benchmarks.json may change a figure
 ELEVEN = "classification_11"    # of GROUPS: the mean of these sets is a result of its own
+ELEVEN_SETS = [(bench, subset) for bench, (subset,) in GROUPS[ELEVEN].items()]
 GET = "python evaluate.py download"
 OWN_DATA = {        # {bench on a user's own data: what to give}
     "retrieval": "--data pairs.csv --image-root images",
@@ -477,8 +478,8 @@ class Ranking:
                 blocks = cosines(texts, images)
             names, items = self.queries(way)
             labels = self.labels if (way, k) == ("i2t", 1) else None
-            yield Outcome(subset, rank(blocks, positive, k), blind_recall(positive, k), names,
-                          items, labels)
+            margins = ranking_margins(blocks, positive, k)
+            yield Outcome(subset, margins, blind_recall(positive, k), names, items, labels)
 
     def queries(self, way):
         """Of each image (i2t) or text (t2i): the image by which it is drawn, and it in words."""
@@ -548,7 +549,7 @@ class Pointing:
 def point(similarity, inside):
     """(T,), (T,) bool -> margin, and the share of the patches that are inside."""
     best = similarity[inside].max().item()
-    other = -2.0                    # less than any cosine, where no patch is outside
+    other = UNREAD                  # where no patch is outside
     if not inside.all():
         other = similarity[~inside].max().item()
     return best - other, inside.float().mean().item()
@@ -579,17 +580,23 @@ def cosines(queries, targets):
         yield (some @ targets.T)[:, inverse]
 
 
-def rank(blocks, positive, k):
+# Scores below all cosines: of targets without features, and of positives among the others, which
+# come last, so that a query with fewer than k others is right.
+UNREAD, NOT_OTHER = -2.0, -3.0
+
+
+def ranking_margins(blocks, positive, k):
     """Scores of 500 queries after 500 (<= 500, M), positive (Q, M) bool -> margins (Q,): the best
     positive minus the k-th best other. NaN where the query or all of its positives are NaN; other
     targets of NaN are never found."""
     margins = []
     for block, mask in zip(blocks, positive.split(500)):
-        scores = block.nan_to_num(-2.0)             # (<= 500, M); -2 is below every cosine,
-        best = scores.masked_fill(~mask, -2).amax(1)
-        others = scores.masked_fill(mask, -3)       # and -3 below -2: where there are not k others
+        scores = block.nan_to_num(UNREAD)                               # (<= 500, M)
+        best = scores.masked_fill(~mask, UNREAD).amax(1)
+        best = best.masked_fill(best == UNREAD, float("nan"))
+        others = scores.masked_fill(mask, NOT_OTHER)
         others = others.topk(min(k, scores.shape[1])).values
-        margins.append(best.masked_fill(best == -2, float("nan")) - others[:, -1])
+        margins.append(best - others[:, -1])
     return torch.cat(margins)
 
 
@@ -1011,7 +1018,7 @@ def score(model, tasks, options):
             outcomes += judge(model, task, image_features, text_features, options)
         names = [outcome.subset for outcome in outcomes]
         results[bench] = summarize(outcomes, means_of(bench, names))
-    mean = find_result(results, the_eleven())
+    mean = find_result(results, ELEVEN_SETS)
     if mean:
         results[ELEVEN] = {"mean": mean}
     if options.pooled:
@@ -1019,11 +1026,6 @@ def score(model, tasks, options):
             for result in subsets.values():
                 result["pooled"] = True
     return results
-
-
-def the_eleven():
-    """[(bench, subset), ...] of the sets whose mean is a result of its own."""
-    return [(bench, subset) for bench, (subset,) in GROUPS[ELEVEN].items()]
 
 
 def needed_by(tasks):
@@ -2644,9 +2646,9 @@ def compare_bench(bench, a, b, items):
 
 def compare_eleven(a, b):
     """The mean of the eleven sets, where both files hold all: it has no items, but they have."""
-    mean_a, mean_b = find_result(a, the_eleven()), find_result(b, the_eleven())
+    mean_a, mean_b = find_result(a, ELEVEN_SETS), find_result(b, ELEVEN_SETS)
     if mean_a and mean_b:
-        draws = paired_mean_draws(the_eleven(), a, b)
+        draws = paired_mean_draws(ELEVEN_SETS, a, b)
         print(f"{difference_line(f'{ELEVEN} mean', mean_a, mean_b, draws)}     mean")
 
 
@@ -2756,7 +2758,7 @@ def clear_best(results, parts):
     lead over the second is beyond chance: the 95 % interval of the paired difference is above 0.
     Else None, as where they were scored on other items."""
     if parts == [(ELEVEN, "mean")]:     # it has no items of its own
-        parts = the_eleven()
+        parts = ELEVEN_SETS
     accuracy = {}
     for number, file in enumerate(results):
         found = find_result(file, parts)

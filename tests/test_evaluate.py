@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 import evaluate
 from bench_tokenizer import openai_tokenizer
 from data import COLOURS, SHAPES, load_image, train_tokenizer
-from evaluate import TABLE, Options, Outcome, fetch, first_text_wins, orders, print_table, rank, run, summarize
+from evaluate import TABLE, Options, Outcome, fetch, first_text_wins, orders, print_table, ranking_margins, run, summarize
 from model import CLIP, MODELS, set_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -1106,13 +1106,14 @@ def test_rules_count_ties_wrong():
     assert first_text_wins(two).tolist() == [1, 0]
 
 
-def test_rank_plainly():
+def test_ranking_margins_plainly():
     generator = torch.Generator().manual_seed(0)
     queries = torch.randint(-2, 3, (40, 4), generator=generator).float() / 4        # with many ties
     targets = torch.randint(-2, 3, (30, 4), generator=generator).float() / 4
     positive = torch.rand(40, 30, generator=generator) < 0.1
     positive[torch.arange(40), torch.randint(30, (40,), generator=generator)] = True
-    margins = torch.stack([rank(evaluate.cosines(queries, targets), positive, k) for k in (1, 5, 100)], 1)
+    margins = torch.stack([
+        ranking_margins(evaluate.cosines(queries, targets), positive, k) for k in (1, 5, 100)], 1)
     scores, of = (queries @ targets.T).tolist(), [set(p.nonzero()[:, 0].tolist()) for p in positive]
     for column, k in zip(margins.T, (1, 5, 100)):
         assert (column > 0).int().tolist() == recall(scores, of, k)
