@@ -824,15 +824,20 @@ class Lookup:
 # ---- results with intervals --------------------------------------------------------------------
 
 def bootstrap(columns, samples=2000, seed=0):
-    """[(images (n,) of 0, 1, ..., values (n,), weights (n,)), ...] -> (1 + samples, columns).
+    """[(images (n,), as numbers, values (n,), weights (n,)), ...] -> (1 + samples, columns).
 
     Row 0 holds each column's weighted mean; each other row the same over as many images as there
     are, drawn with replacement, with all their items: the same draws for all columns. NaN where
     none of a column's few images was drawn."""
     rng = np.random.default_rng(seed)
-    size = 1 + max(images.max() for images, _, _ in columns)
-    totals = [np.bincount(images, weights, size) for images, _, weights in columns]
-    sums = [np.bincount(images, values * weights, size) for images, values, weights in columns]
+    # images that no column has any more are not drawn
+    used, places = np.unique(np.concatenate([column[0] for column in columns]), return_inverse=True)
+    size = len(used)
+    totals, sums = [], []
+    for images, values, weights in columns:
+        own, places = places[:len(images)], places[len(images):]
+        totals.append(np.bincount(own, weights, size))
+        sums.append(np.bincount(own, values * weights, size))
     total = np.stack(totals, 1)                         # (images, columns): weight of each image
     value = np.stack(sums, 1)                           # (images, columns): what it adds
     means = [value.sum(0) / total.sum(0)]
@@ -859,9 +864,10 @@ def summarize(outcomes, means, samples=2000):
     """
     results, correct = {}, {}
     numbers = {}            # {name of an image: its number in all subsets}
-    for outcome in map(leave_out_unread, outcomes):
-        for name in outcome.images:
+    for outcome in outcomes:
+        for name in outcome.images:     # the unread, too: a number means the same in all files
             numbers.setdefault(name, len(numbers))
+        outcome = leave_out_unread(outcome)
         results[outcome.subset] = count_right(outcome, numbers)
         correct[outcome.subset] = results[outcome.subset]["correct"]
         if outcome.labels:

@@ -139,6 +139,29 @@ def test_compare_of_different_items_names_the_subset(tmp_path, correct, more, fi
         command(["compare", a, b])
 
 
+def test_compare_of_files_that_lack_different_images(tmp_path):
+    """As many items of as many images: item 1 is not set against item 0."""
+    images, files, found = [f"{i}.jpg" for i in range(6)], [], []
+    for name, unread in ("a", 0), ("b", 5), ("c", 0):
+        margins = torch.tensor([1.0, -1, 1, -1, 1, -1])
+        margins[unread] = float("nan")
+        found.append(evaluate.summarize([Outcome("swap", margins, 0.5, images, images)], {})["swap"])
+        files.append(results(tmp_path / f"{name}.json", {"crepe": {"swap": found[-1]}}))
+    assert [some["image"] for some in found] == [[1, 2, 3, 4, 5], [0, 1, 2, 3, 4], [1, 2, 3, 4, 5]]
+    with pytest.raises(ValueError, match=r"crepe swap: A \(5 items\) and B \(5\) differ in items"):
+        command(["compare", *files[:2]])
+    command(["compare", files[0], files[2]])
+
+
+def test_images_that_are_not_used_are_not_drawn():
+    """The numbers of images may have gaps, and all draws are of as many images as are left."""
+    rng = np.random.default_rng(0)
+    images, values = rng.integers(9, size=(2, 60)), rng.random((2, 60))
+    columns = [(images[i], values[i], np.ones(60)) for i in range(2)]
+    gaps = [(7 + 3 * images[i], values[i], np.ones(60)) for i in range(2)]
+    assert (bootstrap(gaps, 100) == bootstrap(columns, 100)).all() and not np.isnan(bootstrap(gaps, 100)).any()
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"results": 3}', '{"results": {"a": 1}}',
                                   '{"results": {"a": {"b": 1}}}'])
 def test_compare_of_something_else(tmp_path, text):
