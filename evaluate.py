@@ -400,7 +400,7 @@ class Outcome:
     """How a model did on the N items of a subset."""
     subset: str                     # the name of the result
     margins: torch.Tensor           # (N,), positive where it is right, 0 for a tie, NaN: no image
-    chance: float                   # share that is right by blind choice
+    chance: float | list            # share that is right by blind choice: of all, or of each item
     images: list                    # N names of images, by which the bootstrap draws
     items: list                     # N items in words
     labels: list | None = None      # N strings or None: SUBSET_macro is the mean of their means
@@ -535,10 +535,9 @@ class Pointing:
                 found = point(patches @ texts[item], inside)
                 parts.append((torch.tensor([item]), torch.tensor([found])))
         margins, chances = share(parts, len(self.images), width=2).T        # (N,) each
-        chance = chances[~margins.isnan()].mean().item()
         names = [picture.name for picture in pictures]
         items = [f"{name} | {text}" for name, (text,) in zip(names, self.texts)]
-        return Outcome(self.subset, margins, chance, names, items, self.labels)
+        return Outcome(self.subset, margins, chances.tolist(), names, items, self.labels)
 
     def needed(self):
         """The texts; images are encoded to patch tokens, and not by encode_images."""
@@ -883,7 +882,9 @@ def images_of(results, name):
     result = results[name]
     if "parts" in result:
         return set().union(*[images_of(results, part) for part in result["parts"]])
-    return set(results[result.get("of", name)]["image"])
+    images = results[result.get("of", name)]["image"]
+    weights = result.get("weights", [1] * len(images))
+    return {image for image, weight in zip(images, weights) if weight > 0}
 
 
 def leave_out_unread(outcome):
@@ -896,9 +897,9 @@ def leave_out_unread(outcome):
     if not kept:
         raise ValueError(f"{outcome.subset}: none of its items has an image that can be read")
     lists = {}
-    for name in ("images", "items", "labels"):
+    for name in ("images", "items", "labels", "chance"):
         values = getattr(outcome, name)
-        lists[name] = values and [values[i] for i in kept]
+        lists[name] = [values[i] for i in kept] if isinstance(values, list) else values
     return replace(outcome, margins=outcome.margins[kept], **lists)
 
 
@@ -907,7 +908,7 @@ def count_right(outcome, numbers):
     right = (outcome.margins > 0).int()
     result = {
         "right": right.sum().item(), "n": len(right), "ties": int((outcome.margins == 0).sum()),
-        "chance": outcome.chance, "correct": right.tolist(),
+        "chance": float(np.mean(outcome.chance)), "correct": right.tolist(),
         "image": [numbers[name] for name in outcome.images], "items": outcome.items}
     if outcome.partial:
         result["partial"] = outcome.partial
@@ -920,17 +921,28 @@ def add_macro(results, outcome):
     weights = [0 if label is None else 1 / count[label] for label in outcome.labels]
     n = sum(weight > 0 for weight in weights)
     if n:
+        chance = outcome.chance
+        if isinstance(chance, list):
+            chance = float(np.average(chance, weights=weights))
         results[f"{outcome.subset}_macro"] = {
-            "n": n, "chance": outcome.chance, "of": outcome.subset, "weights": weights}
+            "n": n, "chance": chance, "of": outcome.subset, "weights": weights}
 
 
 def add_means(results, means):
     """Put those means whose parts are all there into results, without their accuracy."""
     for name, parts in means.items():
         if set(parts) <= set(results):
-            chance = float(np.mean([results[part]["chance"] for part in parts]))
+            chances = [results[part]["chance"] for part in parts]
             n = sum(results[part]["n"] for part in parts)
-            results[name] = {"n": n, "chance": chance, "parts": parts}
+            results[name] = {"n": n, "parts": parts,
+                             "chance": float(mean_of_parts(results, name, parts, chances))}
+
+
+def mean_of_parts(results, name, parts, values):
+    """The mean called name of the values of its parts: over items if it is micro, else the plain
+    one. Values are numbers or arrays."""
+    weights = [results[part]["n"] for part in parts] if name == "micro" else None
+    return np.average(values, 0, weights)
 
 
 def resample(results, values, samples=2000, seed=0):
@@ -949,8 +961,7 @@ def resample(results, values, samples=2000, seed=0):
     for name, result in results.items():
         parts = result.get("parts")
         if parts and set(parts) <= set(draws):
-            weights = [results[part]["n"] for part in parts] if name == "micro" else None
-            draws[name] = np.average([draws[part] for part in parts], 0, weights)
+            draws[name] = mean_of_parts(results, name, parts, [draws[part] for part in parts])
     return draws
 
 

@@ -1159,6 +1159,32 @@ def test_interval_where_all_agree():
     assert r["low"] == 0 and r["high"] == pytest.approx(3.84 / 43.84)
 
 
+def test_the_interval_of_a_macro_where_all_agree_is_of_images_that_count():
+    """Wilson's, of the 10 images that have a label."""
+    images = [str(i) for i in range(40)]
+    labels = ["a"] * 5 + ["b"] * 5 + [None] * 30
+    r = summarize([Outcome("x", torch.ones(40), 0.5, images, images, labels)], {"mean": ["x_macro"]})
+    assert r["x_macro"]["low"] == r["mean"]["low"] == pytest.approx(10 / 13.84)
+    assert r["x"]["low"] == pytest.approx(40 / 43.84)
+
+
+def test_the_chance_of_a_mean_is_made_as_its_accuracy():
+    """Where each item is right by its chance, accuracies are chances: of unread items, too, that do not count."""
+    def outcome(subset, right, chance, labels=None):
+        margins, images = torch.tensor(right) - 0.5, [f"{subset}{i}" for i in range(len(right))]
+        return Outcome(subset, margins, chance, images, images, labels)
+
+    unread = float("nan")
+    outcomes = [outcome("many", [1.0, 0] * 50, 0.5), outcome("few", [1.0] + [0] * 9, 0.1),
+                outcome("each", [1.0, 0, 1, unread, 1, 0], [1.0, 0, 1, 0.7, 1, 0], ["a", "a", "b", "b", "a", None])]
+    both = ["many", "few"]
+    results = summarize(outcomes, {"micro": both, "macro": both, "nested": ["each", "each_macro"]})
+    assert results["micro"]["chance"] == pytest.approx(51 / 110) and results["macro"]["chance"] == pytest.approx(0.3)
+    assert results["each"]["chance"] == pytest.approx(3 / 5) and results["each_macro"]["chance"] == pytest.approx(5 / 6)
+    for name, r in results.items():
+        assert r["chance"] == pytest.approx(r["accuracy"]), name
+
+
 @pytest.fixture
 def table(nano, tmp_path):
     """A checkpoint, and pairs with images of their own."""
