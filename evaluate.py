@@ -2752,22 +2752,42 @@ def format_table(title, columns, names, results, form="text", reference=False):
 
 def find_result(file, parts):
     """The result of one (bench, subset), or the mean of several; None if one is not there."""
-    found = [file.get(bench, {}).get(subset) for bench, subset in parts]
-    if None in found:
-        return None
-    return found[0] if len(found) == 1 else mean_of_benches(found)
+    subsets = {}        # {bench: those of parts}
+    for bench, subset in parts:
+        if subset not in file.get(bench, {}):
+            return None
+        subsets.setdefault(bench, []).append(subset)
+    means = [mean_of_subsets(bench, file[bench], names) for bench, names in subsets.items()]
+    if len(means) == 1:
+        return means[0]
+    return mean_of_benches(means, [len(names) for names in subsets.values()])
 
 
-def mean_of_benches(results):
-    """The plain mean of results on different benchmarks, whose errors are taken as independent."""
+def mean_of_subsets(bench, results, names):
+    """The plain mean of subsets of one benchmark, whose images are drawn once for all of them."""
+    if len(names) == 1:
+        return results[names[0]]
+    results = dict(results)
+    add_means(results, {"mean": names})
+    correct = {name: result["correct"] for name, result in results.items() if "correct" in result}
+    draws = resample(results, correct)
+    if "mean" not in draws:
+        raise ValueError(f"no items of {bench} {names[0]} and others: expected files of --json")
+    add_interval(results["mean"], draws["mean"], len(images_of(results, "mean")))
+    return results["mean"]
+
+
+def mean_of_benches(results, counts):
+    """The mean of results on different benchmarks, whose errors are taken as independent; each
+    counts as often as it has subsets."""
     accuracies = np.array([result["accuracy"] for result in results])
     below = accuracies - [result["low"] for result in results]
     above = [result["high"] for result in results] - accuracies
-    mean = accuracies.mean().item()
+    mean = np.average(accuracies, weights=counts).item()
     return {"n": sum(result["n"] for result in results), "accuracy": mean,
-            "chance": float(np.mean([result["chance"] for result in results])),
-            "low": mean - math.hypot(*below) / len(results),
-            "high": mean + math.hypot(*above) / len(results)}
+            "chance": float(np.average([result["chance"] for result in results], weights=counts)),
+            "low": mean - math.hypot(*counts * below) / sum(counts),
+            "high": mean + math.hypot(*counts * above) / sum(counts)}
 
 
 def clear_best(results, parts):

@@ -288,9 +288,13 @@ def test_one_table_over_benchmarks(several, capsys):
     head, *rows = table("attribute")
     columns = [("sugarcrepe", "add_att"), ("sugarcrepe", "swap_att"), ("scenes", "np_binding"), ("scenes", "swap_att")]
     assert head[1::3] == [*(" ".join(column) for column in columns), "mean"] and rows[0][-3:] == ["", "", ""]
-    found = [files[2][bench][subset] for bench, subset in columns]
-    mean = np.mean([r["accuracy"] for r in found])
-    above = np.sqrt(sum((r["high"] - r["accuracy"]) ** 2 for r in found)) / 4
+    means, aboves = [], []
+    for bench in "sugarcrepe", "scenes":        # whose images are drawn once for both subsets
+        found = [files[2][bench][subset] for name, subset in columns if name == bench]
+        both = bootstrap([(np.array(r["image"]), np.array(r["correct"]), np.ones(80)) for r in found]).mean(1)
+        means.append(both[0])
+        aboves.append(np.quantile(both[1:], 0.975) - both[0])
+    mean, above = np.mean(means), math.hypot(*aboves) / 2
     assert rows[2][-3] == f"{100 * mean:.1f}" and rows[2][-1] == f"{100 * (mean + above):.1f}"
     command(["compare", *several, "--format", "markdown", "--columns", "attribute"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| m1"))
@@ -341,12 +345,35 @@ def test_the_mean_of_benchmarks_is_of_independent_ones():
     for bench, n in ("a", 300), ("b", 200), ("c", 500):
         images = [str(i) for i in range(n)]
         outcomes[bench] = [Outcome("top1", torch.from_numpy(rng.random(n) - 0.4), 0.1, images, images)]
-    found = [evaluate.summarize(some, {})["top1"] for some in outcomes.values()]
-    mean, draws = evaluate.mean_of_benches(found), []
+    file = {bench: evaluate.summarize(some, {}) for bench, some in outcomes.items()}
+    found = [results["top1"] for results in file.values()]
+    mean, draws = evaluate.find_result(file, [(bench, "top1") for bench in file]), []
     for _ in range(4000):
         draws.append(np.mean([np.mean(rng.choice(r["correct"], r["n"])) for r in found]))
     assert mean["accuracy"] == pytest.approx(np.mean([r["accuracy"] for r in found])) and mean["n"] == 1000
     assert [mean["low"], mean["high"]] == pytest.approx(np.quantile(draws, (0.025, 0.975)), abs=0.004)
+
+
+def test_the_mean_of_subsets_of_one_benchmark_draws_its_images_once():
+    """Where they agree on every image, their mean is as uncertain as each of them, and no less; beside another
+    benchmark, all parts count alike."""
+    images = [f"{i}.jpg" for i in range(100)]
+    outcomes = [Outcome(name, torch.tensor([1] * 60 + [0] * 40) - 0.5, 0.5, images, images) for name in "xyz"]
+    other = [Outcome("x", torch.tensor([1] * 20 + [0] * 80) - 0.5, 0.1, images, images)]
+    file = {"b": evaluate.summarize(outcomes, {}), "c": evaluate.summarize(other, {})}
+    one, two = file["b"]["x"], file["c"]["x"]
+    parts = [("b", name) for name in "xyz"]
+    mean = evaluate.find_result(file, parts)
+    for key in "accuracy", "low", "high", "chance":
+        assert mean[key] == pytest.approx(one[key]), key
+    mean = evaluate.find_result(file, [parts[0], ("c", "x"), *parts[1:]])
+    assert mean["accuracy"] == pytest.approx(0.5) and mean["chance"] == pytest.approx(0.4) and mean["n"] == 400
+    below = math.hypot(3 * (one["accuracy"] - one["low"]), two["accuracy"] - two["low"]) / 4
+    assert mean["low"] == pytest.approx(0.5 - below)
+    assert evaluate.find_result(file, [*parts, ("d", "x")]) is None
+    del file["b"]["y"]["correct"]
+    with pytest.raises(ValueError, match="no items of b x and others: expected files of --json"):
+        evaluate.find_result(file, parts)
 
 
 def test_run_gives_the_mean_of_the_eleven_sets(monkeypatch):
