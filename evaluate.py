@@ -877,14 +877,18 @@ def summarize(outcomes, means, samples=2000):
     return results
 
 
-def images_of(results, name):
-    """The different images, as numbers, that a subset or mean is of."""
+def images_of(results, name, chosen=None):
+    """The different images, as numbers, that a subset or mean is of; with chosen, {subset: (n,)
+    bool}, those of chosen items."""
     result = results[name]
     if "parts" in result:
-        return set().union(*[images_of(results, part) for part in result["parts"]])
-    images = results[result.get("of", name)]["image"]
-    weights = result.get("weights", [1] * len(images))
-    return {image for image, weight in zip(images, weights) if weight > 0}
+        return set().union(*[images_of(results, part, chosen) for part in result["parts"]])
+    subset = result.get("of", name)
+    images = np.array(results[subset]["image"])
+    counts = np.array(result.get("weights", np.ones(len(images)))) > 0
+    if chosen:
+        counts &= chosen[subset]
+    return set(images[counts].tolist())
 
 
 def leave_out_unread(outcome):
@@ -2646,8 +2650,8 @@ def compare_two(name_a, name_b, a, b, items):
 
 def compare_bench(bench, a, b, items):
     """a, b: {subset or mean: results} of one benchmark."""
-    for name, draws in paired_draws(bench, a, b).items():
-        line = difference_line(f"{bench} {name}", a[name], b[name], draws)
+    for name, difference in paired_differences(bench, a, b).items():
+        line = difference_line(f"{bench} {name}", a[name], b[name], difference)
         if "correct" not in a[name]:
             print(f"{line}     mean")
             continue
@@ -2665,20 +2669,44 @@ def compare_eleven(a, b):
     """The mean of the eleven sets, where both files hold all: it has no items, but they have."""
     mean_a, mean_b = find_result(a, ELEVEN_SETS), find_result(b, ELEVEN_SETS)
     if mean_a and mean_b:
-        draws = paired_mean_draws(ELEVEN_SETS, a, b)
-        print(f"{difference_line(f'{ELEVEN} mean', mean_a, mean_b, draws)}     mean")
+        difference = paired_mean(ELEVEN_SETS, a, b)
+        print(f"{difference_line(f'{ELEVEN} mean', mean_a, mean_b, difference)}     mean")
 
 
-def difference_line(name, a, b, draws):
-    """a, b: two models' results; draws (1 + samples,) of B - A, see paired_draws."""
-    low, high = np.nanquantile(draws[1:], (0.025, 0.975))
+def difference_line(name, a, b, difference):
+    """a, b: two models' results; difference: their Difference."""
+    low, high = difference.interval()
     return (f"{name:32s}{a['n']:6d} {100 * a['accuracy']:6.1f} {100 * b['accuracy']:6.1f}  "
-            f"{draws[0]:+6.1f}  {low:+6.1f} .. {high:+6.1f}")
+            f"{difference.draws[0]:+6.1f}  {low:+6.1f} .. {high:+6.1f}")
 
 
-def paired_draws(bench, a, b, seed=0):
-    """{subset or mean: results} of two models -> {subset or mean: (1 + samples,)}, B - A in
-    percent: of all items first, then of images drawn alike for both models and all subsets.
+@dataclass
+class Difference:
+    """B - A of a subset or mean. Images are (bench, number)."""
+    draws: np.ndarray       # (1 + samples,) in percent: of all items first, then of drawn images
+    images: set             # all that it is of
+    gained: set             # those with an item that only B has right
+    lost: set               # those with an item that only A has right
+
+    def interval(self):
+        """The ends of the 95 % interval, by percentiles of the bootstrap. Where all changes go one
+        way the bootstrap draws none the other way, and knows too little of few images: the exact
+        interval (Clopper and Pearson 1934) of the share of changes that go this way is heeded, too.
+        Then 0 is outside only if McNemar's p, of as many images, is below 0.05."""
+        low, high = np.nanquantile(self.draws[1:], (0.025, 0.975)).tolist()
+        changed = len(self.gained | self.lost)
+        if not changed:
+            edge = 100 * (1 - 0.025 ** (1 / len(self.images)))      # of the share that changes
+            return -edge, edge
+        if self.gained and self.lost:
+            return low, high
+        nearest = self.draws[0].item() * (2 * 0.025 ** (1 / changed) - 1)
+        return min(low, nearest), max(high, nearest)
+
+
+def paired_differences(bench, a, b, seed=0):
+    """{subset or mean: results} of two models -> {subset or mean: Difference}, of images drawn
+    alike for both models and all subsets.
 
     Raises ValueError where the models were scored on other items.
     """
@@ -2691,24 +2719,36 @@ def paired_draws(bench, a, b, seed=0):
                                  f"({b[name]['n']}) differ in items, data or protocol version: "
                                  "score both again, with the same files of this benchmark")
             change[name] = np.subtract(b[name]["correct"], a[name]["correct"])
-    draws = resample(shared, change, seed=seed)
-    return {name: 100 * shares for name, shares in draws.items()}
+    gained = {name: some > 0 for name, some in change.items()}
+    lost = {name: some < 0 for name, some in change.items()}
+    differences = {}
+    for name, shares in resample(shared, change, seed=seed).items():
+        images = []
+        for chosen in (None, gained, lost):
+            images.append({(bench, number) for number in images_of(shared, name, chosen)})
+        differences[name] = Difference(100 * shares, *images)
+    return differences
 
 
-def paired_mean_draws(parts, a, b):
-    """B - A as by paired_draws, of the mean of parts: [(bench, subset or mean), ...]. Images are
-    drawn anew for each benchmark, as mean_of_benches takes them to be independent.
+def paired_mean(parts, a, b):
+    """The Difference of the mean of parts: [(bench, subset or mean), ...]. Images are drawn anew
+    for each benchmark, as mean_of_benches takes them to be independent.
 
-    a, b: {bench: {subset or mean: results}} of two models -> (1 + samples,). Raises ValueError
-    where the models were scored on other items, or items are not known.
+    a, b: {bench: {subset or mean: results}} of two models. Raises ValueError where they were scored
+    on other items, or items are not known.
     """
-    draws = {}
+    differences, found = {}, []
     for seed, bench in enumerate(dict(parts)):
-        draws[bench] = paired_draws(bench, a[bench], b[bench], seed)
-    unknown = [f"{bench} {subset}" for bench, subset in parts if subset not in draws[bench]]
-    if unknown:
-        raise ValueError(f"no items of {unknown[0]} in these files: expected files of --json")
-    return np.mean([draws[bench][subset] for bench, subset in parts], 0)
+        differences[bench] = paired_differences(bench, a[bench], b[bench], seed)
+    for bench, subset in parts:
+        if subset not in differences[bench]:
+            raise ValueError(f"no items of {bench} {subset} in these files: expected files of "
+                             "--json")
+        found.append(differences[bench][subset])
+    return Difference(np.mean([part.draws for part in found], 0),
+                      set().union(*[part.images for part in found]),
+                      set().union(*[part.gained for part in found]),
+                      set().union(*[part.lost for part in found]))
 
 
 @dataclass
@@ -2805,10 +2845,10 @@ def clear_best(results, parts):
         return None
     best, second = sorted(accuracy, key=accuracy.get, reverse=True)[:2]
     try:
-        lead = paired_mean_draws(parts, results[second], results[best])
+        low, _ = paired_mean(parts, results[second], results[best]).interval()
     except ValueError:
         return None
-    return best if np.nanquantile(lead[1:], 0.025) > 0 else None
+    return best if low > 0 else None
 
 
 def make_cell(result, is_best):

@@ -200,6 +200,55 @@ def test_compare_shows_the_means_with_their_intervals(tmp_path, capsys):
         assert some[0] == pytest.approx(100 * (b[name]["accuracy"] - a[name]["accuracy"]))
 
 
+def differences(a, b, images=None, labels=None, means=()):
+    """Of two models with these items right, on a benchmark of one subset x."""
+    images = images or [f"{i}.jpg" for i in range(len(a))]
+    found = []
+    for right in (a, b):
+        outcome = Outcome("x", torch.tensor(right) - 0.5, 0.5, images, images, labels)
+        found.append({name: {**r, "data": ""} for name, r in evaluate.summarize([outcome], dict(means)).items()})
+    return evaluate.paired_differences("bench", *found), found
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 30, 400])
+def test_the_interval_of_few_changes_is_as_careful_as_mcnemar(n):
+    """Whether n of n items or n of some more are gained or lost: 0 is outside where p < 0.05, and nowhere else."""
+    assert (mcnemar(n, 0) < 0.05) == (n > 5)
+    for same in (0, 3, 40):
+        worse, better = [0] * n + [1] * same, [1] * (n + same)
+        labels = [i % 3 for i in range(n + same)]
+        gain, files = differences(worse, better, None, labels, {"mean": ["x", "x_macro"]})
+        loss, _ = differences(better, worse)
+        for name in "x", "x_macro", "mean":
+            low, high = gain[name].interval()
+            assert (low > 0) == (n > 5) and low < gain[name].draws[0] <= high <= 100
+        low, high = gain["x"].interval()
+        assert loss["x"].interval() == pytest.approx((-high, -low), abs=1)
+        stars = evaluate.clear_best([{"bench": file} for file in files], [("bench", "x")])
+        assert stars == (1 if n > 5 else None)
+        if n == 400 and same == 40:     # of many, the bootstrap's
+            assert low == np.quantile(gain["x"].draws[1:], 0.025)
+
+
+def test_the_interval_of_no_change_is_no_point():
+    """It narrows with the images, whatever the items: the share that changes may be what is not seen with 2.5 %."""
+    for n, images in (4, None), (400, None), (400, ["1", "2", "3", "4"] * 100):
+        found, _ = differences([1] * n, [1] * n, images)
+        low, high = found["x"].interval()
+        assert low == -high < 0 and (1 - high / 100) ** len(set(images or range(n))) == pytest.approx(0.025)
+
+
+def test_changes_of_one_image_count_once_and_both_ways_are_the_bootstrap():
+    images = ["1", "2", "3", "4"] * 5
+    found, _ = differences([0] * 20, [1] * 20, images)      # McNemar's p of 20 items is 2e-6
+    assert found["x"].interval()[0] < 0 and len(found["x"].gained) == 4 and not found["x"].lost
+    found, _ = differences([0] * 9 + [1], [1] * 9 + [0])
+    assert found["x"].interval() == pytest.approx(np.quantile(found["x"].draws[1:], (0.025, 0.975)))
+    both = evaluate.paired_mean([("b", "x"), ("c", "x")], *[
+        {"b": file, "c": file} for file in differences([0] * 3, [1] * 3)[1]])
+    assert len(both.images) == len(both.gained) == 6 and both.interval()[0] > 0     # 3 of each: 6 images
+
+
 @pytest.fixture
 def three(tmp_path):
     """Files of three models: on swap, A is far ahead of B, and B not of C."""
@@ -439,9 +488,9 @@ def test_the_lead_in_several_subsets_of_one_benchmark_draws_its_images_once():
     for right in ([1] * 50 + [0] * 50, [1] * 56 + [0] * 44):
         outcomes = [Outcome(name, torch.tensor(right) - 0.5, 0.5, images, images) for name in "xyz"]
         files.append(dict.fromkeys("bc", {name: {**r, "data": ""} for name, r in evaluate.summarize(outcomes, {}).items()}))
-    one, three = (evaluate.paired_mean_draws([("b", name) for name in names], *files) for names in ("x", "xyz"))
+    one, three = (evaluate.paired_mean([("b", name) for name in names], *files).draws for names in ("x", "xyz"))
     assert np.allclose(one, three) and one[0] == pytest.approx(6)
-    both = evaluate.paired_mean_draws([("b", "x"), ("c", "x")], *files)      # of two benchmarks they are others
+    both = evaluate.paired_mean([("b", "x"), ("c", "x")], *files).draws      # of two benchmarks they are others
     assert both[0] == pytest.approx(6) and both.std() == pytest.approx(one.std() / math.sqrt(2), rel=0.1)
 
 
