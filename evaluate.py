@@ -2669,7 +2669,7 @@ def compare_eleven(a, b):
     """The mean of the eleven sets, where both files hold all: it has no items, but they have."""
     mean_a, mean_b = find_result(a, ELEVEN_SETS), find_result(b, ELEVEN_SETS)
     if mean_a and mean_b:
-        difference = paired_mean(ELEVEN_SETS, a, b)
+        difference = paired_mean(ELEVEN_SETS, 0, 1, all_differences([a, b]))
         print(f"{difference_line(f'{ELEVEN} mean', mean_a, mean_b, difference)}     mean")
 
 
@@ -2730,21 +2730,30 @@ def paired_differences(bench, a, b, seed=0):
     return differences
 
 
-def paired_mean(parts, a, b):
+def all_differences(results):
+    """Several models' {bench: {subset or mean: results}} -> a function that gives the differences
+    of two of them, by number, on a benchmark, and draws its images once for all columns."""
+    @functools.cache
+    def differences(a, b, bench, seed):
+        return paired_differences(bench, results[a][bench], results[b][bench], seed)
+    return differences
+
+
+def paired_mean(parts, a, b, differences):
     """The Difference of the mean of parts: [(bench, subset or mean), ...]. Images are drawn anew
     for each benchmark, as mean_of_benches takes them to be independent.
 
-    a, b: {bench: {subset or mean: results}} of two models. Raises ValueError where they were scored
-    on other items, or items are not known.
+    a, b: numbers of two models of all_differences. Raises ValueError where they were scored on
+    other items, or items are not known.
     """
-    differences, found = {}, []
-    for seed, bench in enumerate(dict(parts)):
-        differences[bench] = paired_differences(bench, a[bench], b[bench], seed)
+    seeds = {bench: seed for seed, bench in enumerate(dict(parts))}
+    found = []
     for bench, subset in parts:
-        if subset not in differences[bench]:
+        of_bench = differences(a, b, bench, seeds[bench])
+        if subset not in of_bench:
             raise ValueError(f"no items of {bench} {subset} in these files: expected files of "
                              "--json")
-        found.append(differences[bench][subset])
+        found.append(of_bench[subset])
     return Difference(np.mean([part.draws for part in found], 0),
                       set().union(*[part.images for part in found]),
                       set().union(*[part.gained for part in found]),
@@ -2773,10 +2782,12 @@ def format_table(title, columns, names, results, form="text", reference=False):
         groups.append(columns)
     head = [title, *column_labels(title, columns), "mean"][:1 + len(groups)]
     rows = [[name] for name in names]
+    differences = all_differences(results)
     for parts in groups:
-        best = clear_best(results, parts)
-        for number, (row, file) in enumerate(zip(rows, results)):
-            row.append(make_cell(find_result(file, parts), number == best))
+        found = [find_result(file, parts) for file in results]
+        best = clear_best(found, parts, differences)
+        for number, row in enumerate(rows):
+            row.append(make_cell(found[number], number == best))
     if reference:
         published = {bench: TABLE.get(bench, {}).get("published", {}) for bench, _ in columns}
         for method in all_keys(published.values()):
@@ -2830,22 +2841,18 @@ def mean_of_benches(results, counts):
             "high": mean + math.hypot(*counts * above) / sum(counts)}
 
 
-def clear_best(results, parts):
-    """The number of the model with the highest accuracy (mean of parts, as in find_result), if its
-    lead over the second is beyond chance: the 95 % interval of the paired difference is above 0.
-    Else None, as where they were scored on other items."""
+def clear_best(found, parts, differences):
+    """The number of the model with the highest accuracy, if its lead over the second is beyond
+    chance: the 95 % interval of the paired difference is above 0. Else None, as where they were
+    scored on other items. found: what find_result gives for parts, of each model."""
     if parts == [(ELEVEN, "mean")]:     # it has no items of its own
         parts = ELEVEN_SETS
-    accuracy = {}
-    for number, file in enumerate(results):
-        found = find_result(file, parts)
-        if found:
-            accuracy[number] = found["accuracy"]
-    if len(accuracy) < 2:
+    scored = [number for number, result in enumerate(found) if result]
+    if len(scored) < 2:
         return None
-    best, second = sorted(accuracy, key=accuracy.get, reverse=True)[:2]
+    best, second = sorted(scored, key=lambda i: found[i]["accuracy"], reverse=True)[:2]
     try:
-        low, _ = paired_mean(parts, results[second], results[best]).interval()
+        low, _ = paired_mean(parts, second, best, differences).interval()
     except ValueError:
         return None
     return best if low > 0 else None

@@ -200,6 +200,15 @@ def test_compare_shows_the_means_with_their_intervals(tmp_path, capsys):
         assert some[0] == pytest.approx(100 * (b[name]["accuracy"] - a[name]["accuracy"]))
 
 
+def clear_best(files, parts):
+    found = [evaluate.find_result(file, parts) for file in files]
+    return evaluate.clear_best(found, parts, evaluate.all_differences(files))
+
+
+def paired_mean(parts, files):
+    return evaluate.paired_mean(parts, 0, 1, evaluate.all_differences(files))
+
+
 def differences(a, b, images=None, labels=None, means=()):
     """Of two models with these items right, on a benchmark of one subset x."""
     images = images or [f"{i}.jpg" for i in range(len(a))]
@@ -224,8 +233,8 @@ def test_the_interval_of_few_changes_is_as_careful_as_mcnemar(n):
             assert (low > 0) == (n > 5) and low < gain[name].draws[0] <= high <= 100
         low, high = gain["x"].interval()
         assert loss["x"].interval() == pytest.approx((-high, -low), abs=1)
-        stars = evaluate.clear_best([{"bench": file} for file in files], [("bench", "x")])
-        assert stars == (1 if n > 5 else None)
+        best = clear_best([{"bench": file} for file in files], [("bench", "x")])
+        assert best == (1 if n > 5 else None)
         if n == 400 and same == 40:     # of many, the bootstrap's
             assert low == np.quantile(gain["x"].draws[1:], 0.025)
 
@@ -244,7 +253,7 @@ def test_changes_of_one_image_count_once_and_both_ways_are_the_bootstrap():
     assert found["x"].interval()[0] < 0 and len(found["x"].gained) == 4 and not found["x"].lost
     found, _ = differences([0] * 9 + [1], [1] * 9 + [0])
     assert found["x"].interval() == pytest.approx(np.quantile(found["x"].draws[1:], (0.025, 0.975)))
-    both = evaluate.paired_mean([("b", "x"), ("c", "x")], *[
+    both = paired_mean([("b", "x"), ("c", "x")], [
         {"b": file, "c": file} for file in differences([0] * 3, [1] * 3)[1]])
     assert len(both.images) == len(both.gained) == 6 and both.interval()[0] > 0     # 3 of each: 6 images
 
@@ -300,9 +309,23 @@ def test_tables_to_paste(three, capsys):
 def test_a_lead_over_other_items_is_no_lead(three, tmp_path):
     names, files = evaluate.read_all_results(three[:2])
     swap = [("sugarcrepe", "swap")]
-    assert evaluate.clear_best(files, swap) == 0 == evaluate.clear_best(files[::-1], swap) - 1
+    assert clear_best(files, swap) == 0 == clear_best(files[::-1], swap) - 1
     files[1]["sugarcrepe"]["swap"] = {**files[1]["sugarcrepe"]["swap"], "data": "others"}
-    assert evaluate.clear_best(files, swap) is None and evaluate.clear_best(files[:1], swap) is None
+    assert clear_best(files, swap) is None and clear_best(files[:1], swap) is None
+
+
+def test_a_table_draws_each_benchmark_once(three, monkeypatch):
+    """However many columns it has, for each two models that lead in one."""
+    names, files = evaluate.read_all_results(three)
+    for file in files:
+        for number in range(20):
+            file["sugarcrepe"][f"swap_{number}"] = file["sugarcrepe"]["swap"]
+    counted = []
+    plain = evaluate.bootstrap
+    monkeypatch.setattr(evaluate, "bootstrap", lambda *args: counted.append(0) or plain(*args))
+    columns = [("sugarcrepe", name) for name in files[0]["sugarcrepe"] if name.startswith("swap")]
+    table = evaluate.format_table("sugarcrepe", columns, names, files)
+    assert len(columns) == 21 and table.count("*") == 22 and len(counted) == 1      # one * in the legend
 
 
 @pytest.fixture
@@ -488,9 +511,9 @@ def test_the_lead_in_several_subsets_of_one_benchmark_draws_its_images_once():
     for right in ([1] * 50 + [0] * 50, [1] * 56 + [0] * 44):
         outcomes = [Outcome(name, torch.tensor(right) - 0.5, 0.5, images, images) for name in "xyz"]
         files.append(dict.fromkeys("bc", {name: {**r, "data": ""} for name, r in evaluate.summarize(outcomes, {}).items()}))
-    one, three = (evaluate.paired_mean([("b", name) for name in names], *files).draws for names in ("x", "xyz"))
+    one, three = (paired_mean([("b", name) for name in names], files).draws for names in ("x", "xyz"))
     assert np.allclose(one, three) and one[0] == pytest.approx(6)
-    both = evaluate.paired_mean([("b", "x"), ("c", "x")], *files).draws      # of two benchmarks they are others
+    both = paired_mean([("b", "x"), ("c", "x")], files).draws       # of two benchmarks they are others
     assert both[0] == pytest.approx(6) and both.std() == pytest.approx(one.std() / math.sqrt(2), rel=0.1)
 
 
