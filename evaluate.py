@@ -289,6 +289,7 @@ from pooling import concept_similarity                                          
 
 PROTOCOL = 5        # raised whenever a change here or in benchmarks.json may change a figure
 ELEVEN = "classification_11"    # of GROUPS: the mean of these sets is a result of its own
+ELEVEN_SETS = [(bench, subset) for bench, (subset,) in GROUPS[ELEVEN].items()]
 GET = "python evaluate.py download"
 OWN_DATA = {        # {bench on a user's own data: what to give}
     "retrieval": "--data pairs.csv --image-root images",
@@ -400,7 +401,7 @@ class Outcome:
     """How a model did on the N items of a subset."""
     subset: str                     # the name of the result
     margins: torch.Tensor           # (N,), positive where it is right, 0 for a tie, NaN: no image
-    chance: float                   # share that is right by blind choice
+    chance: float | list            # share that is right by blind choice: of all, or of each item
     images: list                    # N names of images, by which the bootstrap draws
     items: list                     # N items in words
     labels: list | None = None      # N strings or None: SUBSET_macro is the mean of their means
@@ -478,8 +479,8 @@ class Ranking:
                 blocks = cosines(texts, images)
             names, items = self.queries(way)
             labels = self.labels if (way, k) == ("i2t", 1) else None
-            yield Outcome(subset, rank(blocks, positive, k), blind_recall(positive, k), names,
-                          items, labels)
+            margins = ranking_margins(blocks, positive, k)
+            yield Outcome(subset, margins, blind_recall(positive, k), names, items, labels)
 
     def queries(self, way):
         """Of each image (i2t) or text (t2i): the image by which it is drawn, and it in words."""
@@ -535,10 +536,9 @@ class Pointing:
                 found = point(patches @ texts[item], inside)
                 parts.append((torch.tensor([item]), torch.tensor([found])))
         margins, chances = share(parts, len(self.images), width=2).T        # (N,) each
-        chance = chances[~margins.isnan()].mean().item()
         names = [picture.name for picture in pictures]
         items = [f"{name} | {text}" for name, (text,) in zip(names, self.texts)]
-        return Outcome(self.subset, margins, chance, names, items, self.labels)
+        return Outcome(self.subset, margins, chances.tolist(), names, items, self.labels)
 
     def needed(self):
         """The texts; images are encoded to patch tokens, and not by encode_images."""
@@ -549,7 +549,7 @@ class Pointing:
 def point(similarity, inside):
     """(T,), (T,) bool -> margin, and the share of the patches that are inside."""
     best = similarity[inside].max().item()
-    other = -2.0                    # less than any cosine, where no patch is outside
+    other = UNREAD                  # where no patch is outside
     if not inside.all():
         other = similarity[~inside].max().item()
     return best - other, inside.float().mean().item()
@@ -580,17 +580,23 @@ def cosines(queries, targets):
         yield (some @ targets.T)[:, inverse]
 
 
-def rank(blocks, positive, k):
+# Scores below all cosines: of targets without features, and of positives among the others, which
+# come last, so that a query with fewer than k others is right.
+UNREAD, NOT_OTHER = -2.0, -3.0
+
+
+def ranking_margins(blocks, positive, k):
     """Scores of 500 queries after 500 (<= 500, M), positive (Q, M) bool -> margins (Q,): the best
     positive minus the k-th best other. NaN where the query or all of its positives are NaN; other
     targets of NaN are never found."""
     margins = []
     for block, mask in zip(blocks, positive.split(500)):
-        scores = block.nan_to_num(-2.0)             # (<= 500, M); -2 is below every cosine,
-        best = scores.masked_fill(~mask, -2).amax(1)
-        others = scores.masked_fill(mask, -3)       # and -3 below -2: where there are not k others
+        scores = block.nan_to_num(UNREAD)                               # (<= 500, M)
+        best = scores.masked_fill(~mask, UNREAD).amax(1)
+        best = best.masked_fill(best == UNREAD, float("nan"))
+        others = scores.masked_fill(mask, NOT_OTHER)
         others = others.topk(min(k, scores.shape[1])).values
-        margins.append(best.masked_fill(best == -2, float("nan")) - others[:, -1])
+        margins.append(best - others[:, -1])
     return torch.cat(margins)
 
 
@@ -818,15 +824,20 @@ class Lookup:
 # ---- results with intervals --------------------------------------------------------------------
 
 def bootstrap(columns, samples=2000, seed=0):
-    """[(images (n,) of 0, 1, ..., values (n,), weights (n,)), ...] -> (1 + samples, columns).
+    """[(images (n,), as numbers, values (n,), weights (n,)), ...] -> (1 + samples, columns).
 
     Row 0 holds each column's weighted mean; each other row the same over as many images as there
     are, drawn with replacement, with all their items: the same draws for all columns. NaN where
     none of a column's few images was drawn."""
     rng = np.random.default_rng(seed)
-    size = 1 + max(images.max() for images, _, _ in columns)
-    totals = [np.bincount(images, weights, size) for images, _, weights in columns]
-    sums = [np.bincount(images, values * weights, size) for images, values, weights in columns]
+    # images that no column has any more are not drawn
+    used, places = np.unique(np.concatenate([column[0] for column in columns]), return_inverse=True)
+    size = len(used)
+    totals, sums = [], []
+    for images, values, weights in columns:
+        own, places = places[:len(images)], places[len(images):]
+        totals.append(np.bincount(own, weights, size))
+        sums.append(np.bincount(own, values * weights, size))
     total = np.stack(totals, 1)                         # (images, columns): weight of each image
     value = np.stack(sums, 1)                           # (images, columns): what it adds
     means = [value.sum(0) / total.sum(0)]
@@ -853,9 +864,10 @@ def summarize(outcomes, means, samples=2000):
     """
     results, correct = {}, {}
     numbers = {}            # {name of an image: its number in all subsets}
-    for outcome in map(leave_out_unread, outcomes):
-        for name in outcome.images:
+    for outcome in outcomes:
+        for name in outcome.images:     # the unread, too: a number means the same in all files
             numbers.setdefault(name, len(numbers))
+        outcome = leave_out_unread(outcome)
         results[outcome.subset] = count_right(outcome, numbers)
         correct[outcome.subset] = results[outcome.subset]["correct"]
         if outcome.labels:
@@ -866,12 +878,18 @@ def summarize(outcomes, means, samples=2000):
     return results
 
 
-def images_of(results, name):
-    """The different images, as numbers, that a subset or mean is of."""
+def images_of(results, name, chosen=None):
+    """The different images, as numbers, that a subset or mean is of; with chosen, {subset: (n,)
+    bool}, those of chosen items."""
     result = results[name]
     if "parts" in result:
-        return set().union(*[images_of(results, part) for part in result["parts"]])
-    return set(results[result.get("of", name)]["image"])
+        return set().union(*[images_of(results, part, chosen) for part in result["parts"]])
+    subset = result.get("of", name)
+    images = np.array(results[subset]["image"])
+    counts = np.array(result.get("weights", np.ones(len(images)))) > 0
+    if chosen:
+        counts &= chosen[subset]
+    return set(images[counts].tolist())
 
 
 def leave_out_unread(outcome):
@@ -884,9 +902,9 @@ def leave_out_unread(outcome):
     if not kept:
         raise ValueError(f"{outcome.subset}: none of its items has an image that can be read")
     lists = {}
-    for name in ("images", "items", "labels"):
+    for name in ("images", "items", "labels", "chance"):
         values = getattr(outcome, name)
-        lists[name] = values and [values[i] for i in kept]
+        lists[name] = [values[i] for i in kept] if isinstance(values, list) else values
     return replace(outcome, margins=outcome.margins[kept], **lists)
 
 
@@ -895,7 +913,7 @@ def count_right(outcome, numbers):
     right = (outcome.margins > 0).int()
     result = {
         "right": right.sum().item(), "n": len(right), "ties": int((outcome.margins == 0).sum()),
-        "chance": outcome.chance, "correct": right.tolist(),
+        "chance": float(np.mean(outcome.chance)), "correct": right.tolist(),
         "image": [numbers[name] for name in outcome.images], "items": outcome.items}
     if outcome.partial:
         result["partial"] = outcome.partial
@@ -908,17 +926,28 @@ def add_macro(results, outcome):
     weights = [0 if label is None else 1 / count[label] for label in outcome.labels]
     n = sum(weight > 0 for weight in weights)
     if n:
+        chance = outcome.chance
+        if isinstance(chance, list):
+            chance = float(np.average(chance, weights=weights))
         results[f"{outcome.subset}_macro"] = {
-            "n": n, "chance": outcome.chance, "of": outcome.subset, "weights": weights}
+            "n": n, "chance": chance, "of": outcome.subset, "weights": weights}
 
 
 def add_means(results, means):
     """Put those means whose parts are all there into results, without their accuracy."""
     for name, parts in means.items():
         if set(parts) <= set(results):
-            chance = float(np.mean([results[part]["chance"] for part in parts]))
+            chances = [results[part]["chance"] for part in parts]
             n = sum(results[part]["n"] for part in parts)
-            results[name] = {"n": n, "chance": chance, "parts": parts}
+            results[name] = {"n": n, "parts": parts,
+                             "chance": float(mean_of_parts(results, name, parts, chances))}
+
+
+def mean_of_parts(results, name, parts, values):
+    """The mean called name of the values of its parts: over items if it is micro, else the plain
+    one. Values are numbers or arrays."""
+    weights = [results[part]["n"] for part in parts] if name == "micro" else None
+    return np.average(values, 0, weights)
 
 
 def resample(results, values, samples=2000, seed=0):
@@ -937,8 +966,7 @@ def resample(results, values, samples=2000, seed=0):
     for name, result in results.items():
         parts = result.get("parts")
         if parts and set(parts) <= set(draws):
-            weights = [results[part]["n"] for part in parts] if name == "micro" else None
-            draws[name] = np.average([draws[part] for part in parts], 0, weights)
+            draws[name] = mean_of_parts(results, name, parts, [draws[part] for part in parts])
     return draws
 
 
@@ -1012,7 +1040,7 @@ def score(model, tasks, options):
             outcomes += judge(model, task, image_features, text_features, options)
         names = [outcome.subset for outcome in outcomes]
         results[bench] = summarize(outcomes, means_of(bench, names))
-    mean = find_result(results, the_eleven())
+    mean = find_result(results, ELEVEN_SETS)
     if mean:
         results[ELEVEN] = {"mean": mean}
     if options.pooled:
@@ -1020,11 +1048,6 @@ def score(model, tasks, options):
             for result in subsets.values():
                 result["pooled"] = True
     return results
-
-
-def the_eleven():
-    """[(bench, subset), ...] of the sets whose mean is a result of its own."""
-    return [(bench, subset) for bench, (subset,) in GROUPS[ELEVEN].items()]
 
 
 def needed_by(tasks):
@@ -2642,8 +2665,8 @@ def compare_two(name_a, name_b, a, b, items):
 
 def compare_bench(bench, a, b, items):
     """a, b: {subset or mean: results} of one benchmark."""
-    for name, draws in paired_draws(bench, a, b).items():
-        line = difference_line(f"{bench} {name}", a[name], b[name], draws)
+    for name, difference in paired_differences(bench, a, b).items():
+        line = difference_line(f"{bench} {name}", a[name], b[name], difference)
         if "correct" not in a[name]:
             print(f"{line}     mean")
             continue
@@ -2659,22 +2682,46 @@ def compare_bench(bench, a, b, items):
 
 def compare_eleven(a, b):
     """The mean of the eleven sets, where both files hold all: it has no items, but they have."""
-    mean_a, mean_b = find_result(a, the_eleven()), find_result(b, the_eleven())
+    mean_a, mean_b = find_result(a, ELEVEN_SETS), find_result(b, ELEVEN_SETS)
     if mean_a and mean_b:
-        draws = paired_mean_draws(the_eleven(), a, b)
-        print(f"{difference_line(f'{ELEVEN} mean', mean_a, mean_b, draws)}     mean")
+        difference = paired_mean(ELEVEN_SETS, 0, 1, all_differences([a, b]))
+        print(f"{difference_line(f'{ELEVEN} mean', mean_a, mean_b, difference)}     mean")
 
 
-def difference_line(name, a, b, draws):
-    """a, b: two models' results; draws (1 + samples,) of B - A, see paired_draws."""
-    low, high = np.nanquantile(draws[1:], (0.025, 0.975))
+def difference_line(name, a, b, difference):
+    """a, b: two models' results; difference: their Difference."""
+    low, high = difference.interval()
     return (f"{name:32s}{a['n']:6d} {100 * a['accuracy']:6.1f} {100 * b['accuracy']:6.1f}  "
-            f"{draws[0]:+6.1f}  {low:+6.1f} .. {high:+6.1f}")
+            f"{difference.draws[0]:+6.1f}  {low:+6.1f} .. {high:+6.1f}")
 
 
-def paired_draws(bench, a, b, seed=0):
-    """{subset or mean: results} of two models -> {subset or mean: (1 + samples,)}, B - A in
-    percent: of all items first, then of images drawn alike for both models and all subsets.
+@dataclass
+class Difference:
+    """B - A of a subset or mean. Images are (bench, number)."""
+    draws: np.ndarray       # (1 + samples,) in percent: of all items first, then of drawn images
+    images: set             # all that it is of
+    gained: set             # those with an item that only B has right
+    lost: set               # those with an item that only A has right
+
+    def interval(self):
+        """The ends of the 95 % interval, by percentiles of the bootstrap. Where all changes go one
+        way the bootstrap draws none the other way, and knows too little of few images: the exact
+        interval (Clopper and Pearson 1934) of the share of changes that go this way is heeded, too.
+        Then 0 is outside only if McNemar's p, of as many images, is below 0.05."""
+        low, high = np.nanquantile(self.draws[1:], (0.025, 0.975)).tolist()
+        changed = len(self.gained | self.lost)
+        if not changed:
+            edge = 100 * (1 - 0.025 ** (1 / len(self.images)))      # of the share that changes
+            return -edge, edge
+        if self.gained and self.lost:
+            return low, high
+        nearest = self.draws[0].item() * (2 * 0.025 ** (1 / changed) - 1)
+        return min(low, nearest), max(high, nearest)
+
+
+def paired_differences(bench, a, b, seed=0):
+    """{subset or mean: results} of two models -> {subset or mean: Difference}, of images drawn
+    alike for both models and all subsets.
 
     Raises ValueError where the models were scored on other items.
     """
@@ -2687,24 +2734,45 @@ def paired_draws(bench, a, b, seed=0):
                                  f"({b[name]['n']}) differ in items, data or protocol version: "
                                  "score both again, with the same files of this benchmark")
             change[name] = np.subtract(b[name]["correct"], a[name]["correct"])
-    draws = resample(shared, change, seed=seed)
-    return {name: 100 * shares for name, shares in draws.items()}
+    gained = {name: some > 0 for name, some in change.items()}
+    lost = {name: some < 0 for name, some in change.items()}
+    differences = {}
+    for name, shares in resample(shared, change, seed=seed).items():
+        images = []
+        for chosen in (None, gained, lost):
+            images.append({(bench, number) for number in images_of(shared, name, chosen)})
+        differences[name] = Difference(100 * shares, *images)
+    return differences
 
 
-def paired_mean_draws(parts, a, b):
-    """B - A as by paired_draws, of the mean of parts: [(bench, subset or mean), ...]. Images are
-    drawn anew for each benchmark, as mean_of_benches takes them to be independent.
+def all_differences(results):
+    """Several models' {bench: {subset or mean: results}} -> a function that gives the differences
+    of two of them, by number, on a benchmark, and draws its images once for all columns."""
+    @functools.cache
+    def differences(a, b, bench, seed):
+        return paired_differences(bench, results[a][bench], results[b][bench], seed)
+    return differences
 
-    a, b: {bench: {subset or mean: results}} of two models -> (1 + samples,). Raises ValueError
-    where the models were scored on other items, or items are not known.
+
+def paired_mean(parts, a, b, differences):
+    """The Difference of the mean of parts: [(bench, subset or mean), ...]. Images are drawn anew
+    for each benchmark, as mean_of_benches takes them to be independent.
+
+    a, b: numbers of two models of all_differences. Raises ValueError where they were scored on
+    other items, or items are not known.
     """
-    draws = {}
-    for seed, bench in enumerate(dict(parts)):
-        draws[bench] = paired_draws(bench, a[bench], b[bench], seed)
-    unknown = [f"{bench} {subset}" for bench, subset in parts if subset not in draws[bench]]
-    if unknown:
-        raise ValueError(f"no items of {unknown[0]} in these files: expected files of --json")
-    return np.mean([draws[bench][subset] for bench, subset in parts], 0)
+    seeds = {bench: seed for seed, bench in enumerate(dict(parts))}
+    found = []
+    for bench, subset in parts:
+        of_bench = differences(a, b, bench, seeds[bench])
+        if subset not in of_bench:
+            raise ValueError(f"no items of {bench} {subset} in these files: expected files of "
+                             "--json")
+        found.append(of_bench[subset])
+    return Difference(np.mean([part.draws for part in found], 0),
+                      set().union(*[part.images for part in found]),
+                      set().union(*[part.gained for part in found]),
+                      set().union(*[part.lost for part in found]))
 
 
 @dataclass
@@ -2729,10 +2797,12 @@ def format_table(title, columns, names, results, form="text", reference=False):
         groups.append(columns)
     head = [title, *column_labels(title, columns), "mean"][:1 + len(groups)]
     rows = [[name] for name in names]
+    differences = all_differences(results)
     for parts in groups:
-        best = clear_best(results, parts)
-        for number, (row, file) in enumerate(zip(rows, results)):
-            row.append(make_cell(find_result(file, parts), number == best))
+        found = [find_result(file, parts) for file in results]
+        best = clear_best(found, parts, differences)
+        for number, row in enumerate(rows):
+            row.append(make_cell(found[number], number == best))
     if reference:
         published = {bench: TABLE.get(bench, {}).get("published", {}) for bench, _ in columns}
         for method in all_keys(published.values()):
@@ -2748,43 +2818,59 @@ def format_table(title, columns, names, results, form="text", reference=False):
 
 def find_result(file, parts):
     """The result of one (bench, subset), or the mean of several; None if one is not there."""
-    found = [file.get(bench, {}).get(subset) for bench, subset in parts]
-    if None in found:
-        return None
-    return found[0] if len(found) == 1 else mean_of_benches(found)
+    subsets = {}        # {bench: those of parts}
+    for bench, subset in parts:
+        if subset not in file.get(bench, {}):
+            return None
+        subsets.setdefault(bench, []).append(subset)
+    means = [mean_of_subsets(bench, file[bench], names) for bench, names in subsets.items()]
+    if len(means) == 1:
+        return means[0]
+    return mean_of_benches(means, [len(names) for names in subsets.values()])
 
 
-def mean_of_benches(results):
-    """The plain mean of results on different benchmarks, whose errors are taken as independent."""
+def mean_of_subsets(bench, results, names):
+    """The plain mean of subsets of one benchmark, whose images are drawn once for all of them."""
+    if len(names) == 1:
+        return results[names[0]]
+    results = dict(results)
+    add_means(results, {"mean": names})
+    correct = {name: result["correct"] for name, result in results.items() if "correct" in result}
+    draws = resample(results, correct)
+    if "mean" not in draws:
+        raise ValueError(f"no items of {bench} {names[0]} and others: expected files of --json")
+    add_interval(results["mean"], draws["mean"], len(images_of(results, "mean")))
+    return results["mean"]
+
+
+def mean_of_benches(results, counts):
+    """The mean of results on different benchmarks, whose errors are taken as independent; each
+    counts as often as it has subsets."""
     accuracies = np.array([result["accuracy"] for result in results])
     below = accuracies - [result["low"] for result in results]
     above = [result["high"] for result in results] - accuracies
-    mean = accuracies.mean().item()
+    mean = np.average(accuracies, weights=counts).item()
     return {"n": sum(result["n"] for result in results), "accuracy": mean,
-            "chance": float(np.mean([result["chance"] for result in results])),
-            "low": mean - math.hypot(*below) / len(results),
-            "high": mean + math.hypot(*above) / len(results)}
+            "chance": float(np.average([result["chance"] for result in results], weights=counts)),
+            "low": mean - math.hypot(*counts * below) / sum(counts),
+            "high": mean + math.hypot(*counts * above) / sum(counts)}
 
 
-def clear_best(results, parts):
-    """The number of the model with the highest accuracy (mean of parts, as in find_result), if its
-    lead over the second is beyond chance: the 95 % interval of the paired difference is above 0.
-    Else None, as where they were scored on other items."""
+def clear_best(found, parts, differences):
+    """The number of the model with the highest accuracy, if its lead over the second is beyond
+    chance: the 95 % interval of the paired difference is above 0. Else None, as where they were
+    scored on other items. found: what find_result gives for parts, of each model."""
     if parts == [(ELEVEN, "mean")]:     # it has no items of its own
-        parts = the_eleven()
-    accuracy = {}
-    for number, file in enumerate(results):
-        found = find_result(file, parts)
-        if found:
-            accuracy[number] = found["accuracy"]
-    if len(accuracy) < 2:
+        parts = ELEVEN_SETS
+    scored = [number for number, result in enumerate(found) if result]
+    if len(scored) < 2:
         return None
-    best, second = sorted(accuracy, key=accuracy.get, reverse=True)[:2]
+    best, second = sorted(scored, key=lambda i: found[i]["accuracy"], reverse=True)[:2]
     try:
-        lead = paired_mean_draws(parts, results[second], results[best])
+        low, _ = paired_mean(parts, second, best, differences).interval()
     except ValueError:
         return None
-    return best if np.nanquantile(lead[1:], 0.025) > 0 else None
+    return best if low > 0 else None
 
 
 def make_cell(result, is_best):

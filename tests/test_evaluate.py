@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 import evaluate
 from bench_tokenizer import openai_tokenizer
 from data import COLOURS, SHAPES, load_image, train_tokenizer
-from evaluate import TABLE, Options, Outcome, fetch, first_text_wins, orders, print_table, rank, run, summarize
+from evaluate import TABLE, Options, Outcome, fetch, first_text_wins, orders, print_table, ranking_margins, run, summarize
 from model import CLIP, MODELS, set_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -1131,13 +1131,14 @@ def test_rules_count_ties_wrong():
     assert first_text_wins(two).tolist() == [1, 0]
 
 
-def test_rank_plainly():
+def test_ranking_margins_plainly():
     generator = torch.Generator().manual_seed(0)
     queries = torch.randint(-2, 3, (40, 4), generator=generator).float() / 4        # with many ties
     targets = torch.randint(-2, 3, (30, 4), generator=generator).float() / 4
     positive = torch.rand(40, 30, generator=generator) < 0.1
     positive[torch.arange(40), torch.randint(30, (40,), generator=generator)] = True
-    margins = torch.stack([rank(evaluate.cosines(queries, targets), positive, k) for k in (1, 5, 100)], 1)
+    margins = torch.stack([
+        ranking_margins(evaluate.cosines(queries, targets), positive, k) for k in (1, 5, 100)], 1)
     scores, of = (queries @ targets.T).tolist(), [set(p.nonzero()[:, 0].tolist()) for p in positive]
     for column, k in zip(margins.T, (1, 5, 100)):
         assert (column > 0).int().tolist() == recall(scores, of, k)
@@ -1181,6 +1182,32 @@ def test_interval_where_all_agree():
     assert r["high"] == 1 and r["low"] == pytest.approx(20 / 23.84)        # Wilson's, of 20 images
     r = summarize([Outcome("a", -torch.ones(40), 0.5, [str(i) for i in range(40)], names)], {})["a"]
     assert r["low"] == 0 and r["high"] == pytest.approx(3.84 / 43.84)
+
+
+def test_the_interval_of_a_macro_where_all_agree_is_of_images_that_count():
+    """Wilson's, of the 10 images that have a label."""
+    images = [str(i) for i in range(40)]
+    labels = ["a"] * 5 + ["b"] * 5 + [None] * 30
+    r = summarize([Outcome("x", torch.ones(40), 0.5, images, images, labels)], {"mean": ["x_macro"]})
+    assert r["x_macro"]["low"] == r["mean"]["low"] == pytest.approx(10 / 13.84)
+    assert r["x"]["low"] == pytest.approx(40 / 43.84)
+
+
+def test_the_chance_of_a_mean_is_made_as_its_accuracy():
+    """Where each item is right by its chance, accuracies are chances: of unread items, too, that do not count."""
+    def outcome(subset, right, chance, labels=None):
+        margins, images = torch.tensor(right) - 0.5, [f"{subset}{i}" for i in range(len(right))]
+        return Outcome(subset, margins, chance, images, images, labels)
+
+    unread = float("nan")
+    outcomes = [outcome("many", [1.0, 0] * 50, 0.5), outcome("few", [1.0] + [0] * 9, 0.1),
+                outcome("each", [1.0, 0, 1, unread, 1, 0], [1.0, 0, 1, 0.7, 1, 0], ["a", "a", "b", "b", "a", None])]
+    both = ["many", "few"]
+    results = summarize(outcomes, {"micro": both, "macro": both, "nested": ["each", "each_macro"]})
+    assert results["micro"]["chance"] == pytest.approx(51 / 110) and results["macro"]["chance"] == pytest.approx(0.3)
+    assert results["each"]["chance"] == pytest.approx(3 / 5) and results["each_macro"]["chance"] == pytest.approx(5 / 6)
+    for name, r in results.items():
+        assert r["chance"] == pytest.approx(r["accuracy"]), name
 
 
 @pytest.fixture

@@ -139,6 +139,29 @@ def test_compare_of_different_items_names_the_subset(tmp_path, correct, more, fi
         command(["compare", a, b])
 
 
+def test_compare_of_files_that_lack_different_images(tmp_path):
+    """As many items of as many images: item 1 is not set against item 0."""
+    images, files, found = [f"{i}.jpg" for i in range(6)], [], []
+    for name, unread in ("a", 0), ("b", 5), ("c", 0):
+        margins = torch.tensor([1.0, -1, 1, -1, 1, -1])
+        margins[unread] = float("nan")
+        found.append(evaluate.summarize([Outcome("swap", margins, 0.5, images, images)], {})["swap"])
+        files.append(results(tmp_path / f"{name}.json", {"crepe": {"swap": found[-1]}}))
+    assert [some["image"] for some in found] == [[1, 2, 3, 4, 5], [0, 1, 2, 3, 4], [1, 2, 3, 4, 5]]
+    with pytest.raises(ValueError, match=r"crepe swap: A \(5 items\) and B \(5\) differ in items"):
+        command(["compare", *files[:2]])
+    command(["compare", files[0], files[2]])
+
+
+def test_images_that_are_not_used_are_not_drawn():
+    """The numbers of images may have gaps, and all draws are of as many images as are left."""
+    rng = np.random.default_rng(0)
+    images, values = rng.integers(9, size=(2, 60)), rng.random((2, 60))
+    columns = [(images[i], values[i], np.ones(60)) for i in range(2)]
+    gaps = [(7 + 3 * images[i], values[i], np.ones(60)) for i in range(2)]
+    assert (bootstrap(gaps, 100) == bootstrap(columns, 100)).all() and not np.isnan(bootstrap(gaps, 100)).any()
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"results": 3}', '{"results": {"a": 1}}',
                                   '{"results": {"a": {"b": 1}}}'])
 def test_compare_of_something_else(tmp_path, text):
@@ -175,6 +198,64 @@ def test_compare_shows_the_means_with_their_intervals(tmp_path, capsys):
         assert row[1:] == [f"{100 * a[name]['accuracy']:.1f}", f"{100 * b[name]['accuracy']:.1f}", f"{some[0]:+.1f}",
                            f"{low:+.1f}", "..", f"{high:+.1f}", "mean"]
         assert some[0] == pytest.approx(100 * (b[name]["accuracy"] - a[name]["accuracy"]))
+
+
+def clear_best(files, parts):
+    found = [evaluate.find_result(file, parts) for file in files]
+    return evaluate.clear_best(found, parts, evaluate.all_differences(files))
+
+
+def paired_mean(parts, files):
+    return evaluate.paired_mean(parts, 0, 1, evaluate.all_differences(files))
+
+
+def differences(a, b, images=None, labels=None, means=()):
+    """Of two models with these items right, on a benchmark of one subset x."""
+    images = images or [f"{i}.jpg" for i in range(len(a))]
+    found = []
+    for right in (a, b):
+        outcome = Outcome("x", torch.tensor(right) - 0.5, 0.5, images, images, labels)
+        found.append({name: {**r, "data": ""} for name, r in evaluate.summarize([outcome], dict(means)).items()})
+    return evaluate.paired_differences("bench", *found), found
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 30, 400])
+def test_the_interval_of_few_changes_is_as_careful_as_mcnemar(n):
+    """Whether n of n items or n of some more are gained or lost: 0 is outside where p < 0.05, and nowhere else."""
+    assert (mcnemar(n, 0) < 0.05) == (n > 5)
+    for same in (0, 3, 40):
+        worse, better = [0] * n + [1] * same, [1] * (n + same)
+        labels = [i % 3 for i in range(n + same)]
+        gain, files = differences(worse, better, None, labels, {"mean": ["x", "x_macro"]})
+        loss, _ = differences(better, worse)
+        for name in "x", "x_macro", "mean":
+            low, high = gain[name].interval()
+            assert (low > 0) == (n > 5) and low < gain[name].draws[0] <= high <= 100
+        low, high = gain["x"].interval()
+        assert loss["x"].interval() == pytest.approx((-high, -low), abs=1)
+        best = clear_best([{"bench": file} for file in files], [("bench", "x")])
+        assert best == (1 if n > 5 else None)
+        if n == 400 and same == 40:     # of many, the bootstrap's
+            assert low == np.quantile(gain["x"].draws[1:], 0.025)
+
+
+def test_the_interval_of_no_change_is_no_point():
+    """It narrows with the images, whatever the items: the share that changes may be what is not seen with 2.5 %."""
+    for n, images in (4, None), (400, None), (400, ["1", "2", "3", "4"] * 100):
+        found, _ = differences([1] * n, [1] * n, images)
+        low, high = found["x"].interval()
+        assert low == -high < 0 and (1 - high / 100) ** len(set(images or range(n))) == pytest.approx(0.025)
+
+
+def test_changes_of_one_image_count_once_and_both_ways_are_the_bootstrap():
+    images = ["1", "2", "3", "4"] * 5
+    found, _ = differences([0] * 20, [1] * 20, images)      # McNemar's p of 20 items is 2e-6
+    assert found["x"].interval()[0] < 0 and len(found["x"].gained) == 4 and not found["x"].lost
+    found, _ = differences([0] * 9 + [1], [1] * 9 + [0])
+    assert found["x"].interval() == pytest.approx(np.quantile(found["x"].draws[1:], (0.025, 0.975)))
+    both = paired_mean([("b", "x"), ("c", "x")], [
+        {"b": file, "c": file} for file in differences([0] * 3, [1] * 3)[1]])
+    assert len(both.images) == len(both.gained) == 6 and both.interval()[0] > 0     # 3 of each: 6 images
 
 
 @pytest.fixture
@@ -228,9 +309,23 @@ def test_tables_to_paste(three, capsys):
 def test_a_lead_over_other_items_is_no_lead(three, tmp_path):
     names, files = evaluate.read_all_results(three[:2])
     swap = [("sugarcrepe", "swap")]
-    assert evaluate.clear_best(files, swap) == 0 == evaluate.clear_best(files[::-1], swap) - 1
+    assert clear_best(files, swap) == 0 == clear_best(files[::-1], swap) - 1
     files[1]["sugarcrepe"]["swap"] = {**files[1]["sugarcrepe"]["swap"], "data": "others"}
-    assert evaluate.clear_best(files, swap) is None and evaluate.clear_best(files[:1], swap) is None
+    assert clear_best(files, swap) is None and clear_best(files[:1], swap) is None
+
+
+def test_a_table_draws_each_benchmark_once(three, monkeypatch):
+    """However many columns it has, for each two models that lead in one."""
+    names, files = evaluate.read_all_results(three)
+    for file in files:
+        for number in range(20):
+            file["sugarcrepe"][f"swap_{number}"] = file["sugarcrepe"]["swap"]
+    counted = []
+    plain = evaluate.bootstrap
+    monkeypatch.setattr(evaluate, "bootstrap", lambda *args: counted.append(0) or plain(*args))
+    columns = [("sugarcrepe", name) for name in files[0]["sugarcrepe"] if name.startswith("swap")]
+    table = evaluate.format_table("sugarcrepe", columns, names, files)
+    assert len(columns) == 21 and table.count("*") == 22 and len(counted) == 1      # one * in the legend
 
 
 @pytest.fixture
@@ -265,9 +360,13 @@ def test_one_table_over_benchmarks(several, capsys):
     head, *rows = table("attribute")
     columns = [("sugarcrepe", "add_att"), ("sugarcrepe", "swap_att"), ("scenes", "np_binding"), ("scenes", "swap_att")]
     assert head[1::3] == [*(" ".join(column) for column in columns), "mean"] and rows[0][-3:] == ["", "", ""]
-    found = [files[2][bench][subset] for bench, subset in columns]
-    mean = np.mean([r["accuracy"] for r in found])
-    above = np.sqrt(sum((r["high"] - r["accuracy"]) ** 2 for r in found)) / 4
+    means, aboves = [], []
+    for bench in "sugarcrepe", "scenes":        # whose images are drawn once for both subsets
+        found = [files[2][bench][subset] for name, subset in columns if name == bench]
+        both = bootstrap([(np.array(r["image"]), np.array(r["correct"]), np.ones(80)) for r in found]).mean(1)
+        means.append(both[0])
+        aboves.append(np.quantile(both[1:], 0.975) - both[0])
+    mean, above = np.mean(means), math.hypot(*aboves) / 2
     assert rows[2][-3] == f"{100 * mean:.1f}" and rows[2][-1] == f"{100 * (mean + above):.1f}"
     command(["compare", *several, "--format", "markdown", "--columns", "attribute"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| m1"))
@@ -319,18 +418,41 @@ def test_the_mean_of_benchmarks_is_of_independent_ones():
     for bench, n in ("a", 300), ("b", 200), ("c", 500):
         images = [str(i) for i in range(n)]
         outcomes[bench] = [Outcome("top1", torch.from_numpy(rng.random(n) - 0.4), 0.1, images, images)]
-    found = [evaluate.summarize(some, {})["top1"] for some in outcomes.values()]
-    mean, draws = evaluate.mean_of_benches(found), []
+    file = {bench: evaluate.summarize(some, {}) for bench, some in outcomes.items()}
+    found = [results["top1"] for results in file.values()]
+    mean, draws = evaluate.find_result(file, [(bench, "top1") for bench in file]), []
     for _ in range(4000):
         draws.append(np.mean([np.mean(rng.choice(r["correct"], r["n"])) for r in found]))
     assert mean["accuracy"] == pytest.approx(np.mean([r["accuracy"] for r in found])) and mean["n"] == 1000
     assert [mean["low"], mean["high"]] == pytest.approx(np.quantile(draws, (0.025, 0.975)), abs=0.004)
 
 
+def test_the_mean_of_subsets_of_one_benchmark_draws_its_images_once():
+    """Where they agree on every image, their mean is as uncertain as each of them, and no less; beside another
+    benchmark, all parts count alike."""
+    images = [f"{i}.jpg" for i in range(100)]
+    outcomes = [Outcome(name, torch.tensor([1] * 60 + [0] * 40) - 0.5, 0.5, images, images) for name in "xyz"]
+    other = [Outcome("x", torch.tensor([1] * 20 + [0] * 80) - 0.5, 0.1, images, images)]
+    file = {"b": evaluate.summarize(outcomes, {}), "c": evaluate.summarize(other, {})}
+    one, two = file["b"]["x"], file["c"]["x"]
+    parts = [("b", name) for name in "xyz"]
+    mean = evaluate.find_result(file, parts)
+    for key in "accuracy", "low", "high", "chance":
+        assert mean[key] == pytest.approx(one[key]), key
+    mean = evaluate.find_result(file, [parts[0], ("c", "x"), *parts[1:]])
+    assert mean["accuracy"] == pytest.approx(0.5) and mean["chance"] == pytest.approx(0.4) and mean["n"] == 400
+    below = math.hypot(3 * (one["accuracy"] - one["low"]), two["accuracy"] - two["low"]) / 4
+    assert mean["low"] == pytest.approx(0.5 - below)
+    assert evaluate.find_result(file, [*parts, ("d", "x")]) is None
+    del file["b"]["y"]["correct"]
+    with pytest.raises(ValueError, match="no items of b x and others: expected files of --json"):
+        evaluate.find_result(file, parts)
+
+
 def test_run_gives_the_mean_of_the_eleven_sets(monkeypatch):
     assert len(evaluate.GROUPS[evaluate.ELEVEN]) == 11
     assert all(len(evaluate.READERS[bench].__doc__) > 99 for bench in evaluate.GROUPS[evaluate.ELEVEN])
-    monkeypatch.setitem(evaluate.GROUPS, evaluate.ELEVEN, {"scenes_pointing": ["quadrant"], "scenes": ["swap_att"]})
+    monkeypatch.setattr(evaluate, "ELEVEN_SETS", [("scenes_pointing", "quadrant"), ("scenes", "swap_att")])
     found = evaluate.run(nano(0).eval(), ["scenes", "scenes_pointing"], quiet=True)
     both = [found["scenes_pointing"]["quadrant"]["accuracy"], found["scenes"]["swap_att"]["accuracy"]]
     assert found[evaluate.ELEVEN]["mean"]["accuracy"] == pytest.approx(sum(both) / 2)
@@ -390,9 +512,9 @@ def test_the_lead_in_several_subsets_of_one_benchmark_draws_its_images_once():
     for right in ([1] * 50 + [0] * 50, [1] * 56 + [0] * 44):
         outcomes = [Outcome(name, torch.tensor(right) - 0.5, 0.5, images, images) for name in "xyz"]
         files.append(dict.fromkeys("bc", {name: {**r, "data": ""} for name, r in evaluate.summarize(outcomes, {}).items()}))
-    one, three = (evaluate.paired_mean_draws([("b", name) for name in names], *files) for names in ("x", "xyz"))
+    one, three = (paired_mean([("b", name) for name in names], files).draws for names in ("x", "xyz"))
     assert np.allclose(one, three) and one[0] == pytest.approx(6)
-    both = evaluate.paired_mean_draws([("b", "x"), ("c", "x")], *files)      # of two benchmarks they are others
+    both = paired_mean([("b", "x"), ("c", "x")], files).draws       # of two benchmarks they are others
     assert both[0] == pytest.approx(6) and both.std() == pytest.approx(one.std() / math.sqrt(2), rel=0.1)
 
 
