@@ -404,7 +404,7 @@ class Outcome:
     chance: float | list            # share that is right by blind choice: of all, or of each item
     images: list                    # N names of images, by which the bootstrap draws
     items: list                     # N items in words
-    labels: list | None = None      # N strings or None: SUBSET_macro is the mean of their means
+    labels: list | None = None      # N classes or None: SUBSET_macro is the mean of their means
     partial: str = ""               # what the table says of a file that is not whole
 
 
@@ -615,7 +615,8 @@ class Options:
     """What run takes beside the model and the benchmarks."""
     data_dir: str = "data"          # folder of the benchmarks' files, as download fills it
     image_root: str = ""            # folder of the images, where they are not in data_dir
-    data: str | None = None         # own data: a table of pairs (retrieval) or a folder of classes
+    # own data: pairs (retrieval), a folder of classes, captions and negatives (choices), or boxes
+    data: str | None = None
     image_key: str | None = None    # column of data with paths of images; None: a usual name
     caption_key: str | None = None  # column of data with captions; None: a usual name
     classes: str | None = None      # file with the name of each class of folder, one a line
@@ -2240,16 +2241,17 @@ def torchvision_set(source, download=False):
     classification_11 is the mean of the eleven sets on which pre-training is usually compared, of
     aircraft, pets, caltech101 and flowers over classes.
     """
-    name, split = source.spec["torchvision"].values()
+    spec = source.spec["torchvision"]
     path = os.path.join(source.options.data_dir, source.spec["folder"])
     try:
-        data = getattr(torchvision.datasets, name)(path, download=download, **split)
+        make = getattr(torchvision.datasets, spec["class"])
+        data = make(path, download=download, **spec["split"])
     except (RuntimeError, OSError) as error:
         error = " ".join(str(error).split())
         raise Missing(f"{source.bench}: {error}; get it: {GET} {source.bench}") from None
     except ImportError as error:        # flowers and cars want scipy
         raise Missing(f"{source.bench}: {error}: pip install {error.name or 'it'}") from None
-    if name == "Caltech101":        # torchvision leaves the background out
+    if spec["class"] == "Caltech101":       # torchvision leaves the background out
         data = image_folder(source, os.path.join(data.root, "101_ObjectCategories"))
     known = PROMPTS[source.bench]
     yield classification(source, data, known.get("classes") or data.classes, known["templates"])
@@ -2498,7 +2500,7 @@ def describe(bench, data_dir):
     print(f"{bench}: {BENCHES[bench]}\n")
     print(inspect.getdoc(READERS[bench]))
     if bench in TORCHVISION:
-        name, split = TORCHVISION[bench].values()
+        name, split = TORCHVISION[bench]["class"], TORCHVISION[bench]["split"]
         first, *others = PROMPTS[bench]["templates"]
         print(f"\nHere torchvision.datasets.{name}, {split}; prompt {first!r} and {len(others)} "
               "more.")
