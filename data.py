@@ -1575,22 +1575,29 @@ def parse_list(value, separator="|", empty=False):
     Raises ValueError for a list of anything but texts and numbers, and for a broken one: a text
     that begins with "[" or, where the separator is None and "[a] dog" is a caption, with "['".
     """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        listed = list_in_text(value)
-        if listed is None and (separator or LIST_OF_TEXTS.match(value)):
-            raise ValueError(f"{value:.40} is no list in json")
-        value = value if listed is None else listed
-    if isinstance(value, str):
-        value = value.split(separator) if separator else [value]
-    if value is None or value != value:     # NaN, an empty cell of pandas
-        return []
-    if not isinstance(value, list):
-        raise ValueError(f"{to_text(value):.40}: expected a text, or a list of texts")
-    for item in value:
+    texts = []
+    for item in as_list(value, separator):
         if isinstance(item, (dict, list, tuple)):
             raise ValueError(f"{to_text(item):.40} in a list: expected a text")
-    texts = ["" if item is None else to_text(item).strip() for item in value]
+        texts.append("" if item is None else to_text(item).strip())
     return texts if empty else [text for text in texts if text]
+
+
+def as_list(value, separator):
+    """The list that a value is, or that a text stands for: see parse_list."""
+    if value is None or value != value:     # NaN, an empty cell of pandas
+        return []
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        listed = list_in_text(value)
+        if listed is not None:
+            return listed
+        if separator or LIST_OF_TEXTS.match(value):
+            raise ValueError(f"{value:.40} is no list in json")
+    if isinstance(value, str):
+        return value.split(separator) if separator else [value]
+    if not isinstance(value, list):
+        raise ValueError(f"{to_text(value):.40}: expected a text, or a list of texts")
+    return value
 
 
 def list_in_text(text):

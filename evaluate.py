@@ -2179,27 +2179,8 @@ def choices(source):
         raise Missing(needs_data("choices"))
     groups = {}         # {subset: rows of (picture, caption, negatives)}
     for number, row in enumerate(read_table(options.data), 1):
-        image_key, caption_key = options.image_key or "image", options.caption_key or "caption"
-        image, caption = row.get(image_key), row.get(caption_key)
-        negatives = []
-        for column, value in row.items():
-            if column and re.fullmatch(r"negatives?(_\d+)?", column):   # but not negative_image
-                with expecting(f"{options.data}: row {number}: expected texts as {column}"):
-                    negatives += parse_list(value, separator=None)
-        if not (image and caption and negatives):
-            filled = [str(column) for column, value in row.items() if value]
-            raise ValueError(f"{options.data}: row {number} needs {image_key}, {caption_key} and "
-                             f"negative, and has {', '.join(filled) or 'nothing'}")
-        subset = row.get("subset") or "choices"
-        for name, value in (("image", image), ("caption", caption), ("subset", subset)):
-            if not is_kind(value, str):
-                raise ValueError(f"{options.data}: row {number} has {value!r:.80} as {name}: "
-                                 "expected text")
-        if subset in ("macro", "micro"):
-            raise ValueError(f"{options.data}: row {number}: the subset {subset} would be taken "
-                             "for the mean of that name: call it otherwise")
-        picture = Picture(os.path.join(options.image_root, image))
-        groups.setdefault(subset, []).append((picture, caption, negatives))
+        subset, item = read_choice(row, f"{options.data}: row {number}", options)
+        groups.setdefault(subset, []).append(item)
     if not groups:
         raise ValueError(f"{options.data}: none of its rows can be read")
     for subset, rows in groups.items():
@@ -2210,6 +2191,29 @@ def choices(source):
         chance = float(np.mean([1 / (1 + len(negatives)) for _, _, negatives in rows]))
         images = tuples(picture for picture, _, _ in rows)
         yield Choices(subset, first_text_wins, chance, images, texts)
+
+
+def read_choice(row, place, options):
+    """A row of choices -> its subset, and (picture, caption, negatives). place: of it, in words."""
+    image_key, caption_key = options.image_key or "image", options.caption_key or "caption"
+    image, caption = row.get(image_key), row.get(caption_key)
+    negatives = []
+    for column, value in row.items():
+        if column and re.fullmatch(r"negatives?(_\d+)?", column):       # but not negative_image
+            with expecting(f"{place}: expected texts as {column}"):
+                negatives += parse_list(value, separator=None)
+    if not (image and caption and negatives):
+        filled = [str(column) for column, value in row.items() if value]
+        raise ValueError(f"{place} needs {image_key}, {caption_key} and negative, and has "
+                         f"{', '.join(filled) or 'nothing'}")
+    subset = row.get("subset") or "choices"
+    for name, value in (("image", image), ("caption", caption), ("subset", subset)):
+        if not is_kind(value, str):
+            raise ValueError(f"{place} has {value!r:.80} as {name}: expected text")
+    if subset in ("macro", "micro"):
+        raise ValueError(f"{place}: the subset {subset} would be taken for the mean of that name: "
+                         "call it otherwise")
+    return subset, (Picture(os.path.join(options.image_root, image)), caption, negatives)
 
 
 def read_table(path):
