@@ -902,7 +902,8 @@ def model_from_scratch():
     if args.data:
         captions = dataset.captions
     else:
-        captions = [dataset[i]["caption"] for i in range(2000)]
+        scenes = Scenes(2000, "train", args.seed, relations=args.relations, world=args.world)
+        captions = [scene["caption"] for scene in scenes]
     config.tokenizer, config.vocab_size, longest = train_tokenizer(captions)
     together = 2 if with_pairs else 1       # so many captions in one text
     config.context_length = min(together * config.context_length,
