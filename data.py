@@ -88,26 +88,29 @@ MORE_SHAPES = SHAPES + ("frame", "bar", "pillar", "funnel", "bowl", "slash")
 
 @dataclass(frozen=True)
 class World:
-    """What scenes may show: so many objects, each of another colour and another shape."""
+    """What scenes may show: so many objects, each of another colour, shape and cell."""
     objects: int
     named: int          # of them by the caption, the first
     colours: dict       # name -> (red, green, blue)
     shapes: tuple
+    grid: int = 2       # cells on a side of the image, each with one object at most
 
 
 # In the small world a batch of 128 holds captions that differ in little but their binding, and from
 # those any contrastive loss can learn it. Natural captions are not like that. In the large world
 # such near misses are rare: a bag of words tells nearly all scenes of a batch apart. The crowded
 # world has rarer ones still: what a caption says has to be found beside an object it does not name.
+# The world of many objects has smaller ones, half of them not named, for images of 48 pixels.
 WORLDS = {
     "small": World(2, 2, COLOURS, SHAPES),
     "large": World(3, 3, MORE_COLOURS, MORE_SHAPES),
     "crowded": World(4, 3, MORE_COLOURS, MORE_SHAPES),
+    "many": World(6, 3, MORE_COLOURS, MORE_SHAPES, grid=3),
 }
 
 
 class Scenes(Dataset):
-    """Objects of different colours and shapes, each in its quadrant: only binding is hard here.
+    """Objects of different colours and shapes, each in a cell of its own: only binding is hard.
 
     Scene i is a function of (seed, i) alone. Of all sets of objects a tenth, chosen by a
     checksum, is kept for split "val", so held-out scenes show sets that were never trained on.
@@ -123,7 +126,8 @@ class Scenes(Dataset):
                      instead of the first "and"
     negative_images  draw the first negative, too, as negative_image
     world            name in WORLDS: "small" shows two objects, "large" three of more kinds,
-                     "crowded" four of those, of which the caption names three
+                     "crowded" four of those, of which the caption names three, and "many" six
+                     smaller ones, of which it names three
     """
 
     def __init__(self, length, split="train", seed=0, image_size=32, relations=0.0,
@@ -141,8 +145,8 @@ class Scenes(Dataset):
 
     def objects(self, index):
         """Return the (colour, shape) of each object, those that the caption names first and in its
-        order, their quadrants (different ones of 0 to 3), and the generator of all else that is
-        random in this scene."""
+        order, their cells (numbered row by row), and the generator of all else that is random in
+        this scene."""
         world = self.world
         rng = random.Random(f"{self.seed} {self.split} {index}")
         while True:
@@ -152,7 +156,7 @@ class Scenes(Dataset):
             checksum = zlib.crc32(repr(sorted(objects[:world.named])).encode())
             held_out = checksum % 10 == 0
             if held_out == (self.split == "val"):
-                return objects, rng.sample(range(4), world.objects), rng
+                return objects, rng.sample(range(world.grid**2), world.objects), rng
 
     def __getitem__(self, index):
         if not 0 <= index < self.length:
@@ -161,7 +165,7 @@ class Scenes(Dataset):
         image = self.render(shown, cells, rng)
         link = "and"
         if rng.random() < self.relations:
-            link = relation(*cells[:2])
+            link = relation(*cells[:2], self.world.grid)
         objects, unnamed = shown[:self.world.named], shown[self.world.named:]
         wrong = wrong_objects(objects, unnamed, self.world, rng)
         negatives = [describe(others, link) for others in wrong]
@@ -173,7 +177,7 @@ class Scenes(Dataset):
             "caption": caption,
             "concepts": [f"a {colour} {shape}" for colour, shape in objects],
             "negatives": negatives,
-            "paraphrase": exchange_first_two(objects, cells, link),
+            "paraphrase": exchange_first_two(objects, cells, link, self.world.grid),
             "units": scene_units(objects, wrong, link),
             "objects": objects,
             "key": f"scene {self.split} {index}",
@@ -184,16 +188,17 @@ class Scenes(Dataset):
         return row
 
     def render(self, objects, cells, rng):
-        """Draw one or more (colour, shape), each somewhere in its quadrant."""
+        """Draw one or more (colour, shape), each somewhere in its cell."""
         size = self.image_size
-        half = size / 2
+        side = size / self.world.grid       # of a cell
         grey = rng.randint(0, 40)
         image = Image.new("RGB", (size, size), (grey, grey, grey))
         draw = ImageDraw.Draw(image)
         for (colour, shape), cell in zip(objects, cells):
-            radius = rng.uniform(0.38, 0.48) * half
-            x = half * (cell % 2) + rng.uniform(radius, half - radius)
-            y = half * (cell // 2) + rng.uniform(radius, half - radius)
+            row, column = divmod(cell, self.world.grid)
+            radius = rng.uniform(0.38, 0.48) * side
+            x = side * column + rng.uniform(radius, side - radius)
+            y = side * row + rng.uniform(radius, side - radius)
             draw_shape(draw, shape, x, y, radius, self.world.colours[colour])
         return image
 
@@ -214,19 +219,19 @@ def scene_units(objects, wrong, link):
     return units
 
 
-def exchange_first_two(objects, cells, link):
+def exchange_first_two(objects, cells, link, grid):
     """The same caption, told from the second object: "b right of a" for "a left of b"."""
     first, second, *rest = objects
     if link != "and":
-        link = relation(cells[1], cells[0])
+        link = relation(cells[1], cells[0], grid)
     return describe([second, first, *rest], link)
 
 
-def relation(first, second):
-    """Where the first quadrant lies, seen from the second (quadrants 0 1 above 2 3)."""
-    if first % 2 < second % 2:
+def relation(first, second, grid):
+    """Where the first cell lies, seen from the second (cells 0 1 above 2 3 in a grid of 2)."""
+    if first % grid < second % grid:
         return "left of"
-    if first % 2 > second % 2:
+    if first % grid > second % grid:
         return "right of"
     if first < second:
         return "above"

@@ -1478,6 +1478,15 @@ def scenes_crowded(source, n=1000, seed=1):
     yield from scene_tasks("crowded", source, n, seed)
 
 
+def scenes_many(source, n=1000, seed=1):
+    """Built-in drawings of six small objects of 12 colours and 12 shapes; a caption names three.
+
+    As `scenes_crowded`, in nine cells instead of four. For images of 48 pixels and more, in which
+    an object covers as many pixels as one of four does in 32.
+    """
+    yield from scene_tasks("many", source, n, seed)
+
+
 def scenes_pointing(source, n=1000, seed=1):
     """Built-in drawings of two objects that training never showed together, 1,000 of them; for each
     object the patch most similar to "a red circle" must lie in its quadrant (chance 25)."""
@@ -1491,26 +1500,34 @@ def scenes_crowded_pointing(source, n=1000, seed=1):
     yield from scene_pointing("crowded", source, n, seed)
 
 
+def scenes_many_pointing(source, n=1000, seed=1):
+    """The 1,000 built-in drawings of scenes_many; for each of their six objects, named by a caption
+    or not, the patch most similar to "a red circle" must lie in its cell (chance 11)."""
+    yield from scene_pointing("many", source, n, seed)
+
+
 def scene_pointing(world, source, n, seed):
     need_patches(source)
     data = Scenes(n, "val", seed, source.image_size, world=world)
     pictures = [picture for picture, in scene_pictures(data, f"{world} val {seed}", n)]
     images, texts, boxes = [], [], []
     for i, picture in enumerate(pictures):
-        for name, *box in quadrants(data, i):
+        for name, *box in scene_boxes(data, i):
             images.append((picture,))
             texts.append((f"a {name}",))
             boxes.append([box])
-    yield Pointing("quadrant", images, texts, boxes)
+    name = "quadrant" if data.world.grid == 2 else "cell"
+    yield Pointing(name, images, texts, boxes)
 
 
-def quadrants(data, i):
-    """[name, x, y, width, height] of each object of scene i."""
+def scene_boxes(data, i):
+    """[name, x, y, width, height] of each object of scene i: the cell that it lies in."""
     objects, cells, _ = data.objects(i)
-    half = data.image_size / 2
+    side = data.image_size / data.world.grid
     boxes = []
     for (colour, shape), cell in zip(objects, cells):
-        boxes.append([f"{colour} {shape}", half * (cell % 2), half * (cell // 2), half, half])
+        row, column = divmod(cell, data.world.grid)
+        boxes.append([f"{colour} {shape}", side * column, side * row, side, side])
     return boxes
 
 
@@ -1560,7 +1577,7 @@ def scene_captions(data, n, seed):
             "c3": rng.choice([colour for colour in data.world.colours if colour not in colours]),
             "s3": rng.choice([shape for shape in data.world.shapes if shape not in shapes]),
             "rest": "".join(f" and a {colour} {shape}" for colour, shape in also_named),
-            "where": relation(*cells[:2]),
+            "where": relation(*cells[:2], data.world.grid),
         }
         for subset, (true, false) in SCENE_CAPTIONS.items():
             captions[subset].append((true.format(**words), false.format(**words)))
@@ -2302,10 +2319,10 @@ def class_numbers(data):
 
 
 READERS = {reader.__name__: reader for reader in (
-    scenes, scenes_large, scenes_crowded, scenes_pointing, scenes_crowded_pointing, sugarcrepe,
-    sugarcrepe_pp, aro, valse, winoground, colorswap, whatsup, cola, bivlc, vismin, mmvp, negbench,
-    hard_positives, vl_checklist, retrieval, flickr8k, long_retrieval, pointing, imagenet, folder,
-    choices)}
+    scenes, scenes_large, scenes_crowded, scenes_many, scenes_pointing, scenes_crowded_pointing,
+    scenes_many_pointing, sugarcrepe, sugarcrepe_pp, aro, valse, winoground, colorswap, whatsup,
+    cola, bivlc, vismin, mmvp, negbench, hard_positives, vl_checklist, retrieval, flickr8k,
+    long_retrieval, pointing, imagenet, folder, choices)}
 READERS |= dict.fromkeys(("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch"), imagenet)
 READERS |= dict.fromkeys(TORCHVISION, torchvision_set)
 
@@ -3204,7 +3221,7 @@ def show(checkpoint, image=None, scene=0, caption=None, concepts=None, boxes=Non
     else:
         data = Scenes(scene + 1, "val", 1, models[0].config.image_size)
         row = data[scene]
-        known = quadrants(data, scene)
+        known = scene_boxes(data, scene)
         picture = row["image"]
         caption = caption or row["caption"]
     phrases = concepts or extract(caption or "")

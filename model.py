@@ -196,6 +196,7 @@ LARGE = (1024, 24, 16, 4096)
 SO400M = (1152, 27, 16, 4304)
 MODELS = {  # patch size, image size, towers, activation; ViT-...: by the names of open_clip
     "nano": CLIPConfig(),
+    "nano-48": CLIPConfig(image_size=48),
     "micro": scratch_config(8, 48, (128, 4, 2, 512), (128, 3, 2, 512), siglip=False),
     "micro-siglip": scratch_config(8, 48, (128, 4, 2, 512), (128, 3, 2, 512), siglip=True),
     "small-112": scratch_config(16, 112, (384, 12, 6, 1536), (384, 6, 6, 1536), siglip=False),

@@ -135,10 +135,11 @@ group.add_argument("--index-dir", metavar="DIR",
                         "keys and captions. One is about 1.4 times as large as its table, and may "
                         "be deleted when no run uses it. Default: beside each file, or your cache "
                         "folder where that cannot be written.")
-group.add_argument("--world", choices=("small", "large", "crowded"), default="small",
+group.add_argument("--world", choices=("small", "large", "crowded", "many"), default="small",
                    help="Scenes only: small shows two objects of 8 colours and 6 shapes, large "
                         "three of 12 and 12, so that near misses are rare, crowded four of those, "
-                        "of which captions name three. Default: small.")
+                        "of which captions name three, many six smaller ones, of which captions "
+                        "name three, for --model nano-48. Default: small.")
 group.add_argument("--relations", type=float, default=0.0, metavar="SHARE",
                    help="Scenes only: the share of captions that say where the objects are. "
                         "Default: 0.")

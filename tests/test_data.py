@@ -2096,6 +2096,29 @@ def test_the_crowded_world_shows_more_than_it_names():
     assert not held_out & {str(sorted(Scenes(2000, world="crowded")[i]["objects"])) for i in range(2000)}
 
 
+def test_the_world_of_many_objects_has_a_cell_for_each():
+    data = Scenes(200, world="many", image_size=48, relations=1.0)
+    used = set()
+    for i in range(30):
+        scene, (shown, cells, _) = data[i], data.objects(i)
+        assert len(shown) == 6 == len(set(cells)) and scene["objects"] == shown[:3]
+        assert scene["caption"].count(" and ") == 1
+        used |= set(cells)
+        pixels = np.asarray(scene["image"])
+        found = {}      # colour: the cells in which it is seen
+        for name, rgb in data.world.colours.items():
+            rows, columns = (pixels == np.array(rgb, dtype=pixels.dtype)).all(2).nonzero()
+            found[name] = set((rows // 16 * 3 + columns // 16).tolist())
+        for (colour, _), cell in zip(shown, cells):
+            assert cell in found.pop(colour)
+        assert not set().union(*found.values())
+        (row, column), (other_row, other_column) = divmod(cells[0], 3), divmod(cells[1], 3)
+        where = "left of" if column < other_column else "right of" if column > other_column else \
+            "above" if row < other_row else "below"
+        assert f" {where} " in scene["caption"]
+    assert used == set(range(9))
+
+
 @pytest.mark.parametrize("world", sorted(WORLDS))
 def test_every_shape_is_drawn_in_its_own_way(world):
     drawn = set()

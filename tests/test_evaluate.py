@@ -1066,11 +1066,12 @@ def test_imagenet_names_and_prompts_equal_the_peers():
     assert [t.replace("{}", "x y") for t in ours["templates"]] == [t("x y") for t in peer.OPENAI_IMAGENET_TEMPLATES]
 
 
-def test_crowded_scenes_count_what_is_true_of_others():
+@pytest.mark.parametrize("bench, world", [("scenes_crowded", "crowded"), ("scenes_many", "many")])
+def test_crowded_scenes_count_what_is_true_of_others(bench, world):
     """A caption fits each image that shows all of its objects, whichever are named there."""
-    [ranking] = [task for task in evaluate.scenes_crowded(evaluate.Source("s", "s", Options(), 32), n=200, seed=5)
+    [ranking] = [task for task in evaluate.READERS[bench](evaluate.Source("s", "s", Options(), 32), n=200, seed=5)
                  if "i2t_r1" in getattr(task, "recalls", {})]
-    data = evaluate.Scenes(200, "val", 5, 32, world="crowded")
+    data = evaluate.Scenes(200, "val", 5, 32, world=world)
     for i in range(200):
         shown = [f"a {colour} {shape}" for colour, shape in data.objects(i)[0]]
         for j, (caption,) in enumerate(ranking.texts):
@@ -1267,7 +1268,8 @@ def test_all_runs_what_is_there_and_lists_the_rest(table):
     done = command("--checkpoint", table / "nano.pt", "--bench", "all", "--data-dir", table / "data", "--data",
                    table / "data" / "pets", "--classes", table / "names.txt", "--json", table / "r.json")
     r = json.load(open(table / "r.json"))
-    built_in = ["scenes", "scenes_large", "scenes_crowded", "scenes_pointing", "scenes_crowded_pointing"]
+    built_in = ["scenes", "scenes_large", "scenes_crowded", "scenes_many", "scenes_pointing",
+                "scenes_crowded_pointing", "scenes_many_pointing"]
     assert list(r["results"]) == [*built_in, "folder"] and r["results"]["folder"]["top1"]["n"] == 3
     assert "np_binding" in done.stdout
     for text in ("not there: sugarcrepe: no ", "download sugarcrepe", "not there: winoground: no ",

@@ -1324,11 +1324,12 @@ def test_pointing_at_colours(tmp_path):
     assert official["pointing"]["coco"]["correct"] == [1]
 
 
-@pytest.mark.parametrize("bench, world, asked", [("scenes_pointing", "small", 2), ("scenes_crowded_pointing", "crowded", 4)])
-def test_pointing_in_scenes_equals_a_plain_loop(bench, world, asked):
-    model = nano(0).eval()
-    found = evaluate.run(model, [bench], quiet=True)[bench]["quadrant"]
-    data, correct = Scenes(1000, "val", 1, world=world), []
+@pytest.mark.parametrize("bench, world, asked, grid", [
+    ("scenes_pointing", "small", 2, 2), ("scenes_crowded_pointing", "crowded", 4, 2), ("scenes_many_pointing", "many", 6, 3)])
+def test_pointing_in_scenes_equals_a_plain_loop(bench, world, asked, grid):
+    model = nano(0, image_size=16 * grid).eval()
+    found = evaluate.run(model, [bench], quiet=True)[bench]["cell" if grid == 3 else "quadrant"]
+    data, correct = Scenes(1000, "val", 1, 16 * grid, world=world), []
     for i in range(20):
         objects, cells, _ = data.objects(i)
         with torch.no_grad():
@@ -1336,10 +1337,9 @@ def test_pointing_in_scenes_equals_a_plain_loop(bench, world, asked):
             for (colour, shape), cell in zip(objects, cells):
                 text = model.encode_text(model.tokenize([f"a {colour} {shape}"]), True)[0]
                 y, x = divmod(int((tokens @ text).argmax()), math.isqrt(len(tokens)))
-                half = math.isqrt(len(tokens)) // 2
-                correct.append(int((x // half, y // half) == (cell % 2, cell // 2)))
+                correct.append(int((x // 2, y // 2) == (cell % grid, cell // grid)))
     assert len(correct) == 20 * asked and found["correct"][:20 * asked] == correct
-    assert found["n"] == 1000 * asked and found["chance"] == 0.25
+    assert found["n"] == 1000 * asked and found["chance"] == pytest.approx(1 / grid**2)
     assert len(set(found["image"])) == 1000
 
 

@@ -9,6 +9,9 @@ Parts:
     large    the main arms from nothing on the large world, in which a bag of words tells the scenes
              of a batch apart, as it does natural captions
     crowded  the weights of XAC on the crowded world, whose captions name three of four objects
+    wide     the same in images of 48 pixels
+    many     fine-tuning to more and smaller objects: captions name three of six. What is tuned
+             ("before") is the arm "CLIP, plain" of wide with the same seed
     tuned    fine-tuning, which should add binding and lose nothing. What is tuned ("before") is
              the arm "CLIP, plain" of scratch with the same seed: it retrieves, and does not bind
              phrases
@@ -82,6 +85,8 @@ CROWDED = {     # with a softmax, which leaves the plateau of the first steps so
     "C2LIP, XAC 0.3": ["--loss", "clip", "--xac-weight", "0.3"],
     "C2LIP, XAC 1": ["--loss", "clip", "--xac-weight", "1"],
 }
+WIDE = {arm: CROWDED[arm] for arm in ("CLIP, plain", "NPC alone", "C2LIP", "C2LIP, XAC 1")}
+PARTS = ("scratch", "large", "crowded", "wide", "many", "tuned")
 # Student's t, by the number of seeds; from 10 on as of 10, which is too wide rather than too narrow
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
@@ -89,8 +94,7 @@ parser = argparse.ArgumentParser(description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--output", default="out/study",
                     help="Folder of the runs and of table.md. Default: out/study.")
-parser.add_argument("--parts", nargs="+", default=["scratch", "large", "crowded", "tuned"],
-                    choices=("scratch", "large", "crowded", "tuned"), help="Default: all.")
+parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="Default: all.")
 parser.add_argument("--arms", nargs="+", metavar="ARM",
                     help="Only these arms of each part, by their names in the tables.")
 parser.add_argument("--seeds", type=int, default=3, help="Runs an arm: seeds 0, 1, ... Default: 3.")
@@ -100,6 +104,10 @@ parser.add_argument("--large-steps", type=int, default=1200,
                     help="Of the part large, in batches of 128. Default: 1200.")
 parser.add_argument("--crowded-steps", type=int, default=1200,
                     help="Of the part crowded, in batches of 128. Default: 1200.")
+parser.add_argument("--wide-steps", type=int, default=1200,
+                    help="Of the part wide, in batches of 128. Default: 1200.")
+parser.add_argument("--many-steps", type=int, default=600,
+                    help="Of the part many, in batches of 128. Default: 600.")
 parser.add_argument("--tune-steps", type=int, default=900,
                     help="Of fine-tuning, in batches of 128. Default: 900.")
 parser.add_argument("--tune-lr", type=float, default=1e-3, help="Of fine-tuning. Default: 1e-3.")
@@ -110,27 +118,33 @@ parser.add_argument("--quick", action="store_true",
                     help="Four steps of everything: whether it runs.")
 args = parser.parse_args()
 if args.quick:
-    args.steps = args.large_steps = args.crowded_steps = args.tune_steps = 4
+    args.steps = args.large_steps = args.crowded_steps = args.wide_steps = 4
+    args.many_steps = args.tune_steps = 4
 
 SMALL_WORLD = ["--lr", "3e-3", "--relations", "0.1"]
 LARGE_WORLD = ["--world", "large", "--lr", "2e-3"]
 CROWDED_WORLD = ["--world", "crowded", "--lr", "2e-3"]
+WIDE_WORLD = [*CROWDED_WORLD, "--model", "nano-48", "--init", "scratch",
+              "--bench", "scenes_crowded,scenes_many"]
+MANY_WORLD = ["--world", "many", "--lr", str(args.tune_lr)]
 TUNING = ["--relations", "0.1", "--lr", str(args.tune_lr)]
 
 
 class Run:
     """One training run: a part, an arm, a seed.
 
-    flags are those of train.py, and start is the run whose weights this one begins with.
+    flags are those of train.py, and start is the run whose weights this one begins with. bench is
+    the benchmark whose figures count, by default the first.
     """
 
-    def __init__(self, part, arm, seed, steps, flags, start=None):
+    def __init__(self, part, arm, seed, steps, flags, start=None, bench=None):
         self.name = f"{part} {arm}, seed {seed}"
         arm_name = "".join(letter if letter.isalnum() else "-" for letter in arm.lower())
         self.folder = os.path.join(args.output, part, f"{arm_name}-{seed}")
         self.steps = steps
         self.flags = [*flags, "--seed", str(seed), "--steps", str(steps)]
         self.start = start
+        self.bench = bench
 
     def figures(self):
         """{subset: accuracy} at the last step, None before the run is complete."""
@@ -141,7 +155,7 @@ class Run:
             for line in f:
                 row = json.loads(line) if line.endswith("\n") else {}
                 if row.get("step") == self.steps and "eval" in row:
-                    results = next(iter(row["eval"].values()))
+                    results = row["eval"][self.bench or next(iter(row["eval"]))]
                     return {name: r["accuracy"] for name, r in results.items()}
         return None
 
@@ -178,16 +192,12 @@ def part_runs(part, arms, steps, flags):
     return runs
 
 
-def tuned_runs():
-    """The same for fine-tuning; "before" is among the arms, and each run knows what it tunes."""
-    runs = {"before": []}
-    for seed in range(args.seeds):
-        before = Run("scratch", "CLIP, plain", seed, args.steps,
-                     [*SMALL_WORLD, *SCRATCH["CLIP, plain"]])
-        runs["before"].append(before)
-        for arm, flags in chosen(TUNED).items():
-            run = Run("tuned", arm, seed, args.tune_steps, [*TUNING, *flags], before)
-            runs.setdefault(arm, []).append(run)
+def tuned_runs(part, arms, steps, flags, before):
+    """The same for fine-tuning what before holds, seed by seed, which is among the arms."""
+    runs = {"before": before}
+    for arm, own_flags in chosen(arms).items():
+        runs[arm] = [Run(part, arm, seed, steps, [*flags, *own_flags], start)
+                     for seed, start in enumerate(before)]
     return runs
 
 
@@ -294,14 +304,26 @@ if "large" in args.parts:
     parts["large"] = part_runs("large", LARGE, args.large_steps, LARGE_WORLD)
 if "crowded" in args.parts:
     parts["crowded"] = part_runs("crowded", CROWDED, args.crowded_steps, CROWDED_WORLD)
+if "wide" in args.parts:
+    parts["wide"] = part_runs("wide", WIDE, args.wide_steps, WIDE_WORLD)
+if "many" in args.parts:
+    flags = [*WIDE_WORLD, *WIDE["CLIP, plain"]]
+    before = [Run("wide", "CLIP, plain", seed, args.wide_steps, flags, bench="scenes_many")
+              for seed in range(args.seeds)]
+    parts["many"] = tuned_runs("many", WIDE, args.many_steps, MANY_WORLD, before)
 if "tuned" in args.parts:
-    parts["tuned"] = tuned_runs()
+    flags = [*SMALL_WORLD, *SCRATCH["CLIP, plain"]]
+    before = [Run("scratch", "CLIP, plain", seed, args.steps, flags) for seed in range(args.seeds)]
+    parts["tuned"] = tuned_runs("tuned", TUNED, args.tune_steps, TUNING, before)
 train_all(parts)
 
 TITLES = {
     "scratch": f"From scratch, small world, {args.steps} steps of 128",
     "large": f"From scratch, large world, {args.large_steps} steps of 128",
     "crowded": f"From scratch, crowded world, {args.crowded_steps} steps of 128",
+    "wide": f"From scratch, crowded world in 48 pixels, {args.wide_steps} steps of 128",
+    "many": f"A plain CLIP ('before'), and what {args.many_steps} steps of 128 at a rate of "
+            f"{args.tune_lr:g} in the world of many objects change in it, in points",
     "tuned": f"A plain CLIP ('before'), and what {args.tune_steps} steps of 128 at a rate of "
              f"{args.tune_lr:g} change in it, in points",
 }
