@@ -722,7 +722,17 @@ def progress(batches, count):
 @torch.inference_mode()
 def forward(model, encoder, inputs, options):
     """One batch through one tower -> normalised features (..., D), float32 on the CPU."""
-    return differentiable_forward(model, encoder, inputs, options).cpu()
+    return without_nan(differentiable_forward(model, encoder, inputs, options).cpu())
+
+
+def without_nan(features):
+    """The features as they are. NaN means elsewhere that there is no image, so that a model that
+    makes some would lose these items, and have the others counted."""
+    if features.isnan().any():
+        raise ValueError("the model gives features that are no numbers (NaN): expected weights "
+                         "without NaN, and numbers that --dtype can hold; check the training's "
+                         "log, or give --dtype float32")
+    return features
 
 
 def differentiable_forward(model, encoder, inputs, options):
@@ -1141,7 +1151,7 @@ def attacked_outcomes(model, task, text_features, options):
         attacked = pgd_attack(pixels, noise, functools.partial(loss, labels=labels),
                               options.attack / 255, options.attack_steps)
         with torch.no_grad():
-            parts.append((numbers, encode(attacked).cpu()))
+            parts.append((numbers, without_nan(encode(attacked).cpu())))
     features = share(parts, len(task.images))[:, None]              # (N, 1, D)
     for outcome in task.outcomes(lambda images: features, text_features):
         yield replace(outcome, subset=f"attacked_{outcome.subset}")
@@ -2278,10 +2288,10 @@ def classification(source, data, classes, templates, count=None):
                           f"{found:,} classes")
 
     def load(name, i):
-        return data[i][0]
+        return data[i][0].convert("RGB")        # MNIST is grey
 
     pictures = [(Picture(name, (i,), load),) for i, name in enumerate(names)]
-    labels = torch.as_tensor(class_numbers(data))
+    labels = torch.as_tensor(class_numbers(data)).long()        # STL10's are bytes
     texts = []
     for name in classes:
         name = name.replace("_", " ")

@@ -1052,6 +1052,51 @@ def test_zero_shot(nano, official, tmp_path, monkeypatch):
     assert task.texts[0] == (f"a photo of a {classes[0]}.",)
 
 
+@pytest.mark.parametrize("bench, name, mode, labels", [
+    ("stl10", "STL10", "RGB", np.array([0, 1, 2, 1], np.uint8)), ("mnist", "MNIST", "L", torch.tensor([0, 1, 2, 1]))])
+def test_labels_of_bytes_and_grey_images(nano, monkeypatch, bench, name, mode, labels):
+    """As torchvision gives STL10's labels, and MNIST's images, of which a transform expects RGB."""
+    class Fake:
+        classes = ["red dog", "blue cat", "table"]
+
+        def __init__(self, root, download, **split):
+            setattr(self, "targets" if bench == "mnist" else "labels", labels)
+
+        def __len__(self):
+            return len(labels)
+
+        def __getitem__(self, i):
+            return Image.new(mode, (32, 32), 40 * i if mode == "L" else (40 * i, 90, 9)), int(labels[i])
+
+    def transform(image):
+        assert image.mode == "RGB"
+        return nano.transform(image)
+
+    model = types.SimpleNamespace(encode_image=nano.encode_image, encode_text=nano.encode_text,
+                                  tokenize=nano.tokenize, transform=transform)
+    monkeypatch.setattr(evaluate.torchvision.datasets, name, Fake)
+    monkeypatch.setitem(evaluate.PROMPTS, bench, {"templates": ["a {}."], "classes": Fake.classes})
+    found = run(model, [bench], quiet=True)[bench]
+    assert found["top1"]["n"] == 4 and found["top1_macro"]["chance"] == pytest.approx(1 / 3)
+    assert found["top5"]["accuracy"] == 1
+
+
+@pytest.mark.parametrize("tower", ["encode_image", "encode_text"])
+def test_features_that_are_no_numbers_are_an_error(nano, tower):
+    """And no missing image: the items would be left out, and the others counted."""
+    parts = ("encode_image", "encode_text", "tokenize", "transform")
+    model = types.SimpleNamespace(**{name: getattr(nano, name) for name in parts})
+
+    def encode(inputs):
+        features = getattr(nano, tower)(inputs).clone()
+        features[0] = float("nan")
+        return features
+
+    setattr(model, tower, encode)
+    with pytest.raises(ValueError, match=r"the model gives features that are no numbers \(NaN\): expected .*; check "):
+        evaluate.run(model, ["scenes"], quiet=True)
+
+
 @pytest.mark.parametrize("bench", list(evaluate.TORCHVISION))
 def test_torchvision_has_it(bench, tmp_path):
     """Its class takes our arguments, and says itself that the data is not there."""
