@@ -413,7 +413,7 @@ class Choices:
     """N items of I images and K texts each, of which few compete."""
     subset: str                     # as in Outcome
     margin: Callable                # one of the rules above
-    chance: float
+    chance: float | list            # as in Outcome
     images: list                    # N tuples of I Pictures
     texts: list                     # N tuples of K strings
     labels: list | None = None
@@ -468,8 +468,12 @@ class Ranking:
         if pooled is None:
             images = image_features(self.images)[:, 0]              # (N, D)
             texts = self.candidates(text_features)                  # (M, D)
+            is_read = ~images.isnan().any(1)                        # (N,)
+        else:
+            is_read = ~pooled[0].isnan().all(1)
         for subset, (way, k) in self.recalls.items():
             positive = self.positive if way == "i2t" else self.positive.T
+            found = positive if way == "i2t" else positive[:, is_read]      # what can be found
             if pooled is not None:
                 scores = pooled[0] if way == "i2t" else pooled[0].T
                 blocks = scores.split(500)
@@ -480,7 +484,7 @@ class Ranking:
             names, items = self.queries(way)
             labels = self.labels if (way, k) == ("i2t", 1) else None
             margins = ranking_margins(blocks, positive, k)
-            yield Outcome(subset, margins, blind_recall(positive, k), names, items, labels)
+            yield Outcome(subset, margins, blind_recall(found, k), names, items, labels)
 
     def queries(self, way):
         """Of each image (i2t) or text (t2i): the image by which it is drawn, and it in words."""
@@ -601,11 +605,11 @@ def ranking_margins(blocks, positive, k):
 
 
 def blind_recall(positive, k):
-    """(Q, M) bool -> the mean chance that k targets, drawn blindly, hold a positive one."""
+    """(Q, M) bool -> for each query the chance that k targets, drawn blindly, hold a positive."""
     n = positive.shape[1]
     tries = torch.arange(min(k, n))[:, None]                            # (k, 1)
     miss = (n - tries - positive.sum(1)).double() / (n - tries)         # (k, Q)
-    return 1 - miss.clamp(0).prod(0).mean().item()
+    return (1 - miss.clamp(0).prod(0)).tolist()
 
 
 # ---- encoding ----------------------------------------------------------------------------------
@@ -2198,9 +2202,9 @@ def choices(source):
         texts = []
         for _, caption, negatives in rows:      # an item with fewer has its first again: no change
             texts.append((caption, *negatives, *[negatives[0]] * (most - len(negatives))))
-        chance = float(np.mean([1 / (1 + len(negatives)) for _, _, negatives in rows]))
+        chances = [1 / (1 + len(negatives)) for _, _, negatives in rows]
         images = tuples(picture for picture, _, _ in rows)
-        yield Choices(subset, first_text_wins, chance, images, texts)
+        yield Choices(subset, first_text_wins, chances, images, texts)
 
 
 def read_choice(row, place, options):

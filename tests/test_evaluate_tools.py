@@ -1123,6 +1123,23 @@ def test_choices_on_ones_own_table(own):
     assert found["micro"]["accuracy"] == (2 * found["colour"]["accuracy"] + found["shape"]["accuracy"]) / 3
 
 
+def test_the_chance_is_of_items_that_are_scored(own):
+    """Of choices without the row whose image is torn; of text to image among the images that are there."""
+    model = nano(0).eval()
+    (own / "torn.png").write_bytes(b"torn")
+    where = dict(image_root=str(own), data=str(own / "some.csv"), allow_missing=True, quiet=True)
+    (own / "some.csv").write_text("image,caption,negative_1,negative_2,negative_3\n1.png,a red dog,a dog\n"
+                                  "torn.png,a red ring,a ring,a dog,a cat\n2.png,a red cat,a cat,a ring\n")
+    found = evaluate.run(model, ["choices"], **where)["choices"]["choices"]
+    assert found["n"] == 2 and found["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    (own / "some.csv").write_text("image,caption\n1.png,a red dog\n1.png,a dog\ntorn.png,a ring\n2.png,a cat\n")
+    for pooled in (False, True):
+        found = evaluate.run(model, ["retrieval"], pooled=pooled, **where)["retrieval"]
+        assert found["t2i_r1"]["n"] == 3 and found["t2i_r1"]["chance"] == pytest.approx(1 / 2)
+        assert found["t2i_r5"]["chance"] == found["t2i_r5"]["accuracy"] == 1
+        assert found["i2t_r1"]["n"] == 2 and found["i2t_r1"]["chance"] == pytest.approx((2 / 4 + 1 / 4) / 2)
+
+
 @pytest.mark.parametrize("text, says", [
     ("image,caption\n1.png,a dog", "own.csv: row 1 needs image, caption and negative, and has image, caption"),
     ("image,caption,negative\n1.png,a dog,", "row 1 needs image, caption and negative, and has image, caption$"),
