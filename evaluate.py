@@ -874,8 +874,9 @@ def summarize(outcomes, means, samples=2000):
     """Outcomes of tasks -> {subset or mean: {accuracy, low, high, n, chance, ...}}.
 
     means: {name: subsets or earlier names}. Each is the plain mean of its parts, but "micro" is the
-    mean over items. Intervals are 95 %, by percentiles of the bootstrap; where all items agree the
-    bootstrap knows nothing, and Wilson's interval of as many items as there are images is taken.
+    mean over items. Intervals are 95 %, by percentiles of the bootstrap; where all draws agree, as
+    where all items are right, it knows nothing, and either side is as long as that of Wilson's
+    interval of as many items as there are images, all of them right.
     """
     results, correct = {}, {}
     numbers = {}            # {name of an image: its number in all subsets}
@@ -988,14 +989,12 @@ def resample(results, values, samples=2000, seed=0):
 def add_interval(result, draws, image_count):
     accuracy = draws[0].item()
     low, high = np.nanquantile(draws[1:], (0.025, 0.975)).tolist()
-    edge = 3.84 / (image_count + 3.84)      # Wilson's bound where none or all are right; 1.96^2
+    if high - low < 1e-9:
+        edge = 3.84 / (image_count + 3.84)      # of Wilson's interval; 3.84 is 1.96^2
+        low, high = max(0.0, accuracy - edge), min(1.0, accuracy + edge)
     result["accuracy"] = accuracy
     result["low"] = min(accuracy, low)
     result["high"] = max(accuracy, high)
-    if accuracy == 1:
-        result["low"] -= edge
-    if accuracy == 0:
-        result["high"] += edge
 
 
 def run(model, benches, **options):

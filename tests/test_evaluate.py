@@ -1239,6 +1239,17 @@ def test_the_interval_of_a_macro_where_all_agree_is_of_images_that_count():
     assert r["x"]["low"] == pytest.approx(40 / 43.84)
 
 
+def test_an_interval_where_all_draws_agree_is_no_point():
+    """A mean of a subset that is all right and one that is all wrong; images of which half the items are right."""
+    images = [str(i) for i in range(10)]
+    right, wrong = Outcome("a", torch.ones(5), 0.5, images[:5], images), Outcome("b", -torch.ones(5), 0.5, images[5:], images)
+    halves = Outcome("c", torch.tensor([1.0, -1] * 5), 0.5, [str(i // 2) for i in range(10)], images)
+    results = summarize([right, wrong, halves], {"macro": ["a", "b"]})
+    for name, edge in ("macro", 3.84 / 13.84), ("c", 3.84 / 8.84):
+        r = results[name]
+        assert (r["low"], r["accuracy"], r["high"]) == pytest.approx((0.5 - edge, 0.5, 0.5 + edge))
+
+
 def test_the_chance_of_a_mean_is_made_as_its_accuracy():
     """Where each item is right by its chance, accuracies are chances: of unread items, too, that do not count."""
     def outcome(subset, right, chance, labels=None):
