@@ -873,6 +873,8 @@ def bootstrap(columns, samples=2000, seed=0):
 def summarize(outcomes, means, samples=2000):
     """Outcomes of tasks -> {subset or mean: {accuracy, low, high, n, chance, ...}}.
 
+    A subset of which no item has its image is left out, and so are the means that it is a part of.
+
     means: {name: subsets or earlier names}. Each is the plain mean of its parts, but "micro" is the
     mean over items. Intervals are 95 %, by percentiles of the bootstrap; where all draws agree, as
     where all items are right, it knows nothing, and either side is as long as that of Wilson's
@@ -884,10 +886,15 @@ def summarize(outcomes, means, samples=2000):
         for name in outcome.images:     # the unread, too: a number means the same in all files
             numbers.setdefault(name, len(numbers))
         outcome = leave_out_unread(outcome)
+        if len(outcome.margins) == 0:
+            continue
         results[outcome.subset] = count_right(outcome, numbers)
         correct[outcome.subset] = results[outcome.subset]["correct"]
         if outcome.labels:
             add_macro(results, outcome)
+    if not results:
+        raise ValueError(f"none of the items of {', '.join(outcome.subset for outcome in outcomes)} "
+                         "has an image that can be read: check --image-root")
     add_means(results, means)
     for name, draws in resample(results, correct, samples).items():
         add_interval(results[name], draws, len(images_of(results, name)))
@@ -915,8 +922,6 @@ def leave_out_unread(outcome):
     if len(kept) == n:
         return outcome
     print0(f"{outcome.subset}: {n - len(kept)} of {n} items skipped, without their image")
-    if not kept:
-        raise ValueError(f"{outcome.subset}: none of its items has an image that can be read")
     lists = {}
     for name in ("images", "items", "labels", "chance"):
         values = getattr(outcome, name)

@@ -315,7 +315,7 @@ def test_rows_that_a_protocol_cannot_mean(nano, official, tmp_path):
 
 
 def test_images_that_cannot_be_read_are_counted(nano, official, tmp_path, capsys):
-    """Of one subset a half, of the other all: the first is scored, the second is an error."""
+    """Of one subset a half, of the other all: the first is scored, the second is told and left out."""
     picture(f"{tmp_path}/coco/val2017/1.jpg", random.Random(0))
     (tmp_path / "coco" / "val2017" / "torn.jpg").write_bytes(b"torn")
     row = {"filename": "1.jpg", "caption": "a dog", "negative_caption": "a cat"}
@@ -332,8 +332,11 @@ def test_images_that_cannot_be_read_are_counted(nano, official, tmp_path, capsys
     with pytest.raises(ValueError, match="cannot read .*torn.jpg .*: check --image-root, or --allow-missing"):
         run(nano, ["sugarcrepe"], **{**args, "allow_missing": False})
     official(tmp_path, "sugarcrepe", "swap_att", [{**row, "filename": "torn.jpg"}])
-    with pytest.raises(ValueError, match="^swap_att: none of its items has an image that can be read$"):
-        run(nano, ["sugarcrepe"], **args)
+    found = run(nano, ["sugarcrepe"], **args)["sugarcrepe"]         # and no mean without it
+    assert list(found) == ["swap_obj"] and "swap_att: 1 of 1 items skipped" in capsys.readouterr().out
+    unread = Outcome("x", torch.tensor([float("nan")]), 0.5, ["a"], ["a"])
+    with pytest.raises(ValueError, match="^none of the items of x, y has an image that can be read: check --image-root$"):
+        summarize([unread, replace(unread, subset="y")], {})
 
 
 # ------------------------------------------------------------------------------------------------- other benches
