@@ -287,7 +287,7 @@ from losses import pgd_attack, tecoa_loss                                       
 from model import CLIP, set_tokenizer                                                 # noqa: E402
 from pooling import concept_similarity                                                # noqa: E402
 
-PROTOCOL = 5        # raised whenever a change here or in benchmarks.json may change a figure
+PROTOCOL = 6        # raised whenever a change here or in benchmarks.json may change a figure
 ELEVEN = "classification_11"    # of GROUPS: the mean of these sets is a result of its own
 ELEVEN_SETS = [(bench, subset) for bench, (subset,) in GROUPS[ELEVEN].items()]
 GET = "python evaluate.py download"
@@ -893,8 +893,9 @@ def summarize(outcomes, means, samples=2000):
         if outcome.labels:
             add_macro(results, outcome)
     if not results:
-        raise ValueError(f"none of the items of {', '.join(outcome.subset for outcome in outcomes)} "
-                         "has an image that can be read: check --image-root")
+        names = ", ".join(outcome.subset for outcome in outcomes)
+        raise ValueError(f"none of the items of {names} has an image that can be read: check "
+                         "--image-root")
     add_means(results, means)
     for name, draws in resample(results, correct, samples).items():
         add_interval(results[name], draws, len(images_of(results, name)))
@@ -2556,9 +2557,13 @@ def mcnemar(gained, lost):
 def read_results(path):
     """A file of --json -> its model's name, {bench: {subset or mean: result, with its data}}."""
     file = json.loads(Path(path).read_text("utf-8"))
+    alone = ""
+    if file["protocol"] < 6 and file.get("settings", {}).get("allow_missing"):
+        # missing images had no number then: item by item it equals no other file
+        alone = path
     found = {}
     for bench, subsets in file["results"].items():
-        data = file["protocol"], file["data_sha256"].get(bench)
+        data = file["protocol"], file["data_sha256"].get(bench), alone
         found[bench] = {name: {**result, "data": data} for name, result in subsets.items()}
     return model_name(file), found
 

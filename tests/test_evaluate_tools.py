@@ -153,6 +153,25 @@ def test_compare_of_files_that_lack_different_images(tmp_path):
     command(["compare", files[0], files[2]])
 
 
+@pytest.mark.parametrize("settings", [{"allow_missing": True}, {"allow_missing": False}, None])
+def test_compare_of_old_files_that_may_lack_images(tmp_path, capsys, settings):
+    """Before protocol 6 images were numbered without those that were missing: 0, 1, ... in every file."""
+    more = {"protocol": 5} | ({"settings": settings} if settings else {})
+    files = [results(tmp_path / f"{name}.json", {"crepe": {"swap": subset([1, 0, 1], image=[0, 1, 2])}}, **more)
+             for name in "ab"]
+    if settings and settings["allow_missing"]:
+        with pytest.raises(ValueError, match=r"crepe swap: A \(3 items\) and B \(3\) differ in items, .*: score both again"):
+            command(["compare", *files])
+        command(["compare", *files, "--format", "text"])
+        assert "not of the same items, data or protocol version in all files: crepe swap" in capsys.readouterr().err
+    else:
+        command(["compare", *files])
+    command(["compare", files[0], files[0]])
+    new = results(tmp_path / "new.json", {"crepe": {"swap": subset([1, 0, 1], image=[0, 1, 2])}}, protocol=evaluate.PROTOCOL)
+    with pytest.raises(ValueError, match="differ in items, data or protocol version"):
+        command(["compare", files[0], new])
+
+
 def test_images_that_are_not_used_are_not_drawn():
     """The numbers of images may have gaps, and all draws are of as many images as are left."""
     rng = np.random.default_rng(0)
