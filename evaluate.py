@@ -156,7 +156,7 @@ def add_show_arguments(p):
     p.add_argument("--checkpoint", default="", metavar="A,B",
                    help="checkpoints of train.py, joined by commas: a row each")
     p.add_argument("--image", metavar="FILE", help="an image file; default: a built-in scene")
-    p.add_argument("--scene", type=int, default=0, metavar="N",
+    p.add_argument("--scene", type=from_zero, default=0, metavar="N",
                    help="number of the held-out built-in scene (default: 0)")
     p.add_argument("--caption", help="text whose noun phrases are shown")
     p.add_argument("--concepts", nargs="+", metavar="PHRASE", help="phrases to show instead")
@@ -246,11 +246,19 @@ def positive(text):
     return number
 
 
+def from_zero(text):
+    """A type of argparse: a whole number from 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
+    return number
+
+
 def add_speed_arguments(parser):
     p = parser.add_argument_group("how it runs (torchrun shares the work between processes)")
     p.add_argument("--batch-size", type=positive, default=250, metavar="N",
                    help="images or texts in a forward pass (default: 250)")
-    p.add_argument("--workers", type=int, metavar="N",
+    p.add_argument("--workers", type=from_zero, metavar="N",
                    help="processes that read images (default: 0 on a CPU, with a GPU up to 8)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda, where there is one")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
@@ -1117,6 +1125,20 @@ def check_attack(model, tasks, options):
                          f"{', '.join(tasks)}")
     if options.attack:
         mean_and_std(model)
+        check_gradient(model, options)
+
+
+def check_gradient(model, options):
+    """Raise ValueError where none comes from the features of an image back to its pixels."""
+    pixels = model.transform(Image.new("RGB", (64, 64)))[None].requires_grad_()
+    features = differentiable_forward(model, model.encode_image, pixels, options)
+    gradient = None
+    if features.requires_grad:
+        [gradient] = torch.autograd.grad(features.sum(), [pixels], allow_unused=True)
+    if gradient is None:
+        raise ValueError("--attack: the model's encode_image gives no gradient to pixels: expected "
+                         "one without torch.no_grad, inference_mode or detach, in it or around "
+                         "this call; give the model such a one, or leave --attack out")
 
 
 def mean_and_std(model):
@@ -1758,6 +1780,11 @@ def valse(source):
                                  "mturk": {"foil": 0, "caption": 3, "other": 0}, ...}, ...}
     """
     rows = source.rows("image_file", "caption", "foil", kinds={"mturk": dict})
+    for row in rows:
+        count = row["mturk"].get("caption", 0)
+        if not is_kind(count, (int, float)):
+            raise ValueError(f"valse {source.subset}: mturk's caption is {count!r:.40}: expected "
+                             f"a number; get the file again: {GET} valse")
     rows = [row for row in rows if row["mturk"].get("caption", 0) >= 2]
     images = source.pictures(pick(rows, "image_file"))
     yield Choices(source.subset, first_text_wins, 1 / 2, images, pick(rows, "caption", "foil"))

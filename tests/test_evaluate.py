@@ -424,6 +424,11 @@ def test_valse(nano, official, tmp_path):
                  ["relations"], ["action-replacement", "actant-swap"], ["coreference-standard", "coreference-hard"],
                  ["foil-it"]]
     assert results["macro_7"]["accuracy"] == pytest.approx(np.mean([np.mean([a[s] for s in p]) for p in phenomena]))
+    for count in ("3", None, True):         # read by --allow-missing, which takes parts of files
+        rows["x0"]["mturk"]["caption"] = count
+        official(tmp_path, "valse", "existence", rows)
+        with pytest.raises(ValueError, match=f"valse existence: mturk's caption is {count!r}: expected a number; get .*"):
+            read(["valse"], nano, arguments(data_dir=str(tmp_path)))
 
 
 def test_winoground_colorswap_cola(nano, official, tmp_path):
@@ -837,6 +842,22 @@ def test_an_attack_on_unknown_pixels_is_told_before_anything_is_encoded(nano):
     model.transform = Steps(normalize)
     with pytest.raises(AssertionError, match="encoded"):
         evaluate.run(model, ["scenes"], attack=1, quiet=True)
+
+
+def frozen(encode):
+    """As an encoder of a library may be written."""
+    return torch.no_grad()(encode)
+
+
+@pytest.mark.parametrize("cut", [frozen, torch.inference_mode(), lambda encode: lambda pixels: encode(pixels.detach())])
+def test_an_attack_without_a_gradient_is_told_before_anything_is_encoded(nano, cut):
+    encoded = []
+    model = types.SimpleNamespace(encode_image=cut(nano.encode_image), encode_text=encoded.append, tokenize=nano.tokenize,
+                                  transform=nano.transform)
+    with pytest.raises(ValueError, match="--attack: the model's encode_image gives no gradient to pixels: expected .*; "
+                                         "give the model such a one, or leave --attack out$"):
+        evaluate.run(model, ["scenes"], attack=1, quiet=True)
+    assert encoded == []
 
 
 def captioned(folder):
@@ -1342,6 +1363,7 @@ def test_all_runs_what_is_there_and_lists_the_rest(table):
     (["--bench", "retrieval"], "retrieval: --data is missing, for example --data pairs.csv --image-root images, "
      "or the official files; retrieval: no "), (["--bench", "retrieval"], "download retrieval (and 1 more)"),
     (["--bench", "winoground"], "examples.jsonl"), (["--batch-size", "0"], "argument --batch-size: 0: expected 1 or more"),
+    (["--workers", "-1"], "argument --workers: -1: expected 0 or more"),
     (["--interpolate", "0.5"], "--interpolate takes one --checkpoint and one --init (or --model)"),
     (["--checkpoint", ""], "give what to evaluate: --checkpoint FILE, or --init SOURCE"),
     (["--bench", "retrieval", "--data", "none.csv"], "no file none.csv"),

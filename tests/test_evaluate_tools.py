@@ -853,6 +853,12 @@ def test_a_wrong_flag_costs_two_lines():
     assert done.stderr.splitlines()[1] == "see: evaluate.py compare --help"
 
 
+def test_a_scene_before_the_first(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["show", "--checkpoint", "x.pt", "--scene", "-3"])
+    assert "evaluate.py show: argument --scene: -3: expected 0 or more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("bench", evaluate.BENCHES)
 def test_describe_says_protocol_source_and_files(bench, capsys):
     command(["describe", bench, "--data-dir", "here"])
