@@ -3422,6 +3422,9 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
     benches = (bench or default_bench(settings["data"])).split(",")
     check_command(benches, json_path, checkpoint, settings["data"])
     models = models_of(checkpoint, init, model, interpolate)
+    if tokenizer and init and "open_clip:" in init:
+        raise ValueError(f"--tokenizer {tokenizer}: a model of open_clip: has its own: expected "
+                         "weights that came without one, leave --tokenizer out")
     given = {"init": init, "model": model, "tokenizer": tokenizer, "interpolate": interpolate}
     given |= {"bench": bench, "torch": torch.__version__, "processes": WORLD, **settings}
     options = prepare(settings)
@@ -3488,7 +3491,12 @@ def prepare(settings):
         options.workers = min(8, os.cpu_count() or 1) if options.device == "cuda" else 0
     if WORLD > 1:
         if options.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            own, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if own >= count:
+                raise ValueError(f"torchrun's process {own} of this machine has no GPU, torch "
+                                 f"finds {count}: expected one for each, give --nproc-per-node "
+                                 f"{count}")
+            torch.cuda.set_device(own)
         dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
     return options
 
@@ -3636,10 +3644,13 @@ def call(argv):
         dist.destroy_process_group()
 
 
+USERS_ERRORS = (ValueError, OSError, torch.cuda.OutOfMemoryError)
+
+
 def main(argv):
     try:
         call(argv)
-    except (ValueError, OSError) as error:      # anything else is a mistake of ours: keep its trace
+    except USERS_ERRORS as error:       # anything else is a mistake of ours: keep its trace
         if RANK:
             time.sleep(3)       # process 0 says it and ends all, unless this one errs alone
             sys.exit(f"evaluate.py: process {RANK}: {plain_words(error)}")
@@ -3647,11 +3658,13 @@ def main(argv):
 
 
 def plain_words(error):
-    """One line for a user: of an OSError without its number."""
+    """One line for a user, of USERS_ERRORS: of an OSError without its number."""
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return f"no file {error.filename}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "the GPU has too little memory: give a smaller --batch-size (default: 250)"
     lines = str(error).strip().splitlines()     # a process that reads images puts its trace first
     return lines[-1] if lines else type(error).__name__
 

@@ -1079,6 +1079,8 @@ def test_open_clip_models_are_attacked_by_their_own_scale():
 
 
 def test_open_clip_mistakes():
+    with pytest.raises(ValueError, match="--tokenizer x.json: a model of open_clip: has its own: .* leave --tokenizer out"):
+        command(["--init", "open_clip:ViT-B-32/openai", "--tokenizer", "x.json"])
     for name, says in (("ViT-B-99/x", "NAME one of"), ("ViT-B-32", "for this NAME, one of openai"),
                        ("ViT-B-32/nonsense", "open_clip:ViT-B-32/nonsense cannot be read")):
         with pytest.raises(ValueError, match=says) as wrong:
@@ -1124,6 +1126,24 @@ def test_an_error_of_one_process_alone_is_said(monkeypatch):
     monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: None)
     with pytest.raises(SystemExit, match="evaluate.py: process 1: --checkpoint none.pt: no checkpoint"):
         evaluate.main(["--checkpoint", "none.pt"])
+
+
+def test_a_process_without_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(evaluate, "WORLD", 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(ValueError, match="process 3 of this machine has no GPU, torch finds 2: .*--nproc-per-node 2"):
+        evaluate.prepare({"device": "cuda", "workers": 0})
+
+
+def test_too_little_memory_of_a_gpu_is_one_line(monkeypatch):
+    def download(benches, data_dir):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+
+    monkeypatch.setitem(evaluate.FUNCTIONS, "download", download)
+    with pytest.raises(SystemExit, match="^evaluate.py: the GPU has too little memory: give a smaller --batch-size"):
+        evaluate.main(["download", "sugarcrepe"])
 
 
 def test_a_negative_image_is_no_caption(own):
