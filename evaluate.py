@@ -1062,10 +1062,10 @@ def score(model, tasks, options):
     image_features = encode_images(model, [] if options.pooled else pictures, options)
     text_features = encode_texts(model, texts, options)
     results = {}
-    for bench, parts in tasks.items():
-        outcomes = []
-        for task in parts:
-            outcomes += judge(model, task, image_features, text_features, options)
+    for bench, some in tasks.items():
+        outcomes, last = [], {}
+        for task in some:
+            outcomes += judge(model, task, image_features, text_features, options, last)
         names = [outcome.subset for outcome in outcomes]
         results[bench] = summarize(outcomes, means_of(bench, names))
     mean = find_result(results, ELEVEN_SETS)
@@ -1088,14 +1088,19 @@ def needed_by(tasks):
     return list(pictures), list(texts)
 
 
-def judge(model, task, image_features, text_features, options):
-    """The outcomes of a task, and those under attack."""
+def judge(model, task, image_features, text_features, options, last):
+    """The outcomes of a task, and those under attack. last: pooled scores of the task before."""
     if isinstance(task, Pointing):
         outcomes = [task.outcome(model, text_features, options)]
     else:
         pooled = None
         if options.pooled and not task.text_only:
-            pooled = pooled_scores(model, *task.competing(text_features), options)
+            # Winoground's rules share both lists
+            what = type(task), id(task.images), id(task.texts)
+            if what not in last:
+                last.clear()
+                last[what] = pooled_scores(model, *task.competing(text_features), options)
+            pooled = last[what]
         outcomes = list(task.outcomes(image_features, text_features, pooled))
     if is_attacked(task, options):
         outcomes += attacked_outcomes(model, task, text_features, options)

@@ -1318,6 +1318,18 @@ def test_pooled_own_captions_say_so(tmp_path, capsys):
     assert results[1]["pairs"]["correct"] == [int(x) for x in right]
 
 
+def test_pooled_rules_of_one_list_encode_its_images_once(monkeypatch):
+    model, seen = nano(0).eval(), []
+    pictures = [(evaluate.Picture(f"{i}", (i,), lambda name, i: Scenes(9)[i]["image"]),) * 2 for i in range(9)]
+    texts = [("a red ring", "a blue cross")] * 9
+    tasks = [evaluate.Choices(name, *rule, pictures, texts) for name, rule in evaluate.PAIRED.items()]
+    tasks.append(evaluate.Choices("other", *evaluate.PAIRED["text"], pictures, [("a ring", "a cross")] * 9))
+    whole = evaluate.each_image
+    monkeypatch.setattr(evaluate, "each_image", lambda *some: seen.append(len(some[1])) or whole(*some))
+    found = evaluate.score(model, {"choices": tasks}, evaluate.Options(pooled=True))["choices"]
+    assert seen == [18, 18] and {"text", "image", "group", "other"} <= found.keys()
+
+
 def test_pooled_mistakes():
     model = nano(0).eval()
     for benches, options, says in ((["scenes"], {"attack": 1.0}, "--attack and --pooled exclude each other"),
