@@ -539,15 +539,15 @@ class Pointing:
         """The one Outcome; under torchrun the processes share the images."""
         texts = text_features(self.texts)[:, 0]                             # (N, D)
         pictures = [picture for picture, in self.images]
-        parts = []
+        own = []                        # what this process has found, see share
         for items, size, patches in each_image(model, pictures, options):
             side = math.isqrt(len(patches))
             seen = seen_box(model, size)
             for item in items:
                 inside = patches_inside(self.boxes[item], seen, side)       # (T,)
                 found = point(patches @ texts[item], inside)
-                parts.append((torch.tensor([item]), torch.tensor([found])))
-        margins, chances = share(parts, len(self.images), width=2).T        # (N,) each
+                own.append((torch.tensor([item]), torch.tensor([found])))
+        margins, chances = share(own, len(self.images), width=2).T          # (N,) each
         names = [picture.name for picture in pictures]
         items = [f"{name} | {text}" for name, (text,) in zip(names, self.texts)]
         return Outcome(self.subset, margins, chances.tolist(), names, items, self.labels)
@@ -693,10 +693,10 @@ def read_batches(model, pictures, options):
 
 def encode_images(model, pictures, options):
     """N different pictures -> Lookup of their normalised features, NaN for what cannot be read."""
-    parts = []
+    own = []                            # what this process has encoded, see share
     for numbers, pixels, _ in read_batches(model, pictures, options):
-        parts.append((numbers, forward(model, model.encode_image, pixels, options)))
-    features = share(parts, len(pictures))
+        own.append((numbers, forward(model, model.encode_image, pixels, options)))
+    features = share(own, len(pictures))
     bad = features.isnan().any(1).nonzero()[:, 0].tolist()
     if bad and len(bad) == len(pictures):
         raise ValueError(f"none of {len(bad)} images can be read, the first is "
@@ -717,13 +717,13 @@ def encode_texts(model, texts, options):
     if getattr(getattr(model, "config", None), "family", "") == "clip":
         # nothing is seen behind the end-of-text token of a causal model: cut it off
         lengths = tokens.argmax(1) + 1
-    parts = []
+    own = []
     batches = lengths.argsort().split(options.batch_size)[RANK::WORLD]
     for numbers in progress(batches, len(tokens)):
         longest = lengths[numbers].max()
         batch = tokens[numbers, :longest]
-        parts.append((numbers, forward(model, model.encode_text, batch, options)))
-    return Lookup(share(parts, len(tokens)), dict(zip(texts, rows.tolist())))
+        own.append((numbers, forward(model, model.encode_text, batch, options)))
+    return Lookup(share(own, len(tokens)), dict(zip(texts, rows.tolist())))
 
 
 def progress(batches, count):
@@ -804,27 +804,28 @@ def pooled_scores(model, images, texts, options):
         pictures += some
         item_of += [item] * len(some)
     queries = [some.unique(dim=0, return_inverse=True) for some in texts]   # equal texts must tie
-    parts = []
+    own = []
     for places, _, patches in each_image(model, pictures, options):
         for place in places:
             different, inverse = queries[item_of[place]]
             scores = concept_similarity(patches[None].to(device), different.to(device)).cpu()
-            parts.append((torch.tensor([place]), scores[:, inverse]))       # (1, K)
-    scores = share(parts, len(pictures), width=texts.shape[1])              # (N * I, K)
+            own.append((torch.tensor([place]), scores[:, inverse]))         # (1, K)
+    scores = share(own, len(pictures), width=texts.shape[1])                # (N * I, K)
     return scores.unflatten(0, (len(images), -1))
 
 
-def share(parts, count, width=1):
-    """Each process's [(numbers (n,), features (n, D)), ...] -> features (count, D) of all, NaN
+def share(own, count, width=1):
+    """Each process's own [(numbers (n,), features (n, D)), ...] -> features (count, D) of all, NaN
     where there are none. width: D, if nobody has any."""
+    pieces = own
     if WORLD > 1:
         gathered = [None] * WORLD
-        dist.all_gather_object(gathered, parts)
-        parts = sum(gathered, [])
-    if parts:
-        width = parts[0][1].shape[1]
+        dist.all_gather_object(gathered, own)
+        pieces = sum(gathered, [])
+    if pieces:
+        width = pieces[0][1].shape[1]
     features = torch.full((count, width), float("nan"))
-    for numbers, some in parts:
+    for numbers, some in pieces:
         features[numbers] = some
     return features
 
@@ -854,13 +855,13 @@ def bootstrap(columns, samples=2000, seed=0):
     none of a column's few images was drawn."""
     rng = np.random.default_rng(seed)
     # images that no column has any more are not drawn
-    used, places = np.unique(np.concatenate([column[0] for column in columns]), return_inverse=True)
+    used, rows = np.unique(np.concatenate([column[0] for column in columns]), return_inverse=True)
     size = len(used)
     totals, sums = [], []
     for images, values, weights in columns:
-        own, places = places[:len(images)], places[len(images):]
-        totals.append(np.bincount(own, weights, size))
-        sums.append(np.bincount(own, values * weights, size))
+        of_column, rows = rows[:len(images)], rows[len(images):]
+        totals.append(np.bincount(of_column, weights, size))
+        sums.append(np.bincount(of_column, values * weights, size))
     total = np.stack(totals, 1)                         # (images, columns): weight of each image
     value = np.stack(sums, 1)                           # (images, columns): what it adds
     means = [value.sum(0) / total.sum(0)]
@@ -1179,7 +1180,7 @@ def attacked_outcomes(model, task, text_features, options):
         return tecoa_loss(encode(pixels), texts, labels, scale)
 
     pictures = [picture for picture, in task.images]
-    parts = []
+    own = []
     for numbers, images, _ in read_batches(model, pictures, options):
         pixels = (images.to(device) * std + mean).clamp(0, 1)
         labels = task.positive[numbers].to(device)                  # (n, M)
@@ -1187,8 +1188,8 @@ def attacked_outcomes(model, task, text_features, options):
         attacked = pgd_attack(pixels, noise, functools.partial(loss, labels=labels),
                               options.attack / 255, options.attack_steps)
         with torch.no_grad():
-            parts.append((numbers, without_nan(encode(attacked).cpu())))
-    features = share(parts, len(task.images))[:, None]              # (N, 1, D)
+            own.append((numbers, without_nan(encode(attacked).cpu())))
+    features = share(own, len(task.images))[:, None]                # (N, 1, D)
     for outcome in task.outcomes(lambda images: features, text_features):
         yield replace(outcome, subset=f"attacked_{outcome.subset}")
 
@@ -1309,8 +1310,8 @@ class Source:
             folders.insert(0, options.image_root)
         paths, missing = {}, set()
         for name in dict.fromkeys(itertools.chain(*items)):
-            places = [os.path.join(folder, name) for folder in folders]
-            paths[name] = next(filter(os.path.isfile, places), places[0])
+            tried = [os.path.join(folder, name) for folder in folders]
+            paths[name] = next(filter(os.path.isfile, tried), tried[0])
             if not os.path.isfile(paths[name]):
                 missing.add(name)
             self.images[paths[name]] = name not in missing
@@ -2102,8 +2103,8 @@ def own_retrieval(options):
 MOST_PAIRS = 10**10     # of an image and a text, each a byte of memory
 
 
-def open_member(name, *place):
-    return load_image(list(place))
+def open_member(name, *tar_offset_size):
+    return load_image(list(tar_offset_size))
 
 
 def pairs_to_ranking(pictures, texts, prefix="", keys=None, ks=(1, 5, 10)):
@@ -2244,25 +2245,25 @@ def choices(source):
         yield Choices(subset, first_text_wins, chances, images, texts)
 
 
-def read_choice(row, place, options):
-    """A row of choices -> its subset, and (picture, caption, negatives). place: of it, in words."""
+def read_choice(row, where, options):
+    """A row of choices -> its subset, and (picture, caption, negatives). where it is, in words."""
     image_key, caption_key = options.image_key or "image", options.caption_key or "caption"
     image, caption = row.get(image_key), row.get(caption_key)
     negatives = []
     for column, value in row.items():
         if column and re.fullmatch(r"negatives?(_\d+)?", column):       # but not negative_image
-            with expecting(f"{place}: expected texts as {column}"):
+            with expecting(f"{where}: expected texts as {column}"):
                 negatives += parse_list(value, separator=None)
     if not (image and caption and negatives):
         filled = [str(column) for column, value in row.items() if value]
-        raise ValueError(f"{place} needs {image_key}, {caption_key} and negative, and has "
+        raise ValueError(f"{where} needs {image_key}, {caption_key} and negative, and has "
                          f"{', '.join(filled) or 'nothing'}")
     subset = row.get("subset") or "choices"
     for name, value in (("image", image), ("caption", caption), ("subset", subset)):
         if not is_kind(value, str):
-            raise ValueError(f"{place} has {value!r:.80} as {name}: expected text")
+            raise ValueError(f"{where} has {value!r:.80} as {name}: expected text")
     if subset in ("macro", "micro"):
-        raise ValueError(f"{place}: the subset {subset} would be taken for the mean of that name: "
+        raise ValueError(f"{where}: the subset {subset} would be taken for the mean of that name: "
                          "call it otherwise")
     return subset, (Picture(os.path.join(options.image_root, image)), caption, negatives)
 
@@ -3141,11 +3142,11 @@ def draw_bars(names, results, tables):
     for (title, columns), panel in zip(tables, panels):
         width = 0.8 / len(names)
         for number, (file, colour) in enumerate(zip(results, CURVES)):
-            for place, (bench, subset) in enumerate(columns):
-                found = find_result(file, [(bench, subset)])
+            for group_at, column in enumerate(columns):
+                found = find_result(file, [column])
                 if found:
-                    left = place + (number - (len(names) - 1) / 2) * width
-                    draw_bar(panel, left, width, found, colour)
+                    x = group_at + (number - (len(names) - 1) / 2) * width
+                    draw_bar(panel, x, width, found, colour)
         labels = column_labels(title, columns)
         panel.set_xticks(range(len(columns)), labels, rotation=30, ha="right")
         panel.set_title(title)
@@ -3199,7 +3200,7 @@ def draw_radars(names, results, tables):
 
 
 def draw_bar(panel, x, width, result, colour):
-    """One bar with its interval, and chance as a line across it."""
+    """One bar around x with its interval, and chance as a line across it."""
     height = 100 * result["accuracy"]
     error = [[height - 100 * result["low"]], [100 * result["high"] - height]]
     panel.bar(x, height, width, color=colour, yerr=error, error_kw={"elinewidth": 1})
@@ -3623,9 +3624,9 @@ def default_bench(data):
 def data_digests(tasks):
     """{bench: sha256 of the names of its image files, and of all its texts, boxes and labels}."""
     digests = {}
-    for bench, parts in tasks.items():
+    for bench, some in tasks.items():
         content = []
-        for task in parts:
+        for task in some:
             pictures = itertools.chain(*task.images)
             names = [Path(picture.name).name for picture in pictures]
             content.append((names, task.texts))
