@@ -2984,7 +2984,7 @@ def markdown_form(head, rows):
 def latex_form(head, rows):
     """For the package booktabs."""
     lines = [f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", "\\toprule"]
-    lines += [escape_latex(" & ".join(head)) + r" \\", "\\midrule"]
+    lines += [" & ".join(map(escape_latex, head)) + r" \\", "\\midrule"]
     for name, *cells in rows:
         shown = [escape_latex(name)]
         for cell in cells:
@@ -2994,9 +2994,8 @@ def latex_form(head, rows):
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
 
 
-def escape_latex(text):
-    """Of names, and of a row of names between &."""
-    return re.sub(r"([_%#$])", r"\\\1", text)
+def escape_latex(name):
+    return re.sub(r"([_%#$&{}])", r"\\\1", name)
 
 
 def csv_form(head, rows):

@@ -325,6 +325,12 @@ def test_tables_to_paste(three, capsys):
     assert row[3:] == ["73.1", "94.2"]
 
 
+def test_names_of_latex_are_no_commands():
+    """A subset of one's own may be "red & blue": it is one column."""
+    out = evaluate.latex_form(["choices", "red & blue"], [["50% of {a_b}", evaluate.Cell("1.0")]])
+    assert r"choices & red \& blue \\" in out.splitlines() and r"50\% of \{a\_b\} & 1.0 \\" in out.splitlines()
+
+
 def test_a_lead_over_other_items_is_no_lead(three, tmp_path):
     names, files = evaluate.read_all_results(three[:2])
     swap = [("sugarcrepe", "swap")]
