@@ -234,29 +234,27 @@ def add_data_arguments(p):
     p.add_argument("--image-root", default="", metavar="DIR",
                    help="folder of the images, where they are not in their place in --data-dir")
     p.add_argument("--allow-missing", action="store_true",
-                   help="leave out items whose image is missing or damaged, and files with fewer "
-                        "rows than the official ones: what is left is scored, and counted")
+                   help="leave out items whose image is missing or damaged, and take files with "
+                        "fewer rows than the official ones: what is there is scored, and counted")
 
 
-def positive(text):
+def from_one(text):
     """A type of argparse: a whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, 1 or more")
+    return int(text)
 
 
 def from_zero(text):
     """A type of argparse: a whole number from 0."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
-    return number
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, 0 or more")
+    return int(text)
 
 
 def add_speed_arguments(parser):
     p = parser.add_argument_group("how it runs (torchrun shares the work between processes)")
-    p.add_argument("--batch-size", type=positive, default=250, metavar="N",
+    p.add_argument("--batch-size", type=from_one, default=250, metavar="N",
                    help="images or texts in a forward pass (default: 250)")
     p.add_argument("--workers", type=from_zero, metavar="N",
                    help="processes that read images (default: 0 on a CPU, with a GPU up to 8)")
@@ -1043,17 +1041,19 @@ def check(benches, **options):
     check_names(benches)
     options = Options(**options)
     tasks, _ = read(benches, options)
-    for task in itertools.chain(*tasks.values()):
-        check_pictures(task, options)
+    for bench, some in tasks.items():
+        for task in some:
+            check_pictures(bench, task, options)
 
 
-def check_pictures(task, options):
+def check_pictures(bench, task, options):
     """Open pictures of a task until one can be read."""
     for picture in itertools.chain(*task.images):
         data = PictureData([picture], lambda image: image, options.allow_missing)
         if not picture.missing and data[0] is not None:
             return
-    raise ValueError(f"no image of {type(task).__name__.lower()} {picture.name} can be read")
+    raise ValueError(f"{bench}: none of its images can be read, the last is {picture.name}: check "
+                     "--image-root")
 
 
 def score(model, tasks, options):

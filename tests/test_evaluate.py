@@ -1362,8 +1362,9 @@ def test_all_runs_what_is_there_and_lists_the_rest(table):
     (["--bench", "choices"], "choices: --data is missing, for example --data mine.csv --image-root images"),
     (["--bench", "retrieval"], "retrieval: --data is missing, for example --data pairs.csv --image-root images, "
      "or the official files; retrieval: no "), (["--bench", "retrieval"], "download retrieval (and 1 more)"),
-    (["--bench", "winoground"], "examples.jsonl"), (["--batch-size", "0"], "argument --batch-size: 0: expected 1 or more"),
-    (["--workers", "-1"], "argument --workers: -1: expected 0 or more"),
+    (["--bench", "winoground"], "examples.jsonl"), (["--batch-size", "0"], "argument --batch-size: 0: expected a whole number, 1 or more"),
+    (["--batch-size", "2.5"], "argument --batch-size: 2.5: expected a whole number, 1 or more"),
+    (["--workers", "-1"], "argument --workers: -1: expected a whole number, 0 or more"),
     (["--interpolate", "0.5"], "--interpolate takes one --checkpoint and one --init (or --model)"),
     (["--checkpoint", ""], "give what to evaluate: --checkpoint FILE, or --init SOURCE"),
     (["--bench", "retrieval", "--data", "none.csv"], "no file none.csv"),
