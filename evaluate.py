@@ -1857,6 +1857,9 @@ def whatsup_controlled(source):
     pairs, sets = {}, {}        # {objects: [images, texts]} in which all must be right
     for row, image, options in zip(rows, images, texts):
         name = os.path.basename(row["image_path"])          # mug_left_of_plate.jpeg
+        if name.count("_") < 2:
+            raise ValueError(f"whatsup {source.subset}: an image is called {name:.60}: expected "
+                             f"OBJECT_PREPOSITION_OBJECT; get the file again: {GET} whatsup")
         first, preposition, *_, second = name.split("_")
         sideways = preposition in ("left", "right")
         for groups, key in (pairs, (first, second, sideways)), (sets, (first, second)):

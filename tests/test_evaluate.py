@@ -290,6 +290,8 @@ def test_rows_that_a_protocol_cannot_mean(nano, official, tmp_path):
             ("valse", "existence", {"0": {**foil, "mturk": {}}}, doubted),
             ("vl_checklist", "attribute_vg_color", [["VG_100K/1.jpg", {"POS": ["a dog"], "NEG": []}]],
              "vl_checklist attribute_vg_color: a row has no texts under POS and NEG"),
+            ("whatsup", "A", [{"image_path": "val2017/1.jpg", "caption_options": ["a", "b", "c", "d"]}],
+             "whatsup A: an image is called 1.jpg: expected OBJECT_PREPOSITION_OBJECT; get the file again"),
             ("flickr8k", "flickr8k", [{**test, "split": "train"}], "flickr8k: no item of flickr8k is left to score"),
             ("flickr8k", "flickr8k", [{**test, "sentences": [{"tokens": []}]}], r"has no text \(raw\)$")):
         official.table[bench]["files"] = {part: official.table[bench]["files"].get(part) or {"path": f"{part}.json"}}
