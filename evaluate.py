@@ -478,8 +478,10 @@ class Ranking:
         else:
             is_read = ~pooled[0].isnan().all(1)
         for subset, (way, k) in self.recalls.items():
-            positive = self.positive if way == "i2t" else self.positive.T
-            found = positive if way == "i2t" else positive[:, is_read]      # what can be found
+            positive = findable = self.positive
+            if way == "t2i":
+                positive = self.positive.T
+                findable = positive[:, is_read]
             if pooled is not None:
                 scores = pooled[0] if way == "i2t" else pooled[0].T
                 blocks = scores.split(500)
@@ -490,7 +492,7 @@ class Ranking:
             names, items = self.queries(way)
             labels = self.labels if (way, k) == ("i2t", 1) else None
             margins = ranking_margins(blocks, positive, k)
-            yield Outcome(subset, margins, blind_recall(found, k), names, items, labels)
+            yield Outcome(subset, margins, blind_recall(findable, k), names, items, labels)
 
     def queries(self, way):
         """Of each image (i2t) or text (t2i): the image by which it is drawn, and it in words."""
