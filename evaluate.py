@@ -412,6 +412,7 @@ class Outcome:
     items: list                     # N items in words
     labels: list | None = None      # N classes or None: SUBSET_macro is the mean of their means
     partial: str = ""               # what the table says of a file that is not whole
+    attack: list = field(default_factory=list)      # of images: how far, of 255, and its steps
 
 
 @dataclass
@@ -875,7 +876,8 @@ def bootstrap(columns, samples=2000, seed=0):
 
 
 # What a result holds, beside n and chance:
-#     of a subset   right, ties; of each item correct (0 or 1), image (a number), items (in words)
+#     of a subset   right, ties; of each item correct (0 or 1), image (a number), items (in words);
+#                   partial and attack, as in Outcome, where they are not empty
 #     of a macro    of (the subset), weights (of its items)
 #     of a mean     parts (names of subsets, macros or other means)
 # accuracy, low and high come last, from draws that all share.
@@ -948,6 +950,8 @@ def count_right(outcome, numbers):
         "image": [numbers[name] for name in outcome.images], "items": outcome.items}
     if outcome.partial:
         result["partial"] = outcome.partial
+    if outcome.attack:
+        result["attack"] = outcome.attack
     return result
 
 
@@ -1193,7 +1197,8 @@ def attacked_outcomes(model, task, text_features, options):
             own.append((numbers, without_nan(encode(attacked).cpu())))
     features = share(own, len(task.images))[:, None]                # (N, 1, D)
     for outcome in task.outcomes(lambda images: features, text_features):
-        yield replace(outcome, subset=f"attacked_{outcome.subset}")
+        yield replace(outcome, subset=f"attacked_{outcome.subset}",
+                      attack=[options.attack, options.attack_steps])
 
 
 def means_of(bench, subsets):
@@ -2653,7 +2658,7 @@ def compare(files, items=False, form=None, columns=None, reference=False):
         print(format_table(title, chosen, names, results, form or "text", reference) + "\n")
         unlike = [" ".join(column) for column in chosen if not is_of_same_items(results, column)]
         if unlike:      # a table for a paper goes into a file, without this
-            print("not of the same items, data or protocol version in all files: "
+            print("not of the same items, data, attack or protocol version in all files: "
                   f"{', '.join(unlike)}\n", file=sys.stderr if form else sys.stdout)
 
 
@@ -2669,7 +2674,7 @@ def is_of_same_items(results, column):
 
 def what_was_scored(result):
     """Equal for two results that may be compared item by item."""
-    return [result.get(key) for key in ("n", "data", "image")]
+    return [result.get(key) for key in ("n", "data", "image", "attack")]
 
 
 def choose_tables(results, columns=None):
@@ -2798,8 +2803,8 @@ def paired_differences(bench, a, b, seed=0):
         if "correct" in a[name] and "correct" in b[name]:
             if what_was_scored(a[name]) != what_was_scored(b[name]):
                 raise ValueError(f"{bench} {name}: A ({a[name]['n']} items) and B "
-                                 f"({b[name]['n']}) differ in items, data or protocol version: "
-                                 "score both again, with the same files of this benchmark")
+                                 f"({b[name]['n']}) differ in items, data, attack or protocol "
+                                 "version: score both again, with the same files of this benchmark")
             change[name] = np.subtract(b[name]["correct"], a[name]["correct"])
     gained = {name: some > 0 for name, some in change.items()}
     lost = {name: some < 0 for name, some in change.items()}

@@ -794,6 +794,11 @@ def test_attacked_images_are_scored_beside_the_others(nano, tmp_path):
     assert found["attacked_top1"]["right"] < found["top1"]["right"] and found["attacked_top5"]["accuracy"] == 1
     in_threes = evaluate.run(nano, ["folder"], attack=8, attack_steps=9, batch_size=3, **where)["folder"]
     assert in_threes["attacked_top1"]["correct"] == found["attacked_top1"]["correct"]
+    weaker = evaluate.run(nano, ["folder"], attack=1, attack_steps=9, **where)["folder"]
+    assert weaker["attacked_top1"]["attack"] == [1, 9]
+    evaluate.paired_differences("folder", {"top1": found["top1"]}, weaker)
+    with pytest.raises(ValueError, match="folder attacked_top1: .* differ in items, data, attack or protocol version"):
+        evaluate.paired_differences("folder", found, weaker)        # no model is the better one by that
     names = sorted(tmp_path.glob("data/*/*.png"))
     texts = torch.nn.functional.normalize(nano.encode_text(nano.tokenize(
         [f"a photo of a {name}." for name in ("red dog", "blue cat", "table")])), dim=-1).detach()

@@ -163,12 +163,12 @@ def test_compare_of_old_files_that_may_lack_images(tmp_path, capsys, settings):
         with pytest.raises(ValueError, match=r"crepe swap: A \(3 items\) and B \(3\) differ in items, .*: score both again"):
             command(["compare", *files])
         command(["compare", *files, "--format", "text"])
-        assert "not of the same items, data or protocol version in all files: crepe swap" in capsys.readouterr().err
+        assert "not of the same items, data, attack or protocol version in all files: crepe swap" in capsys.readouterr().err
     else:
         command(["compare", *files])
     command(["compare", files[0], files[0]])
     new = results(tmp_path / "new.json", {"crepe": {"swap": subset([1, 0, 1], image=[0, 1, 2])}}, protocol=evaluate.PROTOCOL)
-    with pytest.raises(ValueError, match="differ in items, data or protocol version"):
+    with pytest.raises(ValueError, match="differ in items, data, attack or protocol version"):
         command(["compare", files[0], new])
 
 
@@ -414,7 +414,7 @@ def test_a_table_of_other_items_says_so(several, tmp_path, capsys):
     changed = results(tmp_path / "changed.json", file["results"])
     command(["compare", several[0], changed, several[2], "--columns", "swap_att,swap_obj,np_binding"])
     unlike = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not of the same items")]
-    says = "not of the same items, data or protocol version in all files: "
+    says = "not of the same items, data, attack or protocol version in all files: "
     assert unlike == [f"{says}sugarcrepe swap_att", f"{says}scenes np_binding"]
     command(["compare", several[0], changed, "--columns", "np_binding"])
     assert "not of the same items" not in capsys.readouterr().out
