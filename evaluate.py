@@ -3506,7 +3506,8 @@ def prepare(settings):
         options.workers = min(8, os.cpu_count() or 1) if options.device == "cuda" else 0
     if WORLD > 1:
         if options.device == "cuda":
-            own, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            own = int(os.environ.get("LOCAL_RANK", RANK))       # which other launchers may not set
+            count = torch.cuda.device_count()
             if own >= count:
                 raise ValueError(f"torchrun's process {own} of this machine has no GPU, torch "
                                  f"finds {count}: expected one for each, give --nproc-per-node "

@@ -1138,9 +1138,11 @@ def test_a_process_without_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(evaluate, "WORLD", 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    with pytest.raises(ValueError, match="process 3 of this machine has no GPU, torch finds 2: .*--nproc-per-node 2"):
-        evaluate.prepare({"device": "cuda", "workers": 0})
+    monkeypatch.setattr(evaluate, "RANK", 3)
+    for local in ("3", None):           # a launcher may set none
+        monkeypatch.setenv("LOCAL_RANK", local) if local else monkeypatch.delenv("LOCAL_RANK")
+        with pytest.raises(ValueError, match="process 3 of this machine has no GPU, torch finds 2: .*--nproc-per-node 2"):
+            evaluate.prepare({"device": "cuda", "workers": 0})
 
 
 def test_too_little_memory_of_a_gpu_is_one_line(monkeypatch):
