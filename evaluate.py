@@ -3617,6 +3617,9 @@ def load_verified(name, entry, data_dir):
     if "path" not in entry:
         return load_source(entry.get("init"), entry.get("model"))
     path = os.path.join(data_dir, entry["path"])
+    if "url" in entry and WORLD > 1 and not os.path.isfile(path):
+        # processes would write one file between each other
+        raise Missing(f"no {path}: verify fetches it without torchrun; after that give torchrun")
     if "url" in entry:
         fetch(entry["url"], path, entry.get("sha256"), data_dir)
     if not os.path.isfile(path):

@@ -1134,6 +1134,14 @@ def test_an_error_of_one_process_alone_is_said(monkeypatch):
         evaluate.main(["--checkpoint", "none.pt"])
 
 
+def test_verify_downloads_by_one_process(tmp_path, monkeypatch):
+    """Several would write into one file."""
+    monkeypatch.setattr(evaluate, "WORLD", 2)
+    monkeypatch.setattr(evaluate, "fetch", lambda *where: pytest.fail("fetched"))
+    with pytest.raises(ValueError, match="no .*w.pt: verify fetches it without torchrun; after that give torchrun"):
+        evaluate.load_verified("m", {"path": "w.pt", "url": "https://x.org/w.pt"}, str(tmp_path))
+
+
 def test_a_process_without_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(evaluate, "WORLD", 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
