@@ -156,7 +156,7 @@ def add_show_arguments(p):
     p.add_argument("--checkpoint", default="", metavar="A,B",
                    help="checkpoints of train.py, joined by commas: a row each")
     p.add_argument("--image", metavar="FILE", help="an image file; default: a built-in scene")
-    p.add_argument("--scene", type=int, default=0, metavar="N",
+    p.add_argument("--scene", type=from_zero, default=0, metavar="N",
                    help="number of the held-out built-in scene (default: 0)")
     p.add_argument("--caption", help="text whose noun phrases are shown")
     p.add_argument("--concepts", nargs="+", metavar="PHRASE", help="phrases to show instead")
@@ -234,23 +234,29 @@ def add_data_arguments(p):
     p.add_argument("--image-root", default="", metavar="DIR",
                    help="folder of the images, where they are not in their place in --data-dir")
     p.add_argument("--allow-missing", action="store_true",
-                   help="leave out items whose image is missing or damaged, and files with fewer "
-                        "rows than the official ones: what is left is scored, and counted")
+                   help="leave out items whose image is missing or damaged, and take files with "
+                        "fewer rows than the official ones: what is there is scored, and counted")
 
 
-def positive(text):
+def from_one(text):
     """A type of argparse: a whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, 1 or more")
+    return int(text)
+
+
+def from_zero(text):
+    """A type of argparse: a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, 0 or more")
+    return int(text)
 
 
 def add_speed_arguments(parser):
     p = parser.add_argument_group("how it runs (torchrun shares the work between processes)")
-    p.add_argument("--batch-size", type=positive, default=250, metavar="N",
+    p.add_argument("--batch-size", type=from_one, default=250, metavar="N",
                    help="images or texts in a forward pass (default: 250)")
-    p.add_argument("--workers", type=int, metavar="N",
+    p.add_argument("--workers", type=from_zero, metavar="N",
                    help="processes that read images (default: 0 on a CPU, with a GPU up to 8)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda, where there is one")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
@@ -287,7 +293,7 @@ from losses import pgd_attack, tecoa_loss                                       
 from model import CLIP, set_tokenizer                                                 # noqa: E402
 from pooling import concept_similarity                                                # noqa: E402
 
-PROTOCOL = 5        # raised whenever a change here or in benchmarks.json may change a figure
+PROTOCOL = 6        # raised whenever a change here or in benchmarks.json may change a figure
 ELEVEN = "classification_11"    # of GROUPS: the mean of these sets is a result of its own
 ELEVEN_SETS = [(bench, subset) for bench, (subset,) in GROUPS[ELEVEN].items()]
 GET = "python evaluate.py download"
@@ -406,6 +412,7 @@ class Outcome:
     items: list                     # N items in words
     labels: list | None = None      # N classes or None: SUBSET_macro is the mean of their means
     partial: str = ""               # what the table says of a file that is not whole
+    attack: list = field(default_factory=list)      # of images: how far, of 255, and its steps
 
 
 @dataclass
@@ -413,7 +420,7 @@ class Choices:
     """N items of I images and K texts each, of which few compete."""
     subset: str                     # as in Outcome
     margin: Callable                # one of the rules above
-    chance: float
+    chance: float | list            # as in Outcome
     images: list                    # N tuples of I Pictures
     texts: list                     # N tuples of K strings
     labels: list | None = None
@@ -468,8 +475,14 @@ class Ranking:
         if pooled is None:
             images = image_features(self.images)[:, 0]              # (N, D)
             texts = self.candidates(text_features)                  # (M, D)
+            is_read = ~images.isnan().any(1)                        # (N,)
+        else:
+            is_read = ~pooled[0].isnan().all(1)
         for subset, (way, k) in self.recalls.items():
-            positive = self.positive if way == "i2t" else self.positive.T
+            positive = findable = self.positive
+            if way == "t2i":
+                positive = self.positive.T
+                findable = positive[:, is_read]
             if pooled is not None:
                 scores = pooled[0] if way == "i2t" else pooled[0].T
                 blocks = scores.split(500)
@@ -480,7 +493,7 @@ class Ranking:
             names, items = self.queries(way)
             labels = self.labels if (way, k) == ("i2t", 1) else None
             margins = ranking_margins(blocks, positive, k)
-            yield Outcome(subset, margins, blind_recall(positive, k), names, items, labels)
+            yield Outcome(subset, margins, blind_recall(findable, k), names, items, labels)
 
     def queries(self, way):
         """Of each image (i2t) or text (t2i): the image by which it is drawn, and it in words."""
@@ -527,15 +540,15 @@ class Pointing:
         """The one Outcome; under torchrun the processes share the images."""
         texts = text_features(self.texts)[:, 0]                             # (N, D)
         pictures = [picture for picture, in self.images]
-        parts = []
+        own = []                        # what this process has found, see share
         for items, size, patches in each_image(model, pictures, options):
             side = math.isqrt(len(patches))
             seen = seen_box(model, size)
             for item in items:
                 inside = patches_inside(self.boxes[item], seen, side)       # (T,)
                 found = point(patches @ texts[item], inside)
-                parts.append((torch.tensor([item]), torch.tensor([found])))
-        margins, chances = share(parts, len(self.images), width=2).T        # (N,) each
+                own.append((torch.tensor([item]), torch.tensor([found])))
+        margins, chances = share(own, len(self.images), width=2).T          # (N,) each
         names = [picture.name for picture in pictures]
         items = [f"{name} | {text}" for name, (text,) in zip(names, self.texts)]
         return Outcome(self.subset, margins, chances.tolist(), names, items, self.labels)
@@ -601,11 +614,11 @@ def ranking_margins(blocks, positive, k):
 
 
 def blind_recall(positive, k):
-    """(Q, M) bool -> the mean chance that k targets, drawn blindly, hold a positive one."""
+    """(Q, M) bool -> for each query the chance that k targets, drawn blindly, hold a positive."""
     n = positive.shape[1]
     tries = torch.arange(min(k, n))[:, None]                            # (k, 1)
     miss = (n - tries - positive.sum(1)).double() / (n - tries)         # (k, Q)
-    return 1 - miss.clamp(0).prod(0).mean().item()
+    return (1 - miss.clamp(0).prod(0)).tolist()
 
 
 # ---- encoding ----------------------------------------------------------------------------------
@@ -681,10 +694,10 @@ def read_batches(model, pictures, options):
 
 def encode_images(model, pictures, options):
     """N different pictures -> Lookup of their normalised features, NaN for what cannot be read."""
-    parts = []
+    own = []                            # what this process has encoded, see share
     for numbers, pixels, _ in read_batches(model, pictures, options):
-        parts.append((numbers, forward(model, model.encode_image, pixels, options)))
-    features = share(parts, len(pictures))
+        own.append((numbers, forward(model, model.encode_image, pixels, options)))
+    features = share(own, len(pictures))
     bad = features.isnan().any(1).nonzero()[:, 0].tolist()
     if bad and len(bad) == len(pictures):
         raise ValueError(f"none of {len(bad)} images can be read, the first is "
@@ -705,13 +718,13 @@ def encode_texts(model, texts, options):
     if getattr(getattr(model, "config", None), "family", "") == "clip":
         # nothing is seen behind the end-of-text token of a causal model: cut it off
         lengths = tokens.argmax(1) + 1
-    parts = []
+    own = []
     batches = lengths.argsort().split(options.batch_size)[RANK::WORLD]
     for numbers in progress(batches, len(tokens)):
         longest = lengths[numbers].max()
         batch = tokens[numbers, :longest]
-        parts.append((numbers, forward(model, model.encode_text, batch, options)))
-    return Lookup(share(parts, len(tokens)), dict(zip(texts, rows.tolist())))
+        own.append((numbers, forward(model, model.encode_text, batch, options)))
+    return Lookup(share(own, len(tokens)), dict(zip(texts, rows.tolist())))
 
 
 def progress(batches, count):
@@ -722,7 +735,17 @@ def progress(batches, count):
 @torch.inference_mode()
 def forward(model, encoder, inputs, options):
     """One batch through one tower -> normalised features (..., D), float32 on the CPU."""
-    return differentiable_forward(model, encoder, inputs, options).cpu()
+    return without_nan(differentiable_forward(model, encoder, inputs, options).cpu())
+
+
+def without_nan(features):
+    """The features as they are. NaN means elsewhere that there is no image, so that a model that
+    makes some would lose these items, and have the others counted."""
+    if features.isnan().any():
+        raise ValueError("the model gives features that are no numbers (NaN): expected weights "
+                         "without NaN, and numbers that --dtype can hold; check the training's "
+                         "log, or give --dtype float32")
+    return features
 
 
 def differentiable_forward(model, encoder, inputs, options):
@@ -782,27 +805,28 @@ def pooled_scores(model, images, texts, options):
         pictures += some
         item_of += [item] * len(some)
     queries = [some.unique(dim=0, return_inverse=True) for some in texts]   # equal texts must tie
-    parts = []
+    own = []
     for places, _, patches in each_image(model, pictures, options):
         for place in places:
             different, inverse = queries[item_of[place]]
             scores = concept_similarity(patches[None].to(device), different.to(device)).cpu()
-            parts.append((torch.tensor([place]), scores[:, inverse]))       # (1, K)
-    scores = share(parts, len(pictures), width=texts.shape[1])              # (N * I, K)
+            own.append((torch.tensor([place]), scores[:, inverse]))         # (1, K)
+    scores = share(own, len(pictures), width=texts.shape[1])                # (N * I, K)
     return scores.unflatten(0, (len(images), -1))
 
 
-def share(parts, count, width=1):
-    """Each process's [(numbers (n,), features (n, D)), ...] -> features (count, D) of all, NaN
+def share(own, count, width=1):
+    """Each process's own [(numbers (n,), features (n, D)), ...] -> features (count, D) of all, NaN
     where there are none. width: D, if nobody has any."""
+    pieces = own
     if WORLD > 1:
         gathered = [None] * WORLD
-        dist.all_gather_object(gathered, parts)
-        parts = sum(gathered, [])
-    if parts:
-        width = parts[0][1].shape[1]
+        dist.all_gather_object(gathered, own)
+        pieces = sum(gathered, [])
+    if pieces:
+        width = pieces[0][1].shape[1]
     features = torch.full((count, width), float("nan"))
-    for numbers, some in parts:
+    for numbers, some in pieces:
         features[numbers] = some
     return features
 
@@ -832,13 +856,13 @@ def bootstrap(columns, samples=2000, seed=0):
     none of a column's few images was drawn."""
     rng = np.random.default_rng(seed)
     # images that no column has any more are not drawn
-    used, places = np.unique(np.concatenate([column[0] for column in columns]), return_inverse=True)
+    used, rows = np.unique(np.concatenate([column[0] for column in columns]), return_inverse=True)
     size = len(used)
     totals, sums = [], []
     for images, values, weights in columns:
-        own, places = places[:len(images)], places[len(images):]
-        totals.append(np.bincount(own, weights, size))
-        sums.append(np.bincount(own, values * weights, size))
+        of_column, rows = rows[:len(images)], rows[len(images):]
+        totals.append(np.bincount(of_column, weights, size))
+        sums.append(np.bincount(of_column, values * weights, size))
     total = np.stack(totals, 1)                         # (images, columns): weight of each image
     value = np.stack(sums, 1)                           # (images, columns): what it adds
     means = [value.sum(0) / total.sum(0)]
@@ -852,16 +876,20 @@ def bootstrap(columns, samples=2000, seed=0):
 
 
 # What a result holds, beside n and chance:
-#     of a subset   right, ties; of each item correct (0 or 1), image (a number), items (in words)
+#     of a subset   right, ties; of each item correct (0 or 1), image (a number), items (in words);
+#                   partial and attack, as in Outcome, where they are not empty
 #     of a macro    of (the subset), weights (of its items)
 #     of a mean     parts (names of subsets, macros or other means)
 # accuracy, low and high come last, from draws that all share.
 def summarize(outcomes, means, samples=2000):
     """Outcomes of tasks -> {subset or mean: {accuracy, low, high, n, chance, ...}}.
 
+    A subset of which no item has its image is left out, and so are the means that it is a part of.
+
     means: {name: subsets or earlier names}. Each is the plain mean of its parts, but "micro" is the
-    mean over items. Intervals are 95 %, by percentiles of the bootstrap; where all items agree the
-    bootstrap knows nothing, and Wilson's interval of as many items as there are images is taken.
+    mean over items. Intervals are 95 %, by percentiles of the bootstrap; where all draws agree, as
+    where all items are right, it knows nothing, and either side is as long as that of Wilson's
+    interval of as many items as there are images, all of them right.
     """
     results, correct = {}, {}
     numbers = {}            # {name of an image: its number in all subsets}
@@ -869,10 +897,16 @@ def summarize(outcomes, means, samples=2000):
         for name in outcome.images:     # the unread, too: a number means the same in all files
             numbers.setdefault(name, len(numbers))
         outcome = leave_out_unread(outcome)
+        if len(outcome.margins) == 0:
+            continue
         results[outcome.subset] = count_right(outcome, numbers)
         correct[outcome.subset] = results[outcome.subset]["correct"]
         if outcome.labels:
             add_macro(results, outcome)
+    if not results:
+        names = ", ".join(outcome.subset for outcome in outcomes)
+        raise ValueError(f"none of the items of {names} has an image that can be read: check "
+                         "--image-root")
     add_means(results, means)
     for name, draws in resample(results, correct, samples).items():
         add_interval(results[name], draws, len(images_of(results, name)))
@@ -900,8 +934,6 @@ def leave_out_unread(outcome):
     if len(kept) == n:
         return outcome
     print0(f"{outcome.subset}: {n - len(kept)} of {n} items skipped, without their image")
-    if not kept:
-        raise ValueError(f"{outcome.subset}: none of its items has an image that can be read")
     lists = {}
     for name in ("images", "items", "labels", "chance"):
         values = getattr(outcome, name)
@@ -918,6 +950,8 @@ def count_right(outcome, numbers):
         "image": [numbers[name] for name in outcome.images], "items": outcome.items}
     if outcome.partial:
         result["partial"] = outcome.partial
+    if outcome.attack:
+        result["attack"] = outcome.attack
     return result
 
 
@@ -974,14 +1008,12 @@ def resample(results, values, samples=2000, seed=0):
 def add_interval(result, draws, image_count):
     accuracy = draws[0].item()
     low, high = np.nanquantile(draws[1:], (0.025, 0.975)).tolist()
-    edge = 3.84 / (image_count + 3.84)      # Wilson's bound where none or all are right; 1.96^2
+    if high - low < 1e-9:
+        edge = 3.84 / (image_count + 3.84)      # of Wilson's interval; 3.84 is 1.96^2
+        low, high = max(0.0, accuracy - edge), min(1.0, accuracy + edge)
     result["accuracy"] = accuracy
     result["low"] = min(accuracy, low)
     result["high"] = max(accuracy, high)
-    if accuracy == 1:
-        result["low"] -= edge
-    if accuracy == 0:
-        result["high"] += edge
 
 
 def run(model, benches, **options):
@@ -1015,17 +1047,19 @@ def check(benches, **options):
     check_names(benches)
     options = Options(**options)
     tasks, _ = read(benches, options)
-    for task in itertools.chain(*tasks.values()):
-        check_pictures(task, options)
+    for bench, some in tasks.items():
+        for task in some:
+            check_pictures(bench, task, options)
 
 
-def check_pictures(task, options):
+def check_pictures(bench, task, options):
     """Open pictures of a task until one can be read."""
     for picture in itertools.chain(*task.images):
         data = PictureData([picture], lambda image: image, options.allow_missing)
         if not picture.missing and data[0] is not None:
             return
-    raise ValueError(f"no image of {type(task).__name__.lower()} {picture.name} can be read")
+    raise ValueError(f"{bench}: none of its images can be read, the last is {picture.name}: check "
+                     "--image-root")
 
 
 def score(model, tasks, options):
@@ -1035,10 +1069,10 @@ def score(model, tasks, options):
     image_features = encode_images(model, [] if options.pooled else pictures, options)
     text_features = encode_texts(model, texts, options)
     results = {}
-    for bench, parts in tasks.items():
-        outcomes = []
-        for task in parts:
-            outcomes += judge(model, task, image_features, text_features, options)
+    for bench, some in tasks.items():
+        outcomes, last = [], {}
+        for task in some:
+            outcomes += judge(model, task, image_features, text_features, options, last)
         names = [outcome.subset for outcome in outcomes]
         results[bench] = summarize(outcomes, means_of(bench, names))
     mean = find_result(results, ELEVEN_SETS)
@@ -1061,14 +1095,19 @@ def needed_by(tasks):
     return list(pictures), list(texts)
 
 
-def judge(model, task, image_features, text_features, options):
-    """The outcomes of a task, and those under attack."""
+def judge(model, task, image_features, text_features, options, last):
+    """The outcomes of a task, and those under attack. last: pooled scores of the task before."""
     if isinstance(task, Pointing):
         outcomes = [task.outcome(model, text_features, options)]
     else:
         pooled = None
         if options.pooled and not task.text_only:
-            pooled = pooled_scores(model, *task.competing(text_features), options)
+            # Winoground's rules share both lists
+            what = type(task), id(task.images), id(task.texts)
+            if what not in last:
+                last.clear()
+                last[what] = pooled_scores(model, *task.competing(text_features), options)
+            pooled = last[what]
         outcomes = list(task.outcomes(image_features, text_features, pooled))
     if is_attacked(task, options):
         outcomes += attacked_outcomes(model, task, text_features, options)
@@ -1098,6 +1137,20 @@ def check_attack(model, tasks, options):
                          f"{', '.join(tasks)}")
     if options.attack:
         mean_and_std(model)
+        check_gradient(model, options)
+
+
+def check_gradient(model, options):
+    """Raise ValueError where none comes from the features of an image back to its pixels."""
+    pixels = model.transform(Image.new("RGB", (64, 64)))[None].requires_grad_()
+    features = differentiable_forward(model, model.encode_image, pixels, options)
+    gradient = None
+    if features.requires_grad:
+        [gradient] = torch.autograd.grad(features.sum(), [pixels], allow_unused=True)
+    if gradient is None:
+        raise ValueError("--attack: the model's encode_image gives no gradient to pixels: expected "
+                         "one without torch.no_grad, inference_mode or detach, in it or around "
+                         "this call; give the model such a one, or leave --attack out")
 
 
 def mean_and_std(model):
@@ -1133,7 +1186,7 @@ def attacked_outcomes(model, task, text_features, options):
         return tecoa_loss(encode(pixels), texts, labels, scale)
 
     pictures = [picture for picture, in task.images]
-    parts = []
+    own = []
     for numbers, images, _ in read_batches(model, pictures, options):
         pixels = (images.to(device) * std + mean).clamp(0, 1)
         labels = task.positive[numbers].to(device)                  # (n, M)
@@ -1141,10 +1194,11 @@ def attacked_outcomes(model, task, text_features, options):
         attacked = pgd_attack(pixels, noise, functools.partial(loss, labels=labels),
                               options.attack / 255, options.attack_steps)
         with torch.no_grad():
-            parts.append((numbers, encode(attacked).cpu()))
-    features = share(parts, len(task.images))[:, None]              # (N, 1, D)
+            own.append((numbers, without_nan(encode(attacked).cpu())))
+    features = share(own, len(task.images))[:, None]                # (N, 1, D)
     for outcome in task.outcomes(lambda images: features, text_features):
-        yield replace(outcome, subset=f"attacked_{outcome.subset}")
+        yield replace(outcome, subset=f"attacked_{outcome.subset}",
+                      attack=[options.attack, options.attack_steps])
 
 
 def means_of(bench, subsets):
@@ -1263,8 +1317,8 @@ class Source:
             folders.insert(0, options.image_root)
         paths, missing = {}, set()
         for name in dict.fromkeys(itertools.chain(*items)):
-            places = [os.path.join(folder, name) for folder in folders]
-            paths[name] = next(filter(os.path.isfile, places), places[0])
+            tried = [os.path.join(folder, name) for folder in folders]
+            paths[name] = next(filter(os.path.isfile, tried), tried[0])
             if not os.path.isfile(paths[name]):
                 missing.add(name)
             self.images[paths[name]] = name not in missing
@@ -1756,6 +1810,11 @@ def valse(source):
                                  "mturk": {"foil": 0, "caption": 3, "other": 0}, ...}, ...}
     """
     rows = source.rows("image_file", "caption", "foil", kinds={"mturk": dict})
+    for row in rows:
+        count = row["mturk"].get("caption", 0)
+        if not is_kind(count, (int, float)):
+            raise ValueError(f"valse {source.subset}: mturk's caption is {count!r:.40}: expected "
+                             f"a number; get the file again: {GET} valse")
     rows = [row for row in rows if row["mturk"].get("caption", 0) >= 2]
     images = source.pictures(pick(rows, "image_file"))
     yield Choices(source.subset, first_text_wins, 1 / 2, images, pick(rows, "caption", "foil"))
@@ -1822,6 +1881,9 @@ def whatsup_controlled(source):
     pairs, sets = {}, {}        # {objects: [images, texts]} in which all must be right
     for row, image, options in zip(rows, images, texts):
         name = os.path.basename(row["image_path"])          # mug_left_of_plate.jpeg
+        if name.count("_") < 2:
+            raise ValueError(f"whatsup {source.subset}: an image is called {name:.60}: expected "
+                             f"OBJECT_PREPOSITION_OBJECT; get the file again: {GET} whatsup")
         first, preposition, *_, second = name.split("_")
         sideways = preposition in ("left", "right")
         for groups, key in (pairs, (first, second, sideways)), (sets, (first, second)):
@@ -2068,8 +2130,8 @@ def own_retrieval(options):
 MOST_PAIRS = 10**10     # of an image and a text, each a byte of memory
 
 
-def open_member(name, *place):
-    return load_image(list(place))
+def open_member(name, *tar_offset_size):
+    return load_image(list(tar_offset_size))
 
 
 def pairs_to_ranking(pictures, texts, prefix="", keys=None, ks=(1, 5, 10)):
@@ -2205,30 +2267,30 @@ def choices(source):
         texts = []
         for _, caption, negatives in rows:      # an item with fewer has its first again: no change
             texts.append((caption, *negatives, *[negatives[0]] * (most - len(negatives))))
-        chance = float(np.mean([1 / (1 + len(negatives)) for _, _, negatives in rows]))
+        chances = [1 / (1 + len(negatives)) for _, _, negatives in rows]
         images = tuples(picture for picture, _, _ in rows)
-        yield Choices(subset, first_text_wins, chance, images, texts)
+        yield Choices(subset, first_text_wins, chances, images, texts)
 
 
-def read_choice(row, place, options):
-    """A row of choices -> its subset, and (picture, caption, negatives). place: of it, in words."""
+def read_choice(row, where, options):
+    """A row of choices -> its subset, and (picture, caption, negatives). where it is, in words."""
     image_key, caption_key = options.image_key or "image", options.caption_key or "caption"
     image, caption = row.get(image_key), row.get(caption_key)
     negatives = []
     for column, value in row.items():
         if column and re.fullmatch(r"negatives?(_\d+)?", column):       # but not negative_image
-            with expecting(f"{place}: expected texts as {column}"):
+            with expecting(f"{where}: expected texts as {column}"):
                 negatives += parse_list(value, separator=None)
     if not (image and caption and negatives):
         filled = [str(column) for column, value in row.items() if value]
-        raise ValueError(f"{place} needs {image_key}, {caption_key} and negative, and has "
+        raise ValueError(f"{where} needs {image_key}, {caption_key} and negative, and has "
                          f"{', '.join(filled) or 'nothing'}")
     subset = row.get("subset") or "choices"
     for name, value in (("image", image), ("caption", caption), ("subset", subset)):
         if not is_kind(value, str):
-            raise ValueError(f"{place} has {value!r:.80} as {name}: expected text")
+            raise ValueError(f"{where} has {value!r:.80} as {name}: expected text")
     if subset in ("macro", "micro"):
-        raise ValueError(f"{place}: the subset {subset} would be taken for the mean of that name: "
+        raise ValueError(f"{where}: the subset {subset} would be taken for the mean of that name: "
                          "call it otherwise")
     return subset, (Picture(os.path.join(options.image_root, image)), caption, negatives)
 
@@ -2295,10 +2357,10 @@ def classification(source, data, classes, templates, count=None):
                           f"{found:,} classes")
 
     def load(name, i):
-        return data[i][0]
+        return data[i][0].convert("RGB")        # MNIST is grey
 
     pictures = [(Picture(name, (i,), load),) for i, name in enumerate(names)]
-    labels = torch.as_tensor(class_numbers(data))
+    labels = torch.as_tensor(class_numbers(data)).long()        # STL10's are bytes
     texts = []
     for name in classes:
         name = name.replace("_", " ")
@@ -2555,9 +2617,13 @@ def mcnemar(gained, lost):
 def read_results(path):
     """A file of --json -> its model's name, {bench: {subset or mean: result, with its data}}."""
     file = json.loads(Path(path).read_text("utf-8"))
+    alone = ""
+    if file["protocol"] < 6 and file.get("settings", {}).get("allow_missing"):
+        # missing images had no number then: item by item it equals no other file
+        alone = path
     found = {}
     for bench, subsets in file["results"].items():
-        data = file["protocol"], file["data_sha256"].get(bench)
+        data = file["protocol"], file["data_sha256"].get(bench), alone
         found[bench] = {name: {**result, "data": data} for name, result in subsets.items()}
     return model_name(file), found
 
@@ -2609,7 +2675,7 @@ def compare(files, items=False, form=None, columns=None, reference=False):
         print(format_table(title, chosen, names, results, form or "text", reference) + "\n")
         unlike = [" ".join(column) for column in chosen if not is_of_same_items(results, column)]
         if unlike:      # a table for a paper goes into a file, without this
-            print("not of the same items, data or protocol version in all files: "
+            print("not of the same items, data, attack or protocol version in all files: "
                   f"{', '.join(unlike)}\n", file=sys.stderr if form else sys.stdout)
 
 
@@ -2625,7 +2691,7 @@ def is_of_same_items(results, column):
 
 def what_was_scored(result):
     """Equal for two results that may be compared item by item."""
-    return [result.get(key) for key in ("n", "data", "image")]
+    return [result.get(key) for key in ("n", "data", "image", "attack")]
 
 
 def choose_tables(results, columns=None):
@@ -2754,8 +2820,8 @@ def paired_differences(bench, a, b, seed=0):
         if "correct" in a[name] and "correct" in b[name]:
             if what_was_scored(a[name]) != what_was_scored(b[name]):
                 raise ValueError(f"{bench} {name}: A ({a[name]['n']} items) and B "
-                                 f"({b[name]['n']}) differ in items, data or protocol version: "
-                                 "score both again, with the same files of this benchmark")
+                                 f"({b[name]['n']}) differ in items, data, attack or protocol "
+                                 "version: score both again, with the same files of this benchmark")
             change[name] = np.subtract(b[name]["correct"], a[name]["correct"])
     gained = {name: some > 0 for name, some in change.items()}
     lost = {name: some < 0 for name, some in change.items()}
@@ -2945,7 +3011,7 @@ def markdown_form(head, rows):
 def latex_form(head, rows):
     """For the package booktabs."""
     lines = [f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", "\\toprule"]
-    lines += [escape_latex(" & ".join(head)) + r" \\", "\\midrule"]
+    lines += [" & ".join(map(escape_latex, head)) + r" \\", "\\midrule"]
     for name, *cells in rows:
         shown = [escape_latex(name)]
         for cell in cells:
@@ -2955,9 +3021,8 @@ def latex_form(head, rows):
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
 
 
-def escape_latex(text):
-    """Of names, and of a row of names between &."""
-    return re.sub(r"([_%#$])", r"\\\1", text)
+def escape_latex(name):
+    return re.sub(r"([_%#$&{}])", r"\\\1", name)
 
 
 def csv_form(head, rows):
@@ -3103,11 +3168,11 @@ def draw_bars(names, results, tables):
     for (title, columns), panel in zip(tables, panels):
         width = 0.8 / len(names)
         for number, (file, colour) in enumerate(zip(results, CURVES)):
-            for place, (bench, subset) in enumerate(columns):
-                found = find_result(file, [(bench, subset)])
+            for group_at, column in enumerate(columns):
+                found = find_result(file, [column])
                 if found:
-                    left = place + (number - (len(names) - 1) / 2) * width
-                    draw_bar(panel, left, width, found, colour)
+                    x = group_at + (number - (len(names) - 1) / 2) * width
+                    draw_bar(panel, x, width, found, colour)
         labels = column_labels(title, columns)
         panel.set_xticks(range(len(columns)), labels, rotation=30, ha="right")
         panel.set_title(title)
@@ -3161,7 +3226,7 @@ def draw_radars(names, results, tables):
 
 
 def draw_bar(panel, x, width, result, colour):
-    """One bar with its interval, and chance as a line across it."""
+    """One bar around x with its interval, and chance as a line across it."""
     height = 100 * result["accuracy"]
     error = [[height - 100 * result["low"]], [100 * result["high"] - height]]
     panel.bar(x, height, width, color=colour, yerr=error, error_kw={"elinewidth": 1})
@@ -3389,6 +3454,9 @@ def evaluate(bench, json_path, reference, checkpoint=None, init=None, model=None
     benches = (bench or default_bench(settings["data"])).split(",")
     check_command(benches, json_path, checkpoint, settings["data"])
     models = models_of(checkpoint, init, model, interpolate)
+    if tokenizer and init and "open_clip:" in init:
+        raise ValueError(f"--tokenizer {tokenizer}: a model of open_clip: has its own: expected "
+                         "weights that came without one, leave --tokenizer out")
     given = {"init": init, "model": model, "tokenizer": tokenizer, "interpolate": interpolate}
     given |= {"bench": bench, "torch": torch.__version__, "processes": WORLD, **settings}
     options = prepare(settings)
@@ -3455,7 +3523,13 @@ def prepare(settings):
         options.workers = min(8, os.cpu_count() or 1) if options.device == "cuda" else 0
     if WORLD > 1:
         if options.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            own = int(os.environ.get("LOCAL_RANK", RANK))       # which other launchers may not set
+            count = torch.cuda.device_count()
+            if own >= count:
+                raise ValueError(f"torchrun's process {own} of this machine has no GPU, torch "
+                                 f"finds {count}: expected one for each, give --nproc-per-node "
+                                 f"{count}")
+            torch.cuda.set_device(own)
         dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
     return options
 
@@ -3560,6 +3634,9 @@ def load_verified(name, entry, data_dir):
     if "path" not in entry:
         return load_source(entry.get("init"), entry.get("model"))
     path = os.path.join(data_dir, entry["path"])
+    if "url" in entry and WORLD > 1 and not os.path.isfile(path):
+        # processes would write one file between each other
+        raise Missing(f"no {path}: verify fetches it without torchrun; after that give torchrun")
     if "url" in entry:
         fetch(entry["url"], path, entry.get("sha256"), data_dir)
     if not os.path.isfile(path):
@@ -3577,9 +3654,9 @@ def default_bench(data):
 def data_digests(tasks):
     """{bench: sha256 of the names of its image files, and of all its texts, boxes and labels}."""
     digests = {}
-    for bench, parts in tasks.items():
+    for bench, some in tasks.items():
         content = []
-        for task in parts:
+        for task in some:
             pictures = itertools.chain(*task.images)
             names = [Path(picture.name).name for picture in pictures]
             content.append((names, task.texts))
@@ -3603,10 +3680,13 @@ def call(argv):
         dist.destroy_process_group()
 
 
+USERS_ERRORS = (ValueError, OSError, torch.cuda.OutOfMemoryError)
+
+
 def main(argv):
     try:
         call(argv)
-    except (ValueError, OSError) as error:      # anything else is a mistake of ours: keep its trace
+    except USERS_ERRORS as error:       # anything else is a mistake of ours: keep its trace
         if RANK:
             time.sleep(3)       # process 0 says it and ends all, unless this one errs alone
             sys.exit(f"evaluate.py: process {RANK}: {plain_words(error)}")
@@ -3614,11 +3694,13 @@ def main(argv):
 
 
 def plain_words(error):
-    """One line for a user: of an OSError without its number."""
+    """One line for a user, of USERS_ERRORS: of an OSError without its number."""
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return f"no file {error.filename}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "the GPU has too little memory: give a smaller --batch-size (default: 250)"
     lines = str(error).strip().splitlines()     # a process that reads images puts its trace first
     return lines[-1] if lines else type(error).__name__
 

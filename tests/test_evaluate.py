@@ -290,6 +290,8 @@ def test_rows_that_a_protocol_cannot_mean(nano, official, tmp_path):
             ("valse", "existence", {"0": {**foil, "mturk": {}}}, doubted),
             ("vl_checklist", "attribute_vg_color", [["VG_100K/1.jpg", {"POS": ["a dog"], "NEG": []}]],
              "vl_checklist attribute_vg_color: a row has no texts under POS and NEG"),
+            ("whatsup", "A", [{"image_path": "val2017/1.jpg", "caption_options": ["a", "b", "c", "d"]}],
+             "whatsup A: an image is called 1.jpg: expected OBJECT_PREPOSITION_OBJECT; get the file again"),
             ("flickr8k", "flickr8k", [{**test, "split": "train"}], "flickr8k: no item of flickr8k is left to score"),
             ("flickr8k", "flickr8k", [{**test, "sentences": [{"tokens": []}]}], r"has no text \(raw\)$")):
         official.table[bench]["files"] = {part: official.table[bench]["files"].get(part) or {"path": f"{part}.json"}}
@@ -315,7 +317,7 @@ def test_rows_that_a_protocol_cannot_mean(nano, official, tmp_path):
 
 
 def test_images_that_cannot_be_read_are_counted(nano, official, tmp_path, capsys):
-    """Of one subset a half, of the other all: the first is scored, the second is an error."""
+    """Of one subset a half, of the other all: the first is scored, the second is told and left out."""
     picture(f"{tmp_path}/coco/val2017/1.jpg", random.Random(0))
     (tmp_path / "coco" / "val2017" / "torn.jpg").write_bytes(b"torn")
     row = {"filename": "1.jpg", "caption": "a dog", "negative_caption": "a cat"}
@@ -332,8 +334,11 @@ def test_images_that_cannot_be_read_are_counted(nano, official, tmp_path, capsys
     with pytest.raises(ValueError, match="cannot read .*torn.jpg .*: check --image-root, or --allow-missing"):
         run(nano, ["sugarcrepe"], **{**args, "allow_missing": False})
     official(tmp_path, "sugarcrepe", "swap_att", [{**row, "filename": "torn.jpg"}])
-    with pytest.raises(ValueError, match="^swap_att: none of its items has an image that can be read$"):
-        run(nano, ["sugarcrepe"], **args)
+    found = run(nano, ["sugarcrepe"], **args)["sugarcrepe"]         # and no mean without it
+    assert list(found) == ["swap_obj"] and "swap_att: 1 of 1 items skipped" in capsys.readouterr().out
+    unread = Outcome("x", torch.tensor([float("nan")]), 0.5, ["a"], ["a"])
+    with pytest.raises(ValueError, match="^none of the items of x, y has an image that can be read: check --image-root$"):
+        summarize([unread, replace(unread, subset="y")], {})
 
 
 # ------------------------------------------------------------------------------------------------- other benches
@@ -421,6 +426,11 @@ def test_valse(nano, official, tmp_path):
                  ["relations"], ["action-replacement", "actant-swap"], ["coreference-standard", "coreference-hard"],
                  ["foil-it"]]
     assert results["macro_7"]["accuracy"] == pytest.approx(np.mean([np.mean([a[s] for s in p]) for p in phenomena]))
+    for count in ("3", None, True):         # read by --allow-missing, which takes parts of files
+        rows["x0"]["mturk"]["caption"] = count
+        official(tmp_path, "valse", "existence", rows)
+        with pytest.raises(ValueError, match=f"valse existence: mturk's caption is {count!r}: expected a number; get .*"):
+            read(["valse"], nano, arguments(data_dir=str(tmp_path)))
 
 
 def test_winoground_colorswap_cola(nano, official, tmp_path):
@@ -784,6 +794,11 @@ def test_attacked_images_are_scored_beside_the_others(nano, tmp_path):
     assert found["attacked_top1"]["right"] < found["top1"]["right"] and found["attacked_top5"]["accuracy"] == 1
     in_threes = evaluate.run(nano, ["folder"], attack=8, attack_steps=9, batch_size=3, **where)["folder"]
     assert in_threes["attacked_top1"]["correct"] == found["attacked_top1"]["correct"]
+    weaker = evaluate.run(nano, ["folder"], attack=1, attack_steps=9, **where)["folder"]
+    assert weaker["attacked_top1"]["attack"] == [1, 9]
+    evaluate.paired_differences("folder", {"top1": found["top1"]}, weaker)
+    with pytest.raises(ValueError, match="folder attacked_top1: .* differ in items, data, attack or protocol version"):
+        evaluate.paired_differences("folder", found, weaker)        # no model is the better one by that
     names = sorted(tmp_path.glob("data/*/*.png"))
     texts = torch.nn.functional.normalize(nano.encode_text(nano.tokenize(
         [f"a photo of a {name}." for name in ("red dog", "blue cat", "table")])), dim=-1).detach()
@@ -834,6 +849,22 @@ def test_an_attack_on_unknown_pixels_is_told_before_anything_is_encoded(nano):
     model.transform = Steps(normalize)
     with pytest.raises(AssertionError, match="encoded"):
         evaluate.run(model, ["scenes"], attack=1, quiet=True)
+
+
+def frozen(encode):
+    """As an encoder of a library may be written."""
+    return torch.no_grad()(encode)
+
+
+@pytest.mark.parametrize("cut", [frozen, torch.inference_mode(), lambda encode: lambda pixels: encode(pixels.detach())])
+def test_an_attack_without_a_gradient_is_told_before_anything_is_encoded(nano, cut):
+    encoded = []
+    model = types.SimpleNamespace(encode_image=cut(nano.encode_image), encode_text=encoded.append, tokenize=nano.tokenize,
+                                  transform=nano.transform)
+    with pytest.raises(ValueError, match="--attack: the model's encode_image gives no gradient to pixels: expected .*; "
+                                         "give the model such a one, or leave --attack out$"):
+        evaluate.run(model, ["scenes"], attack=1, quiet=True)
+    assert encoded == []
 
 
 def captioned(folder):
@@ -1052,6 +1083,51 @@ def test_zero_shot(nano, official, tmp_path, monkeypatch):
     assert task.texts[0] == (f"a photo of a {classes[0]}.",)
 
 
+@pytest.mark.parametrize("bench, name, mode, labels", [
+    ("stl10", "STL10", "RGB", np.array([0, 1, 2, 1], np.uint8)), ("mnist", "MNIST", "L", torch.tensor([0, 1, 2, 1]))])
+def test_labels_of_bytes_and_grey_images(nano, monkeypatch, bench, name, mode, labels):
+    """As torchvision gives STL10's labels, and MNIST's images, of which a transform expects RGB."""
+    class Fake:
+        classes = ["red dog", "blue cat", "table"]
+
+        def __init__(self, root, download, **split):
+            setattr(self, "targets" if bench == "mnist" else "labels", labels)
+
+        def __len__(self):
+            return len(labels)
+
+        def __getitem__(self, i):
+            return Image.new(mode, (32, 32), 40 * i if mode == "L" else (40 * i, 90, 9)), int(labels[i])
+
+    def transform(image):
+        assert image.mode == "RGB"
+        return nano.transform(image)
+
+    model = types.SimpleNamespace(encode_image=nano.encode_image, encode_text=nano.encode_text,
+                                  tokenize=nano.tokenize, transform=transform)
+    monkeypatch.setattr(evaluate.torchvision.datasets, name, Fake)
+    monkeypatch.setitem(evaluate.PROMPTS, bench, {"templates": ["a {}."], "classes": Fake.classes})
+    found = run(model, [bench], quiet=True)[bench]
+    assert found["top1"]["n"] == 4 and found["top1_macro"]["chance"] == pytest.approx(1 / 3)
+    assert found["top5"]["accuracy"] == 1
+
+
+@pytest.mark.parametrize("tower", ["encode_image", "encode_text"])
+def test_features_that_are_no_numbers_are_an_error(nano, tower):
+    """And no missing image: the items would be left out, and the others counted."""
+    parts = ("encode_image", "encode_text", "tokenize", "transform")
+    model = types.SimpleNamespace(**{name: getattr(nano, name) for name in parts})
+
+    def encode(inputs):
+        features = getattr(nano, tower)(inputs).clone()
+        features[0] = float("nan")
+        return features
+
+    setattr(model, tower, encode)
+    with pytest.raises(ValueError, match=r"the model gives features that are no numbers \(NaN\): expected .*; check "):
+        evaluate.run(model, ["scenes"], quiet=True)
+
+
 @pytest.mark.parametrize("bench", list(evaluate.TORCHVISION))
 def test_torchvision_has_it(bench, tmp_path):
     """Its class takes our arguments, and says itself that the data is not there."""
@@ -1195,6 +1271,17 @@ def test_the_interval_of_a_macro_where_all_agree_is_of_images_that_count():
     assert r["x"]["low"] == pytest.approx(40 / 43.84)
 
 
+def test_an_interval_where_all_draws_agree_is_no_point():
+    """A mean of a subset that is all right and one that is all wrong; images of which half the items are right."""
+    images = [str(i) for i in range(10)]
+    right, wrong = Outcome("a", torch.ones(5), 0.5, images[:5], images), Outcome("b", -torch.ones(5), 0.5, images[5:], images)
+    halves = Outcome("c", torch.tensor([1.0, -1] * 5), 0.5, [str(i // 2) for i in range(10)], images)
+    results = summarize([right, wrong, halves], {"macro": ["a", "b"]})
+    for name, edge in ("macro", 3.84 / 13.84), ("c", 3.84 / 8.84):
+        r = results[name]
+        assert (r["low"], r["accuracy"], r["high"]) == pytest.approx((0.5 - edge, 0.5, 0.5 + edge))
+
+
 def test_the_chance_of_a_mean_is_made_as_its_accuracy():
     """Where each item is right by its chance, accuracies are chances: of unread items, too, that do not count."""
     def outcome(subset, right, chance, labels=None):
@@ -1284,7 +1371,9 @@ def test_all_runs_what_is_there_and_lists_the_rest(table):
     (["--bench", "choices"], "choices: --data is missing, for example --data mine.csv --image-root images"),
     (["--bench", "retrieval"], "retrieval: --data is missing, for example --data pairs.csv --image-root images, "
      "or the official files; retrieval: no "), (["--bench", "retrieval"], "download retrieval (and 1 more)"),
-    (["--bench", "winoground"], "examples.jsonl"), (["--batch-size", "0"], "argument --batch-size: 0: expected 1 or more"),
+    (["--bench", "winoground"], "examples.jsonl"), (["--batch-size", "0"], "argument --batch-size: 0: expected a whole number, 1 or more"),
+    (["--batch-size", "2.5"], "argument --batch-size: 2.5: expected a whole number, 1 or more"),
+    (["--workers", "-1"], "argument --workers: -1: expected a whole number, 0 or more"),
     (["--interpolate", "0.5"], "--interpolate takes one --checkpoint and one --init (or --model)"),
     (["--checkpoint", ""], "give what to evaluate: --checkpoint FILE, or --init SOURCE"),
     (["--bench", "retrieval", "--data", "none.csv"], "no file none.csv"),

@@ -153,6 +153,25 @@ def test_compare_of_files_that_lack_different_images(tmp_path):
     command(["compare", files[0], files[2]])
 
 
+@pytest.mark.parametrize("settings", [{"allow_missing": True}, {"allow_missing": False}, None])
+def test_compare_of_old_files_that_may_lack_images(tmp_path, capsys, settings):
+    """Before protocol 6 images were numbered without those that were missing: 0, 1, ... in every file."""
+    more = {"protocol": 5} | ({"settings": settings} if settings else {})
+    files = [results(tmp_path / f"{name}.json", {"crepe": {"swap": subset([1, 0, 1], image=[0, 1, 2])}}, **more)
+             for name in "ab"]
+    if settings and settings["allow_missing"]:
+        with pytest.raises(ValueError, match=r"crepe swap: A \(3 items\) and B \(3\) differ in items, .*: score both again"):
+            command(["compare", *files])
+        command(["compare", *files, "--format", "text"])
+        assert "not of the same items, data, attack or protocol version in all files: crepe swap" in capsys.readouterr().err
+    else:
+        command(["compare", *files])
+    command(["compare", files[0], files[0]])
+    new = results(tmp_path / "new.json", {"crepe": {"swap": subset([1, 0, 1], image=[0, 1, 2])}}, protocol=evaluate.PROTOCOL)
+    with pytest.raises(ValueError, match="differ in items, data, attack or protocol version"):
+        command(["compare", files[0], new])
+
+
 def test_images_that_are_not_used_are_not_drawn():
     """The numbers of images may have gaps, and all draws are of as many images as are left."""
     rng = np.random.default_rng(0)
@@ -306,6 +325,12 @@ def test_tables_to_paste(three, capsys):
     assert row[3:] == ["73.1", "94.2"]
 
 
+def test_names_of_latex_are_no_commands():
+    """A subset of one's own may be "red & blue": it is one column."""
+    out = evaluate.latex_form(["choices", "red & blue"], [["50% of {a_b}", evaluate.Cell("1.0")]])
+    assert r"choices & red \& blue \\" in out.splitlines() and r"50\% of \{a\_b\} & 1.0 \\" in out.splitlines()
+
+
 def test_a_lead_over_other_items_is_no_lead(three, tmp_path):
     names, files = evaluate.read_all_results(three[:2])
     swap = [("sugarcrepe", "swap")]
@@ -389,7 +414,7 @@ def test_a_table_of_other_items_says_so(several, tmp_path, capsys):
     changed = results(tmp_path / "changed.json", file["results"])
     command(["compare", several[0], changed, several[2], "--columns", "swap_att,swap_obj,np_binding"])
     unlike = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not of the same items")]
-    says = "not of the same items, data or protocol version in all files: "
+    says = "not of the same items, data, attack or protocol version in all files: "
     assert unlike == [f"{says}sugarcrepe swap_att", f"{says}scenes np_binding"]
     command(["compare", several[0], changed, "--columns", "np_binding"])
     assert "not of the same items" not in capsys.readouterr().out
@@ -834,6 +859,12 @@ def test_a_wrong_flag_costs_two_lines():
     assert done.stderr.splitlines()[1] == "see: evaluate.py compare --help"
 
 
+def test_a_scene_before_the_first(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["show", "--checkpoint", "x.pt", "--scene", "-3"])
+    assert "evaluate.py show: argument --scene: -3: expected a whole number, 0 or more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("bench", evaluate.BENCHES)
 def test_describe_says_protocol_source_and_files(bench, capsys):
     command(["describe", bench, "--data-dir", "here"])
@@ -985,7 +1016,7 @@ def test_check_finds_what_run_would_find(tmp_path):
     evaluate.check(["scenes", "scenes_pointing", "retrieval"], **good)
     for benches, changes, says in (
             (["scnes"], {}, "no bench 'scnes'"), (["sugarcrepe"], {"data_dir": str(tmp_path)}, "download sugarcrepe"),
-            (["retrieval"], {"image_root": "elsewhere"}, "no image .* can be read"),
+            (["retrieval"], {"image_root": "elsewhere"}, "^retrieval: none of its images can be read, .*elsewhere.*: check"),
             (["retrieval"], {"allow_missing": False}, "cannot read .*none.png"),
             (["retrieval"], {"image_key": "picture"}, "no images with captions")):
         with pytest.raises(ValueError, match=says):
@@ -1054,6 +1085,8 @@ def test_open_clip_models_are_attacked_by_their_own_scale():
 
 
 def test_open_clip_mistakes():
+    with pytest.raises(ValueError, match="--tokenizer x.json: a model of open_clip: has its own: .* leave --tokenizer out"):
+        command(["--init", "open_clip:ViT-B-32/openai", "--tokenizer", "x.json"])
     for name, says in (("ViT-B-99/x", "NAME one of"), ("ViT-B-32", "for this NAME, one of openai"),
                        ("ViT-B-32/nonsense", "open_clip:ViT-B-32/nonsense cannot be read")):
         with pytest.raises(ValueError, match=says) as wrong:
@@ -1101,6 +1134,34 @@ def test_an_error_of_one_process_alone_is_said(monkeypatch):
         evaluate.main(["--checkpoint", "none.pt"])
 
 
+def test_verify_downloads_by_one_process(tmp_path, monkeypatch):
+    """Several would write into one file."""
+    monkeypatch.setattr(evaluate, "WORLD", 2)
+    monkeypatch.setattr(evaluate, "fetch", lambda *where: pytest.fail("fetched"))
+    with pytest.raises(ValueError, match="no .*w.pt: verify fetches it without torchrun; after that give torchrun"):
+        evaluate.load_verified("m", {"path": "w.pt", "url": "https://x.org/w.pt"}, str(tmp_path))
+
+
+def test_a_process_without_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(evaluate, "WORLD", 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(evaluate, "RANK", 3)
+    for local in ("3", None):           # a launcher may set none
+        monkeypatch.setenv("LOCAL_RANK", local) if local else monkeypatch.delenv("LOCAL_RANK")
+        with pytest.raises(ValueError, match="process 3 of this machine has no GPU, torch finds 2: .*--nproc-per-node 2"):
+            evaluate.prepare({"device": "cuda", "workers": 0})
+
+
+def test_too_little_memory_of_a_gpu_is_one_line(monkeypatch):
+    def download(benches, data_dir):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+
+    monkeypatch.setitem(evaluate.FUNCTIONS, "download", download)
+    with pytest.raises(SystemExit, match="^evaluate.py: the GPU has too little memory: give a smaller --batch-size"):
+        evaluate.main(["download", "sugarcrepe"])
+
+
 def test_a_negative_image_is_no_caption(own):
     """The column of training data is a path."""
     (own / "own.csv").write_text("image,caption,negatives,negative_image\n1.png,a dog,a cat,2.png\n")
@@ -1121,6 +1182,23 @@ def test_choices_on_ones_own_table(own):
             assert found["colour"]["correct"][int(name[0]) - 1] == (scores[0] > max(scores[1:]))
     assert found["macro"]["accuracy"] == (found["colour"]["accuracy"] + found["shape"]["accuracy"]) / 2
     assert found["micro"]["accuracy"] == (2 * found["colour"]["accuracy"] + found["shape"]["accuracy"]) / 3
+
+
+def test_the_chance_is_of_items_that_are_scored(own):
+    """Of choices without the row whose image is torn; of text to image among the images that are there."""
+    model = nano(0).eval()
+    (own / "torn.png").write_bytes(b"torn")
+    where = dict(image_root=str(own), data=str(own / "some.csv"), allow_missing=True, quiet=True)
+    (own / "some.csv").write_text("image,caption,negative_1,negative_2,negative_3\n1.png,a red dog,a dog\n"
+                                  "torn.png,a red ring,a ring,a dog,a cat\n2.png,a red cat,a cat,a ring\n")
+    found = evaluate.run(model, ["choices"], **where)["choices"]["choices"]
+    assert found["n"] == 2 and found["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    (own / "some.csv").write_text("image,caption\n1.png,a red dog\n1.png,a dog\ntorn.png,a ring\n2.png,a cat\n")
+    for pooled in (False, True):
+        found = evaluate.run(model, ["retrieval"], pooled=pooled, **where)["retrieval"]
+        assert found["t2i_r1"]["n"] == 3 and found["t2i_r1"]["chance"] == pytest.approx(1 / 2)
+        assert found["t2i_r5"]["chance"] == found["t2i_r5"]["accuracy"] == 1
+        assert found["i2t_r1"]["n"] == 2 and found["i2t_r1"]["chance"] == pytest.approx((2 / 4 + 1 / 4) / 2)
 
 
 @pytest.mark.parametrize("text, says", [
@@ -1254,6 +1332,18 @@ def test_pooled_own_captions_say_so(tmp_path, capsys):
     scores = np.array([pooled_plainly(other, picture, texts[0][:2]) for picture in (first, second)])
     right = [all((some.argmax(1) == (0, 1)) & (some.argmax(0) == (0, 1))) for some in (scores, scores[::-1])]
     assert results[1]["pairs"]["correct"] == [int(x) for x in right]
+
+
+def test_pooled_rules_of_one_list_encode_its_images_once(monkeypatch):
+    model, seen = nano(0).eval(), []
+    pictures = [(evaluate.Picture(f"{i}", (i,), lambda name, i: Scenes(9)[i]["image"]),) * 2 for i in range(9)]
+    texts = [("a red ring", "a blue cross")] * 9
+    tasks = [evaluate.Choices(name, *rule, pictures, texts) for name, rule in evaluate.PAIRED.items()]
+    tasks.append(evaluate.Choices("other", *evaluate.PAIRED["text"], pictures, [("a ring", "a cross")] * 9))
+    whole = evaluate.each_image
+    monkeypatch.setattr(evaluate, "each_image", lambda *some: seen.append(len(some[1])) or whole(*some))
+    found = evaluate.score(model, {"choices": tasks}, evaluate.Options(pooled=True))["choices"]
+    assert seen == [18, 18] and {"text", "image", "group", "other"} <= found.keys()
 
 
 def test_pooled_mistakes():
