@@ -412,6 +412,16 @@ def test_negate():
     assert concepts.negate("A dog has jumped over a fence") == "A dog has not jumped over a fence"
     assert concepts.negate("A girl has just fallen") == "A girl has not just fallen"
     assert concepts.negate("A dog has red ears") == "A dog does not have red ears"
+    # a noun that the tagger takes for a participle, and adverbs of an adjective or a number
+    assert concepts.negate("A wall has mermaid painting") == "A wall does not have mermaid painting"
+    assert concepts.negate("A van has graffiti on it") == "A van does not have graffiti on it"
+    assert concepts.negate("Elephants have exactly 2 tusks") == "Elephants do not have exactly 2 tusks"
+    assert concepts.negate("A bicycle has very large wheels") == "A bicycle does not have very large wheels"
+    # a singular that the tagger takes for a plural, and verbs behind "can"
+    assert concepts.negate("A group of people watches a boy") == "A group of people does not watch a boy"
+    assert concepts.negate("Two girls pass a house") == "Two girls do not pass a house"
+    assert concepts.negate("She can swim") == "She can not swim"
+    assert concepts.negate("Exactly 2 planes can be seen") == "Exactly 2 planes can not be seen"
 
 
 # ------------------------------------------------------------------------------------------- substitutes
