@@ -611,8 +611,8 @@ def shuffle_bigrams(caption, rng):
 
 
 # --------------------------------------------------------------- hard negatives: statements negated
-# What makes "has" an auxiliary. The tag alone does not tell: it is VBN for an unknown noun, too ("has
-# mermaid painting on it"), and RB for the adverb of "has very long hair".
+# What makes "has" an auxiliary. The tag alone does not tell: it is VBN for an unknown noun, too
+# ("has mermaid painting on it"), and RB for the adverb of "has very long hair".
 PERFECT = r"""just already recently nearly almost finally now \w+ed been begun bent bitten blown
     bought broken brought built caught chosen come cut done drawn driven drunk dug eaten fallen
     flown found frozen given gone got gotten grown had held hidden hit hung kept laid left let lit
