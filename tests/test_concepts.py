@@ -113,6 +113,17 @@ def test_examples():
         assert concepts.extract(caption) == expected
 
 
+@pytest.mark.parametrize("caption, expected", [
+    ("The dog in red chases bubbles.", ["The dog", "bubbles"]),
+    ("A skateboarder performs while others watch.", ["A skateboarder"]),
+    ("A boy in overalls blows bubbles .", ["A boy", "overalls", "bubbles"]),
+    ("A woman in blue kneels as another waits", ["A woman"]),
+    ("A shelf of watches and drinks", ["A shelf", "watches", "drinks"]),     # which are nouns as well
+])
+def test_verbs_that_look_like_plurals(caption, expected):
+    assert concepts.extract(caption) == expected
+
+
 def test_fallback_and_blank():
     assert concepts.extract("  running quickly ") == ["running quickly"]
     assert concepts.extract("") == concepts.extract(" \n\t") == []
