@@ -361,6 +361,24 @@ def test_swaps():
         concepts.swap_negatives("a dog", rng, ("adverb",))
 
 
+def test_adjectives_of_one_noun_stay():
+    """"A brown small dog" is as true as "a small brown dog"."""
+    def swaps(caption):
+        made = (concepts.swap_negatives(caption, random.Random(seed), ("adjective",)) for seed in range(30))
+        return {text for texts in made for text in texts}
+
+    assert swaps("a small brown dog runs") == swaps("A black and white dog on the grass") == set()
+    assert swaps("a small brown dog on a red mat") == {"a red brown dog on a small mat", "a small red dog on a brown mat"}
+    assert swaps("a large group of small dogs") == {"a small group of large dogs"}
+    assert swaps("a red dog's blue collar") == {"a blue dog's red collar"}
+
+
+def test_foils_are_not_true_without_their_articles():
+    for seed in range(30):
+        for unit, foil in concepts.unit_pairs("The kid and granny are happy", random.Random(seed), 9, ["The kid", "granny"]):
+            assert foil != "The granny and kid", unit
+
+
 def test_swaps_and_negations_differ_from_the_caption():
     for i, caption in enumerate(REAL + ODD + template_captions(200, 2)):
         swapped = concepts.swap_negatives(caption, random.Random(i))
