@@ -157,6 +157,15 @@ def is_tower(value):
     return sizes and value[0] % value[2] == 0
 
 
+def mlp_ratio(width, hidden):
+    """The ratio of which int(width * ratio), with which timm and open_clip build, is hidden.
+
+    hidden / width may be the float below that: int(88 * (120 / 88)) is 119.
+    """
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
 def clip_config(patch_size, image_size, vision, text, act="gelu"):
     """A CLIP as OpenAI published it (Radford et al. 2021). OpenAI's own weights need quick_gelu."""
     return CLIPConfig(
@@ -288,7 +297,7 @@ class TextTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(config.context_length, width))
         self.blocks = nn.ModuleList()
         for _ in range(layers):
-            block = Block(width, heads, mlp_ratio=mlp / width, qkv_bias=True,
+            block = Block(width, heads, mlp_ratio=mlp_ratio(width, mlp), qkv_bias=True,
                           norm_layer=norm_layer, act_layer=act_layer)
             self.blocks.append(block)
         self.norm = norm_layer(width)
@@ -357,7 +366,7 @@ class CLIP(nn.Module):
         width, layers, heads, mlp = config.vision
         self.visual = VisionTransformer(
             img_size=config.image_size, patch_size=config.patch_size,
-            embed_dim=width, depth=layers, num_heads=heads, mlp_ratio=mlp / width,
+            embed_dim=width, depth=layers, num_heads=heads, mlp_ratio=mlp_ratio(width, mlp),
             act_layer=get_act_layer(config.vision_act),
             norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
             class_token=not config.siglip, pre_norm=not config.siglip,
@@ -572,15 +581,31 @@ def span_features(outputs, spans):
 # -----------------------------------------------------------------------------
 # What goes in: texts and images
 
-PLAIN = str.maketrans(
-    {"‘": "'", "’": "'", "“": '"', "”": '"', "ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl"})
+def plain_signs():
+    """The table {sign: what open_clip's cleaning (by ftfy) makes of it} for str.translate."""
+    table = {}
+    table.update(dict.fromkeys("‘’‚‛ʼ", "'"))
+    table.update(dict.fromkeys("“”„‟", '"'))
+    ligatures = "ĲĳǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬆ"
+    full_width = "".join(map(chr, range(0xFF01, 0xFFF0)))  # and half-width: as Japanese fonts have
+    for sign in ligatures + full_width:
+        table[sign] = unicodedata.normalize("NFKC", sign)
+    table.update({"ŉ": "'n", "ﬅ": "ſt"})
+    unseen = (range(0x09), range(0x0E, 0x20), range(0x206A, 0x2070), range(0xFFF9, 0xFFFD))
+    for codes in (*unseen, (0x0B, 0x7F, 0xFEFF)):
+        table.update(dict.fromkeys(map(chr, codes)))  # None: left out
+    return str.maketrans(table)
+
+
+PLAIN = plain_signs()
 
 
 def clean_text(text, how):
     """The text as the released weights saw it in their training.
 
     how: "lower" (CLIP) makes lower case and single spaces; "canonicalize" (SigLIP) also removes
-    punctuation. Equal to open_clip's, except that broken encodings are not repaired.
+    punctuation. Equal to open_clip's for any sign, except that broken encodings (U+0080 to U+009F
+    among them) are not repaired.
     """
     text = html.unescape(html.unescape(text))
     text = unicodedata.normalize("NFC", text.translate(PLAIN))
@@ -609,6 +634,7 @@ class Tokenizer:
         """list of str -> list of tokenizers.Encoding, cleaned and cut to the context length."""
         if self.backend is None:
             raise ValueError(f"this model has no tokenizer: {tokenizer_help(self.config.name)}")
+        texts = list(texts)  # a generator can be read once only
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"expected a list of texts (str), got {text!r:.80} among them")
@@ -1291,15 +1317,14 @@ def read_open_clip(content):
 
     width, layers, heads, mlp = base.vision
     head_width = get(vision_cfg, "head_width", width // heads)
-    mlp_ratio = get(vision_cfg, "mlp_ratio", mlp / width)
+    ratio = get(vision_cfg, "mlp_ratio", mlp_ratio(width, mlp))
     width = get(vision_cfg, "width", width)
-    vision = (width, get(vision_cfg, "layers", layers), width // head_width,
-              round(width * mlp_ratio))
+    vision = (width, get(vision_cfg, "layers", layers), width // head_width, int(width * ratio))
     width, layers, heads, mlp = base.text
-    mlp_ratio = get(text_cfg, "mlp_ratio", mlp / width)
+    ratio = get(text_cfg, "mlp_ratio", mlp_ratio(width, mlp))
     width = get(text_cfg, "width", width)
     text = (width, get(text_cfg, "layers", layers), get(text_cfg, "heads", heads),
-            round(width * mlp_ratio))
+            int(width * ratio))
 
     vision_act, text_act = base.vision_act, "gelu"
     if model_cfg.get("quick_gelu"):
@@ -1376,14 +1401,14 @@ def write_open_clip(config, tower):
                 "width": vision_width,
                 "layers": vision_layers,
                 "head_width": vision_width // vision_heads,
-                "mlp_ratio": vision_mlp / vision_width,
+                "mlp_ratio": mlp_ratio(vision_width, vision_mlp),
                 "act_kwargs": TANH if config.vision_act == "gelu_tanh" else None,
             },
             "text_cfg": {
                 "width": text_width,
                 "layers": text_layers,
                 "heads": text_heads,
-                "mlp_ratio": text_mlp / text_width,
+                "mlp_ratio": mlp_ratio(text_width, text_mlp),
                 "act_kwargs": TANH if config.text_act == "gelu_tanh" else None,
                 "vocab_size": config.vocab_size,
                 "context_length": config.context_length,
@@ -1511,7 +1536,7 @@ def write_timm(config):
             "embed_dim": width,
             "depth": layers,
             "num_heads": heads,
-            "mlp_ratio": mlp / width,
+            "mlp_ratio": mlp_ratio(width, mlp),
             "act_layer": config.vision_act,
             "num_classes": num_classes,
         },

@@ -113,6 +113,17 @@ def test_examples():
         assert concepts.extract(caption) == expected
 
 
+@pytest.mark.parametrize("caption, expected", [
+    ("The dog in red chases bubbles.", ["The dog", "bubbles"]),
+    ("A skateboarder performs while others watch.", ["A skateboarder"]),
+    ("A boy in overalls blows bubbles .", ["A boy", "overalls", "bubbles"]),
+    ("A woman in blue kneels as another waits", ["A woman"]),
+    ("A shelf of watches and drinks", ["A shelf", "watches", "drinks"]),     # which are nouns as well
+])
+def test_verbs_that_look_like_plurals(caption, expected):
+    assert concepts.extract(caption) == expected
+
+
 def test_fallback_and_blank():
     assert concepts.extract("  running quickly ") == ["running quickly"]
     assert concepts.extract("") == concepts.extract(" \n\t") == []
@@ -350,6 +361,24 @@ def test_swaps():
         concepts.swap_negatives("a dog", rng, ("adverb",))
 
 
+def test_adjectives_of_one_noun_stay():
+    """"A brown small dog" is as true as "a small brown dog"."""
+    def swaps(caption):
+        made = (concepts.swap_negatives(caption, random.Random(seed), ("adjective",)) for seed in range(30))
+        return {text for texts in made for text in texts}
+
+    assert swaps("a small brown dog runs") == swaps("A black and white dog on the grass") == set()
+    assert swaps("a small brown dog on a red mat") == {"a red brown dog on a small mat", "a small red dog on a brown mat"}
+    assert swaps("a large group of small dogs") == {"a small group of large dogs"}
+    assert swaps("a red dog's blue collar") == {"a blue dog's red collar"}
+
+
+def test_foils_are_not_true_without_their_articles():
+    for seed in range(30):
+        for unit, foil in concepts.unit_pairs("The kid and granny are happy", random.Random(seed), 9, ["The kid", "granny"]):
+            assert foil != "The granny and kid", unit
+
+
 def test_swaps_and_negations_differ_from_the_caption():
     for i, caption in enumerate(REAL + ODD + template_captions(200, 2)):
         swapped = concepts.swap_negatives(caption, random.Random(i))
@@ -412,6 +441,16 @@ def test_negate():
     assert concepts.negate("A dog has jumped over a fence") == "A dog has not jumped over a fence"
     assert concepts.negate("A girl has just fallen") == "A girl has not just fallen"
     assert concepts.negate("A dog has red ears") == "A dog does not have red ears"
+    # a noun that the tagger takes for a participle, and adverbs of an adjective or a number
+    assert concepts.negate("A wall has mermaid painting") == "A wall does not have mermaid painting"
+    assert concepts.negate("A van has graffiti on it") == "A van does not have graffiti on it"
+    assert concepts.negate("Elephants have exactly 2 tusks") == "Elephants do not have exactly 2 tusks"
+    assert concepts.negate("A bicycle has very large wheels") == "A bicycle does not have very large wheels"
+    # a singular that the tagger takes for a plural, and verbs behind "can"
+    assert concepts.negate("A group of people watches a boy") == "A group of people does not watch a boy"
+    assert concepts.negate("Two girls pass a house") == "Two girls do not pass a house"
+    assert concepts.negate("She can swim") == "She can not swim"
+    assert concepts.negate("Exactly 2 planes can be seen") == "Exactly 2 planes can not be seen"
 
 
 # ------------------------------------------------------------------------------------------- substitutes

@@ -987,6 +987,24 @@ def test_a_pad_may_be_a_token_as_others_are(tmp_path, siglip_tokenizer):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_hidden_units_are_those_of_the_config(family, tmp_path, siglip_tokenizer, tower=(88, 1, 2, 120)):
+    """Also where 88 * (120 / 88) is a little below 120: timm and open_clip build from the ratio."""
+    config = replace(MODELS["nano"], family=family, embed_dim=88, vision=tower, text=tower,
+                     tokenizer=siglip_tokenizer)
+    model = CLIP(config).eval()
+    mlps = [model.visual.blocks[0].mlp, model.text.blocks[0].mlp]
+    if family == "siglip":
+        mlps.append(model.visual.attn_pool.mlp)
+    assert [mlp.fc1.out_features for mlp in mlps] == [120] * len(mlps)
+    export(model, "open_clip", tmp_path / "exported")
+    assert CLIP.from_pretrained(tmp_path / "exported").config.text == tower
+    theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'exported'}")
+    image = torch.randn(1, 3, 32, 32)
+    assert difference(theirs.eval().encode_image(image), model.encode_image(image)) < 1e-5
+
+
+@torch.no_grad()
 def test_export_with_other_losses(tmp_path, siglip_tokenizer, clip_tokenizer):
     """A SigLIP trained with the softmax loss, a CLIP trained with the sigmoid loss."""
     softmax = nano(siglip_tokenizer, logit_bias=None)
@@ -1117,6 +1135,20 @@ def test_cleaning_equals_open_clip(words):
 def test_cleaning_of_captions(text):
     for how in ("canonicalize", "lower"):
         assert clean_text(text, how) == open_clip.tokenizer.get_clean_fn(how)(text)
+
+
+def test_cleaning_of_any_sign():
+    """Full-width letters, ligatures, quotation marks and what nobody sees, but for U+0080 to U+009F: mojibake."""
+    codes = [*range(0x80), *range(0xA0, 0x2200), *range(0x3000, 0x3100), *range(0xE000, 0x10000)]
+    for how in ("canonicalize", "lower"):
+        theirs = open_clip.tokenizer.get_clean_fn(how)
+        other = [hex(code) for code in codes if clean_text(f"a{chr(code)}b", how) != theirs(f"a{chr(code)}b")]
+        assert other == []
+
+
+def test_texts_may_come_from_a_generator(siglip_tokenizer):
+    model = CLIP(replace(MODELS["nano"], tokenizer=siglip_tokenizer))
+    assert torch.equal(model.tokenize(text for text in CAPTIONS[:3]), model.tokenize(CAPTIONS[:3]))
 
 
 def test_tokenizer_that_does_not_belong(clip_tokenizer):

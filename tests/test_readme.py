@@ -212,3 +212,12 @@ def test_commands_name_nothing_in_tests():
         for line in block.splitlines():
             if "pytest" not in line and "tests/requirements.txt" not in line:
                 assert "tests/" not in line, line
+
+
+def test_python_blocks_import_our_names():
+    """A block that calls a class or function of ours shows where it comes from."""
+    ours = {"CLIP": "model", "extract_batch": "concepts", "npc_loss": "losses", "concept_similarity": "pooling"}
+    for block in blocks("python"):
+        for name, file in ours.items():
+            if re.search(rf"\b{name}\b", block):
+                assert re.search(rf"^from {file} import .*\b{name}\b", block, re.M), f"{name}\n{block}"
