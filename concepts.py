@@ -522,14 +522,15 @@ def swap_negatives(caption, rng, kinds=("noun", "adjective", "verb", "phrase")):
     rng: a random.Random. Returns a list of str, at most one for each kind, and never the caption
     itself: "a red dog near a blue cat" gives "a red cat near a blue dog", "a blue dog near a red
     cat" and "a blue cat near a red dog". Nouns are those that end a noun phrase; a verb changes
-    places with one of the same form, an adjective with one of another noun phrase (of ten draws
-    none may be such a pair: then there is no text). ValueError for an unknown kind.
+    places with one of the same form, an adjective with one of another noun phrase. What is seen to
+    be still true ("a cat and a dog" for "a dog and a cat") is drawn again, ten times at most: then
+    there is no text. ValueError for an unknown kind.
 
     Of 100 texts of each kind, read as for substitute_negatives, those that were grammatical and
-    false: noun 53, adjective 57 (when a quarter exchanged two adjectives of one noun, which says
-    the same), phrase 67. Most describe what cannot be ("a brown pillow leaps across a small dog").
-    The errors are a singular in place of a plural, phrases cut amiss, and texts that are still
-    true.
+    false: noun 53, adjective 57, phrase 67, counted when a quarter of the adjectives were two of
+    one noun, and lists were exchanged, too. Most describe what cannot be ("a brown pillow leaps
+    across a small dog"). The errors are a singular in place of a plural, phrases cut amiss, and
+    texts that are still true.
     """
     spans = swappable(caption)
     negatives = []
@@ -545,7 +546,8 @@ def swap_negatives(caption, rng, kinds=("noun", "adjective", "verb", "phrase")):
             group = rng.choice(groups)
             for _ in range(10):
                 first, second = sorted(rng.sample(group, 2))
-                if kind != "adjective" or not of_one_noun(caption, first, second):
+                one_noun = kind == "adjective" and of_one_noun(caption, first, second)
+                if not one_noun and not is_reordered_list(caption, spans, first, second):
                     negatives.append(exchange(caption, first, second))
                     break
     return [text for text in dict.fromkeys(negatives) if text.lower() != caption.lower()]
@@ -556,6 +558,31 @@ def of_one_noun(caption, first, second):
     phrases = next(default_extractor().phrases([caption], merge=False))
     in_one = any(start <= first[0] and second[1] <= end for start, end in phrases)
     return in_one and not re.search("['’]", caption[first[1]:second[0]])  # a red dog's blue collar
+
+
+def is_reordered_list(caption, spans, first, second):
+    """Whether two spans of the caption, exchanged, only tell a list in another order: "a bird, a
+    cat and a dog" for "a dog, a cat and a bird". spans: see swappable."""
+    phrases = [(start, end) for start, end, tag in spans if tag == "phrase"]
+    around = []     # the phrases that the two belong to
+    for a, b in (first, second):
+        around += [(start, end) for start, end in phrases if start <= a and b <= end]
+    if len(around) != 2 or around[0] == around[1]:
+        return False
+    (_, end_of_one), (start_of_other, _) = around
+    link = caption[end_of_one:start_of_other]
+    for start, end in phrases:
+        if end_of_one <= start and end <= start_of_other:
+            link = link.replace(caption[start:end], "", 1)
+    if not set(link.replace(",", " ").split()) <= {"and", "or"}:
+        return False
+    in_another_order = exchange(caption, *around)
+    return without_articles(exchange(caption, first, second)) == without_articles(in_another_order)
+
+
+def without_articles(text):
+    """The text in lower case, without articles: "The woman and man" is "woman and the man"."""
+    return re.sub(r"\b(?:an?|the)\s+", "", text.lower())
 
 
 def swappable(caption):
@@ -1009,11 +1036,6 @@ def swapped_relations(caption, first, second, rng):
         if not in_one_phrase and without_articles(text) != without_articles(still_true):
             swapped.append(text)
     return swapped
-
-
-def without_articles(text):
-    """The text in lower case, without articles: "The woman and man" is "woman and the man"."""
-    return re.sub(r"\b(?:an?|the)\s+", "", text.lower())
 
 
 # ------------------------------------------------------------------------ the command line: extract

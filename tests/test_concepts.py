@@ -373,6 +373,22 @@ def test_adjectives_of_one_noun_stay():
     assert swaps("a red dog's blue collar") == {"a blue dog's red collar"}
 
 
+def test_lists_in_another_order_are_no_negatives():
+    """"A cat and a dog" is as true as "a dog and a cat", and "a blue ring and a red ring" as well."""
+    def swaps(caption):
+        made = (concepts.swap_negatives(caption, random.Random(seed)) for seed in range(60))
+        return {text for texts in made for text in texts}
+
+    for caption in ("a dog and a cat", "A dog, the cat, and a bird", "a red ring and a blue ring", "man and woman"):
+        assert swaps(caption) == set(), caption
+    assert swaps("a red ring and a blue bar") == {"a blue ring and a red bar", "a red bar and a blue ring"}
+    for text in swaps("a red ring and a pink bar and a blue cross"):
+        assert sorted(text.split(" and ")) != ["a blue cross", "a pink bar", "a red ring"]
+    for text in swaps("A dog and a cat sit on a mat"):
+        assert not text.startswith("A cat and a dog"), text
+    assert swaps("a red ring left of a blue bar") > {"a blue bar left of a red ring"}
+
+
 def test_foils_are_not_true_without_their_articles():
     for seed in range(30):
         for unit, foil in concepts.unit_pairs("The kid and granny are happy", random.Random(seed), 9, ["The kid", "granny"]):
