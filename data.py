@@ -289,7 +289,7 @@ BESIDE_IMAGES = ("negative_image", "neighbours")
 # Columns of the table that --captions names, see JoinedCaptions.
 JOIN_KEYS = ("url", "image_url", "key", "__key__", "Image Path", *IMAGE_KEYS)
 # Raise it when make_sample or a reader keeps something else of a row: older indices are made anew.
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 # What the members of a tar are, by their ending; others are passed over.
 MEMBERS = {
     ".jpg": "image",
@@ -441,6 +441,9 @@ class CaptionFile(Dataset):
         return row
 
     def _open_images(self, row):
+        negative = row.get("negative_image", "")
+        if not isinstance(negative, str):       # a list would be taken as a place in a tar
+            raise ValueError(f"negative_image {to_text(negative):.40}: expected a path")
         for name in ("image", "negative_image"):
             place = row.get(name)
             if isinstance(place, str):
@@ -793,7 +796,7 @@ def make_sample(path, number, row, options, writer):
         of_captions = sources[0]
     for source, columns in ((of_captions, BESIDE_CAPTIONS), (row, BESIDE_IMAGES)):
         for column in columns:
-            if source.get(column) not in (None, "", []):
+            if not is_empty(source.get(column)):
                 sample[column] = source[column]
     return sample
 
@@ -808,8 +811,7 @@ def name_and_image(path, number, row, image_key):
         return f"{path} {row['key']}", row["key"], row["image"]
     column = image_key or first_present(IMAGE_KEYS, row)
     image = row.get(column)
-    if image:
-        image = str(image)
+    image = None if is_empty(image) else str(image)
     name = f"{to_text(image or '(no image)')} (row {number + 1})"
     return name, name, image
 
@@ -820,11 +822,19 @@ def captions_of(rows, caption_keys):
     texts = []
     for row in rows:
         for key in caption_keys or CAPTION_KEYS:
-            if row.get(key):
-                texts += parse_list(row[key], separator=None)
-                if not caption_keys:
-                    break
+            found = parse_list(row[key], separator=None) if row.get(key) else []
+            texts += found
+            if found and not caption_keys:
+                break
     return texts
+
+
+def is_empty(value):
+    """Whether a cell or json value says nothing: None, NaN (an empty cell of pandas), a blank text
+    or an empty list."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value != value or value == []
 
 
 def first_present(keys, row):
@@ -2350,7 +2360,8 @@ class Seeded(Dataset):
 
     By this seed one caption of several is drawn and, if they are asked for, one neighbour, and
     another caption as paraphrase.
-    An item (turn, index, "partner") brings another row, any of the data, as its partner.
+    An item (turn, index, "partner") brings another row, any of the data, as its partner, and no
+    neighbour.
     """
 
     def __init__(self, dataset, seed, neighbours=True, paraphrases=False, sources=None):
@@ -2362,7 +2373,8 @@ class Seeded(Dataset):
 
     def __getitem__(self, item):
         turn, index, *wanted = item
-        row, rng = self.draw(turn, index, self.neighbours)
+        # A row with a partner brings no neighbour, which has no partner to be joined with.
+        row, rng = self.draw(turn, index, self.neighbours and not wanted)
         if wanted and "error" not in row:
             row["partner"] = self.draw_partner(row, index, turn, rng)
         return row
