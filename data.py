@@ -1288,8 +1288,7 @@ def read_rows(path):
             yield row
     if number == 0:
         raise ValueError(f"{path}: no rows")
-    for (what, problem), (count, first) in odd.items():
-        yield Report(path, f"{count:,} {what}s, the first is {what} {first:,}: {problem}")
+    yield from remarks_of(path, odd)
 
 
 def runs_over(row, problem):
@@ -1305,13 +1304,23 @@ def tally(odd, what, problem, number):
     odd.setdefault((what, problem), [0, number])[0] += 1
 
 
+def remarks_of(path, odd):
+    """A Report of each sort that was tallied."""
+    for (what, problem), (count, first) in odd.items():
+        yield Report(path, f"{count:,} {what}s, the first is {what} {first:,}: {problem}")
+
+
 def watch_bytes(lines, odd):
     """Yield the lines, and count those with bytes that were no UTF-8."""
     for number, line in enumerate(lines, 1):
-        if "\ufffd" in line:
-            problem = "bytes that are no UTF-8, read as \ufffd. Save the file as UTF-8"
-            tally(odd, "line", problem, number)
+        tally_bytes(odd, "line", line, number)
         yield line
+
+
+def tally_bytes(odd, what, text, number):
+    if "\ufffd" in text:
+        problem = "bytes that are no UTF-8, read as \ufffd. Save the file as UTF-8"
+        tally(odd, what, problem, number)
 
 
 def read_json_lines(lines):
@@ -1327,8 +1336,8 @@ def read_json_lines(lines):
 
 
 def read_shard(path, scattered=False):
-    """Yield the samples of a tar, as img2dataset and webdataset write them, as dicts; a Report at
-    the end if it is damaged.
+    """Yield the samples of a tar, as img2dataset and webdataset write them, as dicts; Reports at
+    the end of what is odd, and if it is damaged.
 
     Each has key, image ([offset, size] in the tar, or None), txt if there is one, and the keys of
     its json. Members of one name, but for the ending, are one sample; a second image or text of
@@ -1339,13 +1348,16 @@ def read_shard(path, scattered=False):
     """
     size = os.path.getsize(path)
     damages = []
+    odd = {}        # see tally
     join = join_scattered if scattered else join_neighbours
     count = 0
     with open(path, "rb") as f:
         for sample in join(useful_members(f, size, damages)):
-            about = parse_json(sample.pop("json", ""))
-            yield {**about, **sample}
             count += 1
+            json_text = sample.pop("json", "")
+            tally_bytes(odd, "sample", json_text + sample.get("txt", ""), count)
+            yield {**parse_json(json_text), **sample}
+    yield from remarks_of(path, odd)
     if not damages and not count:
         damages.append(DamagedTar("no image and no caption is in it", 0))
     for damage in damages:      # one at most

@@ -1049,7 +1049,7 @@ def test_random_tables_are_read_as_a_naive_reader_reads_them(tmp_path_factory, k
             # Where lines end in "\n" alone, the writer puts no quotes around "\r".
             end = "\r\n" if seed % 2 or any("\r" in text for row in rows for text in row) else "\n"
             csv.writer(f, lineterminator=end).writerows([("image", "caption"), *rows])
-    expected = [(image, text.strip()) for image, text in rows if image and text.strip()]
+    expected = [(image, text.strip()) for image, text in rows if image.strip() and text.strip()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data_module, "INDEX_FROM", 0 if indexed else 10 ** 9)
         if not expected:
@@ -1149,6 +1149,11 @@ def test_other_encodings_are_remarked(folder):
     data = CaptionFile(str(folder / "t.csv"), str(folder))
     assert len(data) == 3 and data.lost_rows == 0 and len(data.remarks) == 1
     assert data.remarks[0][1].startswith("2 lines, the first is line 3: bytes that are no UTF-8")
+    texts = [("0.jpg", b"x"), ("0.txt", "a café".encode()), ("1.jpg", b"x"), ("1.txt", "a café".encode("latin-1"))]
+    texts += [("2.jpg", b"x"), ("2.json", '{"caption": "Brötchen"}'.encode("latin-1")), ("0.png", b"x"), ("3.jpg", b"x")]
+    for members in (texts[:6], texts):      # side by side, and scattered
+        [(name, remark)] = CaptionFile(shard(folder / "t.tar", members)).remarks
+        assert name.endswith("t.tar") and remark.startswith("2 samples, the first is sample 2: bytes that are no UTF-8")
 
 
 def test_lost_rows_are_counted_wherever_they_are_lost(folder):
