@@ -294,7 +294,7 @@ BESIDE_IMAGES = ("negative_image", "neighbours")
 # Columns of the table that --captions names, see JoinedCaptions.
 JOIN_KEYS = ("url", "image_url", "key", "__key__", "Image Path", *IMAGE_KEYS)
 # Raise it when make_sample or a reader keeps something else of a row: older indices are made anew.
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 # What the members of a tar are, by their ending; others are passed over.
 MEMBERS = {
     ".jpg": "image",
@@ -446,6 +446,9 @@ class CaptionFile(Dataset):
         return row
 
     def _open_images(self, row):
+        negative = row.get("negative_image", "")
+        if not isinstance(negative, str):       # a list would be taken as a place in a tar
+            raise ValueError(f"negative_image {to_text(negative):.40}: expected a path")
         for name in ("image", "negative_image"):
             place = row.get(name)
             if isinstance(place, str):
@@ -798,7 +801,7 @@ def make_sample(path, number, row, options, writer):
         of_captions = sources[0]
     for source, columns in ((of_captions, BESIDE_CAPTIONS), (row, BESIDE_IMAGES)):
         for column in columns:
-            if source.get(column) not in (None, "", []):
+            if not is_empty(source.get(column)):
                 sample[column] = source[column]
     return sample
 
@@ -813,8 +816,7 @@ def name_and_image(path, number, row, image_key):
         return f"{path} {row['key']}", row["key"], row["image"]
     column = image_key or first_present(IMAGE_KEYS, row)
     image = row.get(column)
-    if image:
-        image = str(image)
+    image = None if is_empty(image) else str(image)
     name = f"{to_text(image or '(no image)')} (row {number + 1})"
     return name, name, image
 
@@ -825,11 +827,19 @@ def captions_of(rows, caption_keys):
     texts = []
     for row in rows:
         for key in caption_keys or CAPTION_KEYS:
-            if row.get(key):
-                texts += parse_list(row[key], separator=None)
-                if not caption_keys:
-                    break
+            found = parse_list(row[key], separator=None) if row.get(key) else []
+            texts += found
+            if found and not caption_keys:
+                break
     return texts
+
+
+def is_empty(value):
+    """Whether a cell or json value says nothing: None, NaN (an empty cell of pandas), a blank text
+    or an empty list."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value != value or value == []
 
 
 def first_present(keys, row):
@@ -1283,8 +1293,7 @@ def read_rows(path):
             yield row
     if number == 0:
         raise ValueError(f"{path}: no rows")
-    for (what, problem), (count, first) in odd.items():
-        yield Report(path, f"{count:,} {what}s, the first is {what} {first:,}: {problem}")
+    yield from remarks_of(path, odd)
 
 
 def runs_over(row, problem):
@@ -1300,13 +1309,23 @@ def tally(odd, what, problem, number):
     odd.setdefault((what, problem), [0, number])[0] += 1
 
 
+def remarks_of(path, odd):
+    """A Report of each sort that was tallied."""
+    for (what, problem), (count, first) in odd.items():
+        yield Report(path, f"{count:,} {what}s, the first is {what} {first:,}: {problem}")
+
+
 def watch_bytes(lines, odd):
     """Yield the lines, and count those with bytes that were no UTF-8."""
     for number, line in enumerate(lines, 1):
-        if "\ufffd" in line:
-            problem = "bytes that are no UTF-8, read as \ufffd. Save the file as UTF-8"
-            tally(odd, "line", problem, number)
+        tally_bytes(odd, "line", line, number)
         yield line
+
+
+def tally_bytes(odd, what, text, number):
+    if "\ufffd" in text:
+        problem = "bytes that are no UTF-8, read as \ufffd. Save the file as UTF-8"
+        tally(odd, what, problem, number)
 
 
 def read_json_lines(lines):
@@ -1322,8 +1341,8 @@ def read_json_lines(lines):
 
 
 def read_shard(path, scattered=False):
-    """Yield the samples of a tar, as img2dataset and webdataset write them, as dicts; a Report at
-    the end if it is damaged.
+    """Yield the samples of a tar, as img2dataset and webdataset write them, as dicts; Reports at
+    the end of what is odd, and if it is damaged.
 
     Each has key, image ([offset, size] in the tar, or None), txt if there is one, and the keys of
     its json. Members of one name, but for the ending, are one sample; a second image or text of
@@ -1334,13 +1353,16 @@ def read_shard(path, scattered=False):
     """
     size = os.path.getsize(path)
     damages = []
+    odd = {}        # see tally
     join = join_scattered if scattered else join_neighbours
     count = 0
     with open(path, "rb") as f:
         for sample in join(useful_members(f, size, damages)):
-            about = parse_json(sample.pop("json", ""))
-            yield {**about, **sample}
             count += 1
+            json_text = sample.pop("json", "")
+            tally_bytes(odd, "sample", json_text + sample.get("txt", ""), count)
+            yield {**parse_json(json_text), **sample}
+    yield from remarks_of(path, odd)
     if not damages and not count:
         damages.append(DamagedTar("no image and no caption is in it", 0))
     for damage in damages:      # one at most
@@ -2355,7 +2377,8 @@ class Seeded(Dataset):
 
     By this seed one caption of several is drawn and, if they are asked for, one neighbour, and
     another caption as paraphrase.
-    An item (turn, index, "partner") brings another row, any of the data, as its partner.
+    An item (turn, index, "partner") brings another row, any of the data, as its partner, and no
+    neighbour.
     """
 
     def __init__(self, dataset, seed, neighbours=True, paraphrases=False, sources=None):
@@ -2367,7 +2390,8 @@ class Seeded(Dataset):
 
     def __getitem__(self, item):
         turn, index, *wanted = item
-        row, rng = self.draw(turn, index, self.neighbours)
+        # A row with a partner brings no neighbour, which has no partner to be joined with.
+        row, rng = self.draw(turn, index, self.neighbours and not wanted)
         if wanted and "error" not in row:
             row["partner"] = self.draw_partner(row, index, turn, rng)
         return row

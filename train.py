@@ -12,6 +12,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import fcntl
 import functools
 import glob
 import hashlib
@@ -80,6 +81,12 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
+def describe_preset(name):
+    """For --help: "nano: model nano, steps 900, ..." """
+    values = [f"{key.replace('_', '-')} {value}" for key, value in PRESETS[name].items()]
+    return f"{name}: {', '.join(values)}."
+
+
 TERMS = read_dict("losses.py", "TERMS")     # {term: what it does}
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -92,7 +99,7 @@ group.add_argument("--preset", choices=PRESETS,
                    help="Where the defaults of steps, batch size, rates and so on come from: nano "
                         "is for small models on the built-in scenes, c2lip is the paper's recipe "
                         "for fine-tuning. Default: nano for the nano model from scratch, else "
-                        "c2lip.")
+                        f"c2lip. {' '.join(map(describe_preset, PRESETS))}")
 group.add_argument("--model", metavar="NAME",
                    help="The architecture, a name in MODELS of model.py, such as ViT-B-16-SigLIP. "
                         "Default: that of --init; nano without any.")
@@ -108,9 +115,9 @@ group.add_argument("--freeze", choices=("none", "visual", "text"),
 
 group = parser.add_argument_group("data")
 group.add_argument("--data", metavar="FILES",
-                   help="Image-caption pairs: .csv, .tsv or .jsonl tables, or tar shards such as "
-                        "'cc3m/{00000..00331}.tar', several joined by '::'. Default: the built-in "
-                        "scenes.")
+                   help="Image-caption pairs: .csv, .tsv or .jsonl tables, .json of COCO or "
+                        "Karpathy, or tar shards such as 'cc3m/{00000..00331}.tar'; several joined "
+                        "by '::'. Default: the built-in scenes.")
 group.add_argument("--data-weights", metavar="W,W",
                    help="How often an epoch shows the rows of each source in --data: with 1,2 "
                         "those of the second twice, with 1,0.5 one half of them, and in the next "
@@ -154,7 +161,8 @@ group.add_argument("--exact-decode", action="store_true",
                         "about twice as fast, and off by a few levels in 255 at most.")
 group.add_argument("--workers", type=int, metavar="N",
                    help="Processes that read and prepare data, for each process that trains. "
-                        "Default: one for each core that it has; 0 for the nano preset.")
+                        "Default: one for each core that it has, 16 at most; 0 for the nano "
+                        "preset.")
 
 group = parser.add_argument_group("losses")
 group.add_argument("--loss", choices=("siglip", "clip"),
@@ -195,7 +203,8 @@ group.add_argument("--steps", type=int, metavar="N", help="Train for so many bat
 group.add_argument("--epochs", type=float, metavar="N",
                    help="... or for so many passes over the data.")
 group.add_argument("--batch-size", type=int, metavar="N",
-                   help="Images in a batch, summed over all processes.")
+                   help="Images in a batch, summed over all processes: at most, as an epoch is cut "
+                        "into equal batches.")
 group.add_argument("--accum", type=int, default=1, metavar="N",
                    help="Compute a batch in so many parts, one after the other, to save memory. "
                         "The result is the same; it costs a second forward pass. Default: 1.")
@@ -203,7 +212,7 @@ group.add_argument("--lr", type=float, metavar="RATE",
                    help="The highest learning rate, after the warm-up; from there it decays to 0 "
                         "as a cosine.")
 group.add_argument("--warmup", type=int, metavar="N",
-                   help="Steps in which the learning rate rises from 0.")
+                   help="Steps in which the learning rate rises from 0 to --lr.")
 group.add_argument("--weight-decay", type=float, metavar="W",
                    help="Of all matrices and position embeddings; biases, norms, scalars and the "
                         "class token have none.")
@@ -280,6 +289,10 @@ group.add_argument("--dry-run", action="store_true",
 args = parser.parse_args()
 if args.steps is not None and args.epochs is not None:
     parser.error("--steps and --epochs are two ways to say how long: give one of them")
+for name, value in vars(args).items():
+    if value == "" and name not in ("image_root", "val_image_root"):    # the folder of this command
+        parser.error(f"{flag_of(name)} is empty, as where a variable of the shell is not set: give "
+                     "it a value, or leave the flag out")
 if args.data_weights is not None and not args.data:
     parser.error("--data-weights weighs the sources of --data: give both, or none of them")
 
@@ -742,6 +755,29 @@ def damage(path):
     return f"its part {changed} has changed" if changed else None
 
 
+held_folder = None      # --out-dir, open, while this run holds it
+
+
+def hold_folder():
+    """Keeps other runs out of --out-dir, if it is there, until this process ends, be it by a kill.
+
+    Two runs in one folder would mix their logs, and each overwrite what the other has saved.
+    """
+    global held_folder
+    if held_folder is not None or args.dry_run or not os.path.isdir(args.out_dir):
+        return
+    held_folder = os.open(args.out_dir, os.O_RDONLY)
+    # Else a worker that outlives this process by some seconds would hold it on.
+    os.register_at_fork(after_in_child=functools.partial(os.close, held_folder))
+    try:
+        fcntl.flock(held_folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is training in {args.out_dir}: wait for its end, or choose "
+                         "another --out-dir") from None
+    except OSError:
+        pass        # not every file system has locks of folders: NFS has none
+
+
 def choose_checkpoint():
     """The path of the checkpoint to go on from; None: a new run. ValueError for neither."""
     found = checkpoints()
@@ -874,6 +910,7 @@ def check_agreement():
         os._exit(1)
 
 
+from_process_0(hold_folder)
 args.resume = from_process_0(choose_checkpoint)
 if world_size > 1:
     check_agreement()
@@ -993,7 +1030,7 @@ def best_before():
     return found.get("mean", 0.0) if found["step"] <= start_step else 0.0
 
 
-best = 0.0      # the best mean of all figures so far
+best = 0.0      # the best mean of all figures so far, of best.pt
 thresholds = torch.zeros(4, device=args.device)     # of ce_clip, from the last whole step
 next_thresholds = thresholds                        # and from the one that is under way
 if args.resume:
@@ -1003,6 +1040,8 @@ if args.resume:
     if teacher is not None:
         teacher.load_state_dict(saved["teacher"])
     best = max(saved["best"], best_before())
+    if any(saved_args.get(name) != getattr(args, name) for name in ("bench", "val_data")):
+        best = 0.0      # it was the mean of other figures
     thresholds = saved["thresholds"]
     initial_scale = saved["initial_scale"]
     del saved       # as large as the model and the optimizer
@@ -1660,7 +1699,7 @@ def log_row(step, values, grad_norm, window):
 
 # ---- is there all that this run will need? ---------------------------------
 def check_folder():
-    """That --out-dir can be written, and has room for two checkpoints, the old and the new one."""
+    """That --out-dir can be written, is no other run's, and has room for this run's checkpoints."""
     try:
         os.makedirs(args.out_dir, exist_ok=True)
         with tempfile.TemporaryFile(dir=args.out_dir) as f:
@@ -1668,15 +1707,66 @@ def check_folder():
     except OSError as error:
         raise ValueError(f"--out-dir {args.out_dir} cannot be written ({error.strerror}): give a "
                          "folder of yours") from None
-    size = 0
-    for p in model.parameters():
-        moments = 2 if p.requires_grad else 0       # AdamW's
-        averaged = 1 if teacher is not None else 0
-        size += p.numel() * p.element_size() * (1 + moments + averaged)
-    free = shutil.disk_usage(args.out_dir).free
-    if free < 2 * size:
-        raise ValueError(f"--out-dir {args.out_dir} has {free / 2**30:.2f} GiB free; two "
-                         f"checkpoints need {2 * size / 2**30:.2f} GiB")
+    hold_folder()
+    needed = room_needed() / 2**30
+    free = shutil.disk_usage(args.out_dir).free / 2**30
+    if free < needed:
+        raise ValueError(f"--out-dir {args.out_dir} has {free:.2f} GiB free; the checkpoints need "
+                         f"{needed:.2f} GiB: make room, or give another folder, or less to --keep")
+
+
+def room_needed():
+    """The bytes that the checkpoints of this run need beside those that they replace."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    averaged = weights if teacher is not None else 0
+    moments = sum(2 * p.numel() * p.element_size() for p in trained)        # AdamW's
+    checkpoint = weights + averaged + moments
+    saves = math.ceil(args.steps / args.save_every)
+    if benches and args.eval_every:
+        saves += args.steps // args.eval_every
+    # The newest is written beside those that are kept.
+    most = 1 + min(args.keep, saves)
+    products = (weights if benches else 0) + (weights if averages else 0)   # best.pt and ema.pt
+    total = most * checkpoint + products - bytes_of_former_run()
+    return max(total, checkpoint)
+
+
+def bytes_of_former_run():
+    """Of all its checkpoints in --out-dir, some of which may be second names of others."""
+    sizes = {}
+    for path in (*checkpoints(), best_path, ema_path):
+        if os.path.exists(path):
+            about = os.stat(path)
+            sizes[about.st_ino] = about.st_size
+    return sum(sizes.values())
+
+
+SHARED_MEMORY = "/dev/shm"
+
+
+def check_shared_memory():
+    """That the batches that wait for training fit into the memory in which workers leave them.
+
+    A worker that has no room for a batch only prints so, and training waits for it for ever.
+    """
+    if not args.workers or not os.path.isdir(SHARED_MEMORY):
+        return
+    rows = math.ceil(args.batch_size / world_size)
+    images = 1 + method.neighbours + method.negative_images + (args.attack_steps is not None)
+    bytes_of_image = 3 * model.config.image_size ** 2 * (1 if args.data else 4)     # scenes: floats
+    batch = rows * images * bytes_of_image
+    if replay is not None:
+        batch *= 2
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))      # of this host
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    room = free // (ranks * batch)      # in batches of each process
+    # Two of each worker, this step's and the next one's.
+    if 2 * args.workers + 2 > room:
+        needed = (2 * args.workers + 2) * ranks * batch
+        raise ValueError(
+            f"--workers {args.workers} need {needed / 2**20:,.0f} MiB for batches in "
+            f"{SHARED_MEMORY}, which has {free / 2**20:,.0f} MiB free: give --workers "
+            f"{max(0, room // 2 - 1)}, or more shared memory (docker run --shm-size 1g)")
 
 
 def check_evaluation():
@@ -1696,6 +1786,7 @@ def check_evaluation():
 
 
 from_process_0(check_folder)
+from_process_0(check_shared_memory)
 from_process_0(check_evaluation)
 
 # ---- what a former run left in the folder ----------------------------------
@@ -1785,6 +1876,13 @@ print0(f"{model.config.name}, {millions:.1f} M parameters; {args.method}: {shown
        f"{'softmax' if model.logit_bias is None else 'sigmoid'}; {len(dataset):,} rows, "
        f"{args.steps:,} steps of {args.batch_size}, {world_size} x {args.device} in {args.dtype}"
        f"{', compiled' if args.compile else ''}")
+rows_of_step = math.ceil(sampler.length / sampler.steps_per_epoch)
+if rows_of_step < args.batch_size:
+    print0(f"an epoch of {sampler.length:,} rows is cut into {sampler.steps_per_epoch:,} equal "
+           f"batches, of {rows_of_step} rows, not {args.batch_size} (--batch-size)")
+if args.warmup > args.steps:
+    print0(f"--warmup {args.warmup} is longer than the {args.steps:,} steps: the learning rate "
+           f"ends at {learning_rate(args.steps):g} and never comes to --lr {args.lr:g}")
 if weighed:
     for source, (size, in_epoch) in zip(args.data.split("::"), weighed):
         print0(f"{source}: {size:,} rows, of which an epoch shows {in_epoch:,}")
@@ -1893,6 +1991,17 @@ def report(step, values, grad_norm, window):
         print0(f"step {step:,}/{args.steps:,}: {shown}")
 
 
+def update_weights():
+    """The optimizer's step, of which the first allocates its moments. If it fails nothing is saved:
+    some weights may have moved."""
+    try:
+        optimizer.step()
+    except torch.cuda.OutOfMemoryError:
+        stop("the GPU has too little memory for AdamW's two moments of each weight: train fewer "
+             "weights (--freeze, a smaller --model), or in half of the memory (--dtype "
+             f"pure-bfloat16). Last checkpoint: {last_good()}")
+
+
 @torch.no_grad()
 def after_step():
     """What follows the optimizer: a limit for the scale, and the average of the weights."""
@@ -1937,7 +2046,7 @@ for step in range(start_step + 1, args.steps + 1):
     else:
         left_out = 0
         thresholds = next_thresholds    # only now: a step that is left out must not move them
-        optimizer.step()
+        update_weights()
     optimizer.zero_grad(set_to_none=True)
     after_step()
     done = step

@@ -188,6 +188,26 @@ def test_rows_of_other_types_are_named_too(folder):
                             ("(no image) (row 3)", "no image")]
 
 
+def test_cells_that_say_nothing_are_as_if_they_were_not_there(folder):
+    """Blank ones, and NaN, which json.dumps writes for an empty cell of pandas: the next usual name has the caption."""
+    nan = float("nan")
+    rows = [{"image": "a.png", "txt": empty, "caption": "a wall", "concepts": empty, "negatives": empty, "units": empty,
+             "negative_image": empty, "neighbours": empty} for empty in (nan, " ", "", [], None)]
+    rows += [{"image": empty, "caption": "a wall"} for empty in (nan, " ", None)]
+    data = CaptionFile(write(folder, "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows)), str(folder))
+    assert [row.keys() for row in data] == [{"key", "image", "captions", "caption"}] * 5
+    assert [why for _, why in data.skipped] == ["no image"] * 3
+    text = CaptionFile(write(folder, "t.csv", "image,txt,caption\na.png,[],a wall\nb.jpg, ,a sea\n"), str(folder))
+    assert [row["captions"] for row in text] == [["a wall"], ["a sea"]]
+
+
+@pytest.mark.parametrize("value", [5, ["a.png"], ["a.png", 0, 9], {"path": "a.png"}])
+def test_a_negative_image_is_a_path(folder, value):
+    row = {"image": "a.png", "caption": "a wall", "negative_image": value}
+    data = CaptionFile(write(folder, "t.jsonl", json.dumps(row)), str(folder))
+    assert data[0]["error"] == f"negative_image {value}: expected a path"
+
+
 def test_missing_column_by_name(folder):
     path = write(folder, "t.csv", "image,caption\na.png,a wall\n")
     with pytest.raises(ValueError, match="columns or keys caption, image .*--caption-key"):
@@ -1029,7 +1049,7 @@ def test_random_tables_are_read_as_a_naive_reader_reads_them(tmp_path_factory, k
             # Where lines end in "\n" alone, the writer puts no quotes around "\r".
             end = "\r\n" if seed % 2 or any("\r" in text for row in rows for text in row) else "\n"
             csv.writer(f, lineterminator=end).writerows([("image", "caption"), *rows])
-    expected = [(image, text.strip()) for image, text in rows if image and text.strip()]
+    expected = [(image, text.strip()) for image, text in rows if image.strip() and text.strip()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data_module, "INDEX_FROM", 0 if indexed else 10 ** 9)
         if not expected:
@@ -1129,6 +1149,11 @@ def test_other_encodings_are_remarked(folder):
     data = CaptionFile(str(folder / "t.csv"), str(folder))
     assert len(data) == 3 and data.lost_rows == 0 and len(data.remarks) == 1
     assert data.remarks[0][1].startswith("2 lines, the first is line 3: bytes that are no UTF-8")
+    texts = [("0.jpg", b"x"), ("0.txt", "a café".encode()), ("1.jpg", b"x"), ("1.txt", "a café".encode("latin-1"))]
+    texts += [("2.jpg", b"x"), ("2.json", '{"caption": "Brötchen"}'.encode("latin-1")), ("0.png", b"x"), ("3.jpg", b"x")]
+    for members in (texts[:6], texts):      # side by side, and scattered
+        [(name, remark)] = CaptionFile(shard(folder / "t.tar", members)).remarks
+        assert name.endswith("t.tar") and remark.startswith("2 samples, the first is sample 2: bytes that are no UTF-8")
 
 
 def test_lost_rows_are_counted_wherever_they_are_lost(folder):
@@ -1734,6 +1759,17 @@ def test_every_other_batch_asks_for_partners_of_the_same_shape(folder):
     weighed = Seeded(data, 0, sources=[(10, 0), (2, 4)])       # an epoch shows the last two rows alone
     drawn = {weighed[(epoch, 0, "partner")]["partner"]["key"] for epoch in range(20)}
     assert drawn <= {data[10]["key"], data[11]["key"]}
+
+
+def test_a_row_with_a_partner_brings_no_neighbour(folder):
+    """The neighbour would have no partner, and so could not stand in a batch of pairs."""
+    lines = "".join(f"{name},a wall,{(i + 1) % 3}\n" for i, name in enumerate(("a.png", "b.jpg", "c.png")))
+    data = CaptionFile(write(folder, "t.csv", f"image,caption,neighbours\n{lines}"), str(folder))
+    seeded = Seeded(data, 0)
+    rows = [seeded[0, i, "partner"] for i in range(3)]
+    assert all("neighbour" not in row and "partner" in row for row in rows) and "neighbour" in seeded[0, 0]
+    batch = Collate(train_transform(nano()), Tokenizer(nano()), negatives="pairs", pair_size=32)(rows)
+    assert len(batch["images"]) == 3
 
 
 def paired_rows(data, world):

@@ -850,21 +850,113 @@ def test_a_gpu_without_enough_memory(tmp_path):
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
 
 
-def test_a_folder_without_room_for_two_checkpoints(tmp_path):
-    class Disk:
-        free = 1000
+class Disk:
+    def __init__(self, free):
+        self.free = free
 
-        def disk_usage(self, folder):
-            return self
+    def disk_usage(self, folder):
+        return self
 
-    disk = Disk()
+
+def room_needed(folder, former=(), **more):
+    """What train.py says, of --keep 1 and 10 steps if not of more; former: checkpoints that are there."""
     model = CLIP(CLIPConfig())
-    names = {"os": os, "tempfile": tempfile, "shutil": disk, "model": model, "teacher": None,
+    args = {"steps": 10, "save_every": 10, "keep": 1, "eval_every": 0, **more}
+    names = {"os": os, "math": math, "model": model, "trained": list(model.parameters()), "teacher": None, "benches": [],
+             "averages": False, "args": argparse.Namespace(**args), "checkpoints": lambda: former,
+             "best_path": folder / "best.pt", "ema_path": folder / "ema.pt"}
+    names["bytes_of_former_run"] = function_of_train("bytes_of_former_run", **names)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    return function_of_train("room_needed", **names)() / weights
+
+
+def test_room_is_needed_for_the_checkpoints_that_are_not_there_yet(tmp_path):
+    """In units of the weights: a checkpoint has them and AdamW's two moments."""
+    assert room_needed(tmp_path) == 6
+    assert room_needed(tmp_path, keep=3, save_every=1) == 12
+    assert room_needed(tmp_path, keep=100) == 6         # there will be but one
+    last, same, other = tmp_path / "last.pt", tmp_path / "step_2.pt", tmp_path / "step_1.pt"
+    last.write_bytes(bytes(12 * sum(p.numel() for p in CLIP(CLIPConfig()).parameters())))
+    os.link(last, same)
+    shutil.copy(last, other)
+    assert room_needed(tmp_path, [last]) == pytest.approx(3)            # at a resume
+    assert room_needed(tmp_path, [other, same, last], keep=3, save_every=1) == pytest.approx(6)
+    assert room_needed(tmp_path, [other, same, last]) == 3
+
+
+def test_a_folder_without_room_for_the_checkpoints(tmp_path):
+    disk = Disk(2**20)
+    names = {"os": os, "tempfile": tempfile, "shutil": disk, "hold_folder": lambda: None, "room_needed": lambda: 2**30,
              "args": argparse.Namespace(out_dir=tmp_path / "out")}
-    with pytest.raises(ValueError, match="0.00 GiB free; two checkpoints need 0.02 GiB"):
+    with pytest.raises(ValueError, match="has 0.00 GiB free; the checkpoints need 1.00 GiB: make room"):
         function_of_train("check_folder", **names)()
-    disk.free = 24 * sum(p.numel() for p in model.parameters())
+    disk.free = 2**30
     function_of_train("check_folder", **names)()
+
+
+def test_batches_of_workers_fit_into_the_shared_memory(tmp_path):
+    """Docker's has 64 MB. A worker without room prints so, and training would wait for its batch for ever."""
+    disk = Disk(64 * 2**20)
+    args = argparse.Namespace(workers=8, batch_size=768, attack_steps=None, data="x.csv")
+    names = {"os": os, "math": math, "shutil": disk, "SHARED_MEMORY": tmp_path, "args": args, "world_size": 8,
+             "method": METHODS["c2lip"], "replay": None,
+             "model": argparse.Namespace(config=argparse.Namespace(image_size=224))}
+    check = function_of_train("check_shared_memory", **names)
+    with pytest.raises(ValueError, match="--workers 8 need 248 MiB .* has 64 MiB free: give --workers 1, or"):
+        check()
+    args.workers = 1
+    check()
+    args.attack_steps = 2       # which brings noise
+    with pytest.raises(ValueError, match="give --workers 0, or more shared memory"):
+        check()
+    args.workers = 0
+    check()
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """The second would discard the first one's log and, later, its checkpoints. A kill frees the folder at once."""
+    args = ["train.py", *pairs(tmp_path, 64, 0), "--bench", "none", "--log-every", 1, "--save-every", 10**6,
+            "--out-dir", tmp_path / "out"]
+    first = start(*args, "--epochs", 1000, "--workers", 1)
+    wait_for(first, lambda: (tmp_path / "out" / "log.jsonl").exists() and curve(tmp_path / "out"))
+    before = len(curve(tmp_path / "out"))
+    for more in ([], ["--overwrite"], ["--resume", "auto"]):
+        second = run(*args, "--epochs", 1, *more, check=False)
+        assert second.returncode == 1 and "another run is training in" in second.stderr, second.stderr
+    run(*args, "--epochs", 1, "--dry-run")
+    assert len(curve(tmp_path / "out")) > before and first.poll() is None
+    first.kill()
+    first.wait()
+    run(*args, "--epochs", 1)
+    assert curve(tmp_path / "out", "step") == [1, 2, 3, 4]
+
+
+def test_the_best_of_other_figures_is_not_compared_with(tmp_path):
+    args = ["train.py", *SMALL, "--steps", 2, "--lr", 1e-12, "--out-dir", tmp_path]
+    run(*args, *SCENES)
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["mean"] > 0.1
+    data = pairs(tmp_path, 40, 0)
+    more = ["--val-data", tmp_path / "pairs.csv", "--val-image-root", tmp_path, "--steps", 3, "--bench", "retrieval"]
+    run(*args, *more, "--resume", "auto")
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["step"] == 3 and best["args"]["bench"] == "retrieval"
+
+
+def test_a_gpu_without_memory_for_the_moments(tmp_path):
+    def fail():
+        def step(self, closure=None):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        torch.optim.AdamW.step = step
+    process = Forked("train.py", *SMALL, "--out-dir", tmp_path, folder=OUTPUTS, prepare=fail)
+    assert process.wait() == 1 and "Traceback" not in process.stderr
+    assert "too little memory for AdamW's two moments" in process.stderr and not (tmp_path / "last.pt").exists()
+
+
+def test_batches_and_rates_that_are_not_what_was_given_are_told(tmp_path):
+    done = run("train.py", *pairs(tmp_path, 20, 0), "--bench", "none", "--warmup", 8, "--lr", 1e-3, "--out-dir",
+               tmp_path / "out")
+    assert "an epoch of 20 rows is cut into 2 equal batches, of 10 rows, not 16 (--batch-size)" in done.stdout
+    assert "--warmup 8 is longer than the 2 steps: the learning rate ends at 0.00025 and never comes" in done.stdout
 
 
 def test_a_file_system_without_second_names(tmp_path):
@@ -1418,6 +1510,8 @@ def test_exact_decoding_differs_by_a_little(tmp_path):
     ("train.py", ["--init", "ViT-B-32"], 2, "--init ViT-B-32 is the name of a model: give --model ViT-B-32"),
     ("train.py", ["--batchsize", "3"], 2, "unrecognized arguments: --batchsize"),
     ("train.py", ["--data", "none.csv"], 1, "no file none.csv"),
+    ("train.py", ["--data", ""], 2, "--data is empty, as where a variable of the shell is not set"),
+    ("train.py", ["--val-data", ""], 2, "--val-data is empty"),
     ("train.py", ["--data", "README.md"], 1, "expected a .csv, .tsv or .jsonl"),
     ("train.py", ["--resume", "none.pt"], 1, "no checkpoint at none.pt"),
     ("train.py", ["--tokenizer", "none.json"], 1, "none.json"),
@@ -1459,6 +1553,8 @@ def test_help_does_not_import_torch():
     for term, text in TERMS.items():
         assert f"--{term.replace('_', '-')}-weight" in done.stdout and text[:20] in " ".join(done.stdout.split())
     assert all(name in done.stdout for name in METHODS)
+    shown = " ".join(done.stdout.split())
+    assert "lr 0.002" in shown and "batch-size 768" in shown
 
 
 def test_world_size_without_torchrun(tmp_path):
