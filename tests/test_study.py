@@ -34,6 +34,18 @@ def test_scenes_over_seeds(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_is_tuned_comes_first(tmp_path):
+    """The part many trains what it tunes, and takes that model's figures in its own world."""
+    table = study("scenes.py", "--output", tmp_path, "--quick", "--seeds", "1", "--parts", "many", "--arms", "C2LIP")
+    before, tuned = tmp_path / "wide" / "clip--plain-0", tmp_path / "many" / "c2lip-0"
+    rows = [json.loads(line) for line in open(before / "log.jsonl")]
+    figures = next(row["eval"] for row in rows if "eval" in row and row["step"] == 4)
+    assert f"| before | {100 * figures['scenes_many']['np_binding']['accuracy']:.1f} | " in table
+    settings = json.loads(open(tuned / "log.jsonl").readline())["args"]
+    assert settings["world"] == "many" and settings["init"] == str(before / "last.pt") and settings["loss"] == "clip"
+
+
+@pytest.mark.slow
 def test_photographs(tmp_path):
     """Made ones: training, retrieval, word exchanges, real layouts of COCO's items, and fine-tuning."""
     rng = np.random.default_rng(0)
