@@ -551,7 +551,7 @@ def test_groups_name_what_benchmarks_have():
             known = {*spec.get("means", {}), *spec.get("files", {}), *evaluate.PAIRED, "macro", "top1", "top1_macro"}
             known |= {f"{name}_{rule}" for name in ("attribute", "object", "relation") for rule in evaluate.PAIRED}
             known |= {f"{name}{end}" for name in spec.get("files", {}) for end in ("_macro", "_itt", "_tot", "_t2i_r1")}
-            known |= {*evaluate.SCENE_CAPTIONS, "quadrant", "mean", "coco", "choices"}
+            known |= {*evaluate.SCENE_CAPTIONS, "quadrant", "cell", "mean", "coco", "choices"}
             assert set(subsets) <= known, (title, bench)
 
 
