@@ -524,7 +524,8 @@ class CLIP(nn.Module):
         source = str(source or SOURCES.get(model, ""))
         if not source:
             raise ValueError(f"no released weights are known for model {model}: "
-                             "give a hub id, a folder or a file")
+                             "give a hub id, a folder or a file, or begin without any "
+                             "(train.py --init scratch)")
         if os.path.isfile(source):
             state, config, intact = read_weights(source)
         else:

@@ -98,14 +98,15 @@ group.add_argument("--method", choices=read_dict("losses.py", "METHODS"), defaul
 group.add_argument("--preset", choices=PRESETS,
                    help="Where the defaults of steps, batch size, rates and so on come from: nano "
                         "is for small models on the built-in scenes, c2lip is the paper's recipe "
-                        "for fine-tuning. Default: nano for the nano model from scratch, else "
+                        "for fine-tuning. Default: nano for the nano models from scratch, else "
                         f"c2lip. {' '.join(map(describe_preset, PRESETS))}")
 group.add_argument("--model", metavar="NAME",
                    help="The architecture, a name in MODELS of model.py, such as ViT-B-16-SigLIP. "
                         "Default: that of --init; nano without any.")
 group.add_argument("--init", metavar="SOURCE",
                    help="The initial weights: a hub id, a folder, a file, or the word scratch for "
-                        "random ones. Default: the model's public weights; random ones for nano.")
+                        "random ones. Default: the model's public weights; random ones for the nano "
+                        "models.")
 group.add_argument("--tokenizer", metavar="FILE",
                    help="A tokenizer.json. Default: the one that comes with the weights; from "
                         "scratch, one is trained on the captions.")
@@ -339,9 +340,10 @@ except (RuntimeError, AssertionError) as error:
     reason = str(error).splitlines()[0]
     parser.exit(1, f"train.py: --device {args.device} cannot be used here ({reason}): give cpu\n")
 
-from_scratch = args.init == "scratch" or (args.init is None and args.model in (None, "nano"))
+is_nano = args.model in (None, "nano", "nano-48")
+from_scratch = args.init == "scratch" or (args.init is None and is_nano)
 if args.preset is None:
-    args.preset = "nano" if from_scratch and args.model in (None, "nano") else "c2lip"
+    args.preset = "nano" if from_scratch and is_nano else "c2lip"
 preset = dict(PRESETS[args.preset])
 if args.init and not from_scratch:
     del preset["model"]     # the weights say what they are

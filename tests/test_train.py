@@ -1394,6 +1394,13 @@ def test_a_dry_run_trains_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_only_the_nano_models_begin_from_nothing_unasked(tmp_path):
+    done = run("train.py", *SMALL, "--world", "many", "--model", "nano-48", "--dry-run", "--out-dir", tmp_path)
+    assert done.stdout.startswith("nano-48, ") and "float32" in done.stdout
+    line = mistake("--model", "micro", "--out-dir", tmp_path)
+    assert "no released weights are known for model micro" in line and "--init scratch" in line
+
+
 def test_the_log_says_what_ran(whole):
     rows = [json.loads(line) for line in open(whole[0] / "log.jsonl")]
     assert {"args", "config", "commit", "versions", "world_size"} <= rows[0].keys()

@@ -126,8 +126,7 @@ if args.quick:
 SMALL_WORLD = ["--lr", "3e-3", "--relations", "0.1"]
 LARGE_WORLD = ["--world", "large", "--lr", "2e-3"]
 CROWDED_WORLD = ["--world", "crowded", "--lr", "2e-3"]
-WIDE_WORLD = [*CROWDED_WORLD, "--model", "nano-48", "--init", "scratch",
-              "--bench", "scenes_crowded,scenes_many"]
+WIDE_WORLD = [*CROWDED_WORLD, "--model", "nano-48", "--bench", "scenes_crowded,scenes_many"]
 MANY_WORLD = ["--world", "many", "--lr", str(args.tune_lr)]
 TUNING = ["--relations", "0.1", "--lr", str(args.tune_lr)]
 
