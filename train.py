@@ -105,8 +105,8 @@ group.add_argument("--model", metavar="NAME",
                         "Default: that of --init; nano without any.")
 group.add_argument("--init", metavar="SOURCE",
                    help="The initial weights: a hub id, a folder, a file, or the word scratch for "
-                        "random ones. Default: the model's public weights; random ones for the nano "
-                        "models.")
+                        "random ones. Default: the model's public weights; random ones for the "
+                        "nano models.")
 group.add_argument("--tokenizer", metavar="FILE",
                    help="A tokenizer.json. Default: the one that comes with the weights; from "
                         "scratch, one is trained on the captions.")
