@@ -544,18 +544,20 @@ def swap_negatives(caption, rng, kinds=("noun", "adjective", "verb", "phrase")):
                 groups.append(group)
         if groups:
             group = rng.choice(groups)
+            whole = []      # noun phrases, of which "a large group of small dogs" has two
+            if kind == "adjective":
+                whole = next(default_extractor().phrases([caption], merge=False))
             for _ in range(10):
                 first, second = sorted(rng.sample(group, 2))
-                one_noun = kind == "adjective" and of_one_noun(caption, first, second)
+                one_noun = of_one_noun(caption, whole, first, second)
                 if not one_noun and not is_reordered_list(caption, spans, first, second):
                     negatives.append(exchange(caption, first, second))
                     break
     return [text for text in dict.fromkeys(negatives) if text.lower() != caption.lower()]
 
 
-def of_one_noun(caption, first, second):
+def of_one_noun(caption, phrases, first, second):
     """Whether two adjectives, spans of the caption, describe one noun: "a small brown dog"."""
-    phrases = next(default_extractor().phrases([caption], merge=False))
     in_one = any(start <= first[0] and second[1] <= end for start, end in phrases)
     return in_one and not re.search("['’]", caption[first[1]:second[0]])  # a red dog's blue collar
 
